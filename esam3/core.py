@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'Variant', 'nearest', 'find_variant', 'Frames', 'seed_at', 'seed_everything', 'pick_device',
            'pick_precision', 'check_parameters', 'declared_in', 'guard', 'atomically', 'write_json', 'fingerprint',
-           'open_run', 'cache_dir', 'versions']
+           'open_run', 'runs_folder', 'cache_dir', 'versions']
 
 # %% ../nbs/00_core.ipynb #c002
-import contextlib, difflib, hashlib, json, os, random, shutil, tempfile, typing
+import ast, contextlib, difflib, hashlib, json, os, random, shutil, tempfile, typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,7 +206,6 @@ def check_parameters(declared: Mapping[str, tuple[type, object]],  # name → (t
 
 def declared_in(source: str) -> dict[str, tuple[type, object]]:
     "Names, types and defaults of a parameters cell: lines of the form `name: type = default  # comment`."
-    import ast
     kinds = {"str": str, "int": int, "float": float, "bool": bool}
     return {n.target.id: (kinds[n.annotation.id], ast.literal_eval(n.value))
             for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
@@ -217,13 +216,19 @@ def guard(namespace: Mapping[str, object],  # the notebook's `globals()`, which 
     """Check the values that a run notebook's parameters cell, and papermill after it, have set.
 
     Raises `ValueError` naming the nearest valid parameter, or the right type."""
-    import ast
-    cells = namespace["In"]
-    declared = declared_in([c for c in cells if "variant: str =" in c or "steps: int =" in c][-1])
+    cells = [c for c in namespace["In"] if c.strip() and not c.startswith(("%", "!"))]
+    declared = declared_in(next(c for c in reversed(cells) if _declares(c)))
     injected = [n for c in cells if c.startswith("# Parameters") for n in ast.parse(c).body if isinstance(n, ast.Assign)]
     names = [*declared, *(t.id for n in injected for t in n.targets)]
     check_parameters(declared, {k: namespace[k] for k in names})
     return {k: float(namespace[k]) if declared[k][0] is float else namespace[k] for k in declared}
+
+
+def _declares(cell: str) -> bool:
+    "Whether a cell is nothing but annotated assignments of literals."
+    try: body = ast.parse(cell).body
+    except SyntaxError: return False
+    return bool(body) and all(isinstance(n, ast.AnnAssign) and isinstance(n.value, ast.Constant) for n in body)
 
 # %% ../nbs/00_core.ipynb #c033
 @contextlib.contextmanager
@@ -265,6 +270,12 @@ def open_run(runs: str | Path, recipe: str, variant: str, stage: str,
     return folder
 
 # %% ../nbs/00_core.ipynb #c039
+def runs_folder(runs: str | Path) -> Path:
+    "Where runs go: a relative path counts from the root of the checkout, or from the working directory where the package is not in one."
+    root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd().parent
+    return Path(runs) if Path(runs).is_absolute() else ((root if (root / "settings.ini").exists() else Path.cwd()) / runs)
+
+# %% ../nbs/00_core.ipynb #c042
 def cache_dir() -> Path:
     "Folder for generated data: `$ESAM3_CACHE` or `~/.cache/esam3`."
     return Path(os.environ.get("ESAM3_CACHE") or Path.home() / ".cache" / "esam3")

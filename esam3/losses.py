@@ -9,6 +9,7 @@ __all__ = ['over_cells', 'dice_loss', 'focal_loss', 'mask_loss', 'soft_target', 
 # %% ../nbs/13_losses.ipynb #c003
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -74,8 +75,8 @@ def match_masks(student: Tensor,             # [N, M, h, w] logits
     if m == 1: return torch.zeros(n, 1, dtype=torch.long, device=student.device)
     v = None if valid is None else valid[:, None]
     cost = torch.stack([mask_loss(student, target[:, k:k + 1].expand_as(student), v) for k in range(m)], 1)  # [N, teacher, student]
-    pairs = [linear_sum_assignment(c)[1] for c in cost.cpu().numpy()]
-    return torch.tensor(pairs, dtype=torch.long, device=student.device).reshape(n, m)
+    pairs = np.array([linear_sum_assignment(c)[1] for c in cost.cpu().numpy()], dtype=np.int64).reshape(n, m)
+    return torch.from_numpy(pairs).to(student.device)
 
 # %% ../nbs/13_losses.ipynb #c035
 def distill_loss(student: Tensor,              # [N, M, h, w] logits
