@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'Variant', 'nearest', 'find_variant', 'Frames', 'seed_at', 'seed_everything', 'pick_device',
            'pick_precision', 'check_parameters', 'declared_in', 'guard', 'atomically', 'write_json', 'fingerprint',
-           'open_run', 'runs_folder', 'cache_dir', 'versions']
+           'open_run', 'runs_folder', 'cache_dir', 'versions', 'machine']
 
 # %% ../nbs/00_core.ipynb #c002
-import ast, contextlib, difflib, hashlib, json, os, random, shutil, tempfile, typing
+import ast, contextlib, difflib, hashlib, json, os, platform, random, shutil, tempfile, typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,8 +216,9 @@ def guard(namespace: Mapping[str, object],  # the notebook's `globals()`, which 
     """Check the values that a run notebook's parameters cell, and papermill after it, have set.
 
     Raises `ValueError` naming the nearest valid parameter, or the right type."""
-    cells = [c for c in namespace["In"] if c.strip() and not c.startswith(("%", "!"))]
-    declared = declared_in(next(c for c in reversed(cells) if _declares(c)))
+    cells = [c for c in namespace.get("In", []) if c.strip() and not c.startswith(("%", "!"))]
+    source = next((c for c in reversed(cells) if _declares(c)), "")
+    declared = declared_in(source) if source else {k: (t, namespace[k]) for k, t in namespace["__annotations__"].items()}  # nbdev_test keeps no `In`
     injected = [n for c in cells if c.startswith("# Parameters") for n in ast.parse(c).body if isinstance(n, ast.Assign)]
     names = [*declared, *(t.id for n in injected for t in n.targets)]
     check_parameters(declared, {k: namespace[k] for k in names})
@@ -285,3 +286,11 @@ def versions() -> dict[str, str]:
     "Versions of the libraries that can change a number."
     from importlib.metadata import version
     return {p: version(p) for p in ("esam3", "torch", "torchvision", "timm", "transformers", "accelerate", "numpy")}
+
+def machine() -> str:
+    "Processor, cores and accelerator, for the figures measured here."
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{os.cpu_count()} cores of {cpu}{gpu}"

@@ -216,7 +216,7 @@ def collate_clips(samples: Sequence[ClipSample],
         [[p._replace(instances=tuple(int(a) + i for i in p.instances)) for p in s.phrases] for s, a in zip(samples, starts)],
         sum(int((ever & ~now).sum()) for now, ever in begin), [n for s in samples for n in s.notes])
 
-# %% ../nbs/02_data.ipynb #c043
+# %% ../nbs/02_data.ipynb #c045
 class Steps(Dataset):
     "Item k: the batch of step k on this rank. Use with `DataLoader(steps, batch_size=None, sampler=range(first, last))`."
 
@@ -233,10 +233,10 @@ class Steps(Dataset):
         if self.augment is not None: samples = [augment(s, rng, **self.augment) for s in samples]
         return self.collate(samples, rng=rng)
 
-# %% ../nbs/02_data.ipynb #c046
+# %% ../nbs/02_data.ipynb #c048
 RECIPES = Path(inspect.getfile(Frames)).parents[1] / "data_recipes"
 
-# %% ../nbs/02_data.ipynb #c049
+# %% ../nbs/02_data.ipynb #c051
 READERS = {"sa1b": Sa1b, "sav": SaV, "davis": Davis, "saco_images": SaCoImages, "saco_video": SaCoVideo}
 KINDS = ("images", "clips", "concept_images", "concept_clips")
 DEFAULTS = {"name": "", "about": "", "licence": "", "download": "", "root": "", "teacher": "facebook/sam3", "after": "",
@@ -261,7 +261,7 @@ def _check_part(part: Any, where: str) -> None:
     for name, p in takes.items():
         if p.default is p.empty and name not in part: raise ValueError(f"{where}: format {part['format']} needs `{name}`")
 
-# %% ../nbs/02_data.ipynb #c050
+# %% ../nbs/02_data.ipynb #c052
 def load_recipe(recipe: str | Path  # a name in `data_recipes/`, or a path ending in .yaml
                 ) -> dict[str, Any]:
     "A checked recipe with every key of `DEFAULTS`. `ValueError` names the file, what is wrong in it and the nearest right word."
@@ -272,14 +272,15 @@ def load_recipe(recipe: str | Path  # a name in `data_recipes/`, or a path endin
     found = {**DEFAULTS, "name": path.stem, **_known(given, [*DEFAULTS], "recipe key", path.name)}
     for key in ("root", "splits"):
         if not found[key]: raise ValueError(f"{path.name}: no `{key}`")
-    if found["root"] != "toyworld": found["root"] = str(path.parent / os.path.expanduser(os.path.expandvars(found["root"])))
+    root = os.path.expanduser(os.path.expandvars(found["root"]))
+    found["root"] = root if root.startswith("toyworld") or "$" in root else str(path.parent / root)
     found["sampling"] = {**SAMPLING, **_known(found["sampling"], [*SAMPLING], "sampling key", path.name)}
     _known(found["augment"], [*inspect.signature(augment).parameters][2:], "augment key", path.name)
     for split, parts in found["splits"].items():
         for kind, part in _known(parts, KINDS, "kind of data", f"{path.name}, {split}").items(): _check_part(part, f"{path.name}, {split}, {kind}")
     return found
 
-# %% ../nbs/02_data.ipynb #c053
+# %% ../nbs/02_data.ipynb #c055
 def open_dataset(recipe: str | Path | Mapping[str, Any],  # or a loaded one
                  split: str = "train",
                  kind: str = ""                           # of `KINDS`; may be left out where a split holds one
@@ -288,11 +289,12 @@ def open_dataset(recipe: str | Path | Mapping[str, Any],  # or a loaded one
     recipe = recipe if isinstance(recipe, Mapping) else load_recipe(recipe)
     if split not in recipe["splits"]: raise ValueError(nearest(split, recipe["splits"], f"split of {recipe['name']}"))
     parts = recipe["splits"][split]
-    kind = kind or (next(iter(parts)) if len(parts) == 1 else "")
+    if not kind and len(parts) > 1: raise ValueError(f"{recipe['name']}, {split} holds several kinds of data, say which: {', '.join(parts)}")
+    kind = kind or next(iter(parts), "")
     if kind not in parts: raise ValueError(nearest(kind, parts, f"kind of data in {recipe['name']}, {split}"))
-    if "$" in recipe["root"]: raise FileNotFoundError(f"set the environment variable in {recipe['root']} to the folder of your data sets\n{recipe['download']}")
-    toy = {"held_out": held_out}.get(split, lambda: toyworld(split))
-    root = toy() if recipe["root"] == "toyworld" else Path(recipe["root"])
+    if "$" in recipe["root"]: raise FileNotFoundError(f"{recipe['root']}: set this environment variable to the folder of your data sets\n{recipe['name']}: {recipe['download']}")
+    toy = {"toyworld": lambda: held_out() if split == "held_out" else toyworld(split), "toyworld/tiny": lambda: toyworld("tiny")}.get(recipe["root"])
+    root = toy() if toy else Path(recipe["root"])
     part = dict(parts[kind])
     reader = READERS[part.pop("format")]
     at = lambda v: [root / p for p in v] if isinstance(v, list) else root / v

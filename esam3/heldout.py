@@ -67,7 +67,7 @@ def _prompt_rows(model: Sam3, batch: ImageBatch) -> list[tuple[float, ...]]:
     things = [float(len(batch.masks[b])) for b in image.tolist()]
     return list(zip(things, *(_iou(frames, frame, a, image, batch.masks) for a in answers)))
 
-# %% ../nbs/06_heldout.ipynb #c008
+# %% ../nbs/06_heldout.ipynb #c010
 def _kept(masks: np.ndarray, scores: np.ndarray) -> np.ndarray:
     "Greedy mask NMS at IoU ½: indices of candidates to keep, best first."
     kept: list[int] = []
@@ -103,18 +103,20 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
             "presence_acc": float(np.mean(sum(right.values(), []))), "specificity_hard": float(np.mean(hard)),
             **{f"{'recall' if k == 'positive' else 'specificity'}_{k}": float(np.mean(v)) for k, v in sorted(right.items())}}
 
-# %% ../nbs/06_heldout.ipynb #c010
+# %% ../nbs/06_heldout.ipynb #c013
 CONTROLS = ("copy", "first_box", "pointers_only")
 
 
 def first_frame(model: Sam3, batch: ClipBatch) -> tuple[Prompts, Tensor]:
-    "Mask prompts of frame 0 for every track, and their boxes [N, 4], in the model's frame."
-    image, side = batch.frame_index[:, 0], model.image_size
-    masks = torch.cat([Frames(batch.frames.sizes[i:i + 1], batch.frames.teacher, batch.frames.student).rasterise([m[:, 0]], model.frame, side)
-                       for i, m in zip(range(0, len(batch.images), batch.frame_index.shape[1]), batch.masks) if len(m)])
+    "Mask prompts for every track at the frame where it begins, and their boxes [N, 4], in the model's frame."
+    rows = torch.arange(len(batch.first), device=batch.first.device)
+    image, f = batch.frame_index[rows, batch.first], batch.frames
+    tracks = [m for clip in batch.masks for m in clip]
+    masks = torch.cat([Frames(f.sizes[i:i + 1], f.teacher, f.student).rasterise([m[t][None]], model.frame, model.image_size)
+                       for i, m, t in zip(image.tolist(), tracks, batch.first.tolist())])
     none = torch.zeros(len(image), 0, dtype=torch.int32, device=image.device)
     prompts = Prompts(image, torch.zeros(len(image), 0, 2, device=image.device), none, (masks > 0.5).float()[:, None])
-    return prompts, batch.frames.boxes(batch.boxes[:, 0], image, "source", model.frame)
+    return prompts, f.boxes(batch.boxes[rows, batch.first], image, "source", model.frame)
 
 
 def _runs(model: Sam3, seen: Features, batch: ClipBatch, controls: Sequence[str]) -> dict[str, Track]:
@@ -126,9 +128,9 @@ def _runs(model: Sam3, seen: Features, batch: ClipBatch, controls: Sequence[str]
     return {"track": full, **{c: make[c]() for c in controls}}
 
 
-def _track_rows(model: Sam3, run: Track, batch: ClipBatch, gated: bool = True) -> list[tuple[float, float, float]]:
+def _track_rows(model: Sam3, run: Track, batch: ClipBatch) -> list[tuple[float, float, float]]:
     "(J, F, absent frames called absent) of each track; NaN where it has no such frame."
-    logits, rows = (run.gated if gated else run.masks), []
+    logits, rows = run.gated, []
     truth = [m.numpy() for clip in batch.masks for m in clip]
     for n, masks in enumerate(truth):
         js, fs = [], []

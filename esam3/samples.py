@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BadSample', 'Reported', 'boxes_of', 'deepest_points', 'components', 'Phrase', 'ImageSample', 'ClipSample', 'rle_runs',
-           'decode_rle', 'rle_area', 'read_picture', 'Video', 'video_frames']
+           'decode_rle', 'rle_area', 'read_picture', 'palette_mask', 'Video', 'video_frames']
 
 # %% ../nbs/01a_samples.ipynb #c003
 import io, warnings
@@ -169,6 +169,22 @@ def read_picture(data: bytes | Path,  # the file, or its content
         raise BadSample(f"{name or data}: not a readable picture ({e}); download it again, or delete it") from e
 
 # %% ../nbs/01a_samples.ipynb #c032
+def palette_mask(file: Path,             # PNG whose pixel values are object ids
+                 size: tuple[int, int],  # H, W of its picture
+                 notes: list[tuple[str, str]]  # told when it had to be resized
+                 ) -> np.ndarray:        # [H, W] uint8
+    "Object ids at the size of the picture. `BadSample` for what is no such mask, or of another shape by more than 1 %."
+    try:
+        with Image.open(file) as picture: index = np.asarray(picture)
+    except (OSError, SyntaxError, ValueError) as e: raise BadSample(f"{file}: not a readable mask ({e}); download it again") from e
+    (h, w), (mh, mw) = size, index.shape[:2]
+    if index.ndim != 2 or abs(mw * h / (mh * w) - 1) > 0.01:
+        raise BadSample(f"{file}: shape {index.shape} is no palette mask of a {h}×{w} picture; download it again")
+    if (mh, mw) == (h, w): return index
+    notes.append(("mask resized to its picture", f"{file.parent.name}/{file.name}: {mw}×{mh} → {w}×{h}"))
+    return np.asarray(Image.fromarray(index).resize((w, h), Image.Resampling.NEAREST))
+
+# %% ../nbs/01a_samples.ipynb #c035
 class Video:
     "An mp4, opened for as long as this object lives: `len(video)`, `video.frames([...])`. `BadSample` when it cannot be read."
 
@@ -190,7 +206,7 @@ class Video:
         try: return self.reader.get_batch(list(numbers)).asnumpy()
         except (RuntimeError, decord.DECORDError) as e: raise BadSample(f"{self.path}: damaged between frames {min(numbers)} and {max(numbers)}; download it again") from e
 
-# %% ../nbs/01a_samples.ipynb #c033
+# %% ../nbs/01a_samples.ipynb #c036
 def video_frames(path: str | Path,                       # an mp4 without annotation
                  indices: Sequence[int] | None = None,   # frame numbers; the first `max_frames` when missing
                  max_frames: int = 100                   # a minute of full HD would be 11 GB

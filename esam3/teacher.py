@@ -7,9 +7,8 @@ __all__ = ['NO_OBJECT', 'ASSETS', 'Features', 'Prompts', 'MaskSet', 'Memory', 'B
            'Sam3', 'gate', 'without_dropout', 'load_strictly', 'load_teacher']
 
 # %% ../nbs/03_teacher.ipynb #c003
-import os, warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch

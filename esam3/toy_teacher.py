@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['WORDS', 'toy_tokenizer', 'toy_config', 'new_toy_teacher', 'Pictures', 'picture_batch', 'Clips', 'clip_batch',
            'fit_mask', 'fit_mask_set', 'detection_losses', 'prompt_losses', 'first_prompts', 'tracking_losses', 'Hints',
-           'ToyTeacherTask']
+           'ToyTeacherTask', 'ship_toy_teacher', 'train_toy_teacher']
 
-# %% ../nbs/04_toy_teacher.ipynb #c003
+# %% ../nbs/04_toy_teacher.ipynb #c005
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,15 +19,17 @@ from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torchvision.ops import box_convert, masks_to_boxes
-from transformers import PreTrainedTokenizerFast, Sam3VideoConfig
+from transformers import PreTrainedTokenizerFast, Sam3ImageProcessor, Sam3VideoConfig, Sam3VideoProcessor
+from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
-from .core import Frames, seed_at
+from .core import Frames, atomically, open_run, runs_folder, seed_at
 from .data import teacher_pixels
-from .teacher import Detections, Features, Prompts, Sam3
+from .teacher import ASSETS, Detections, Features, Prompts, Sam3, load_teacher
 from .tracker import Track, track  # chapter 2's: a teacher that tracks is trained with the tracker that students use
+from .training import Schedule, fit
 from .toyworld import COLORS, PATTERNS, SHAPES, Thing, draw_clip, matches, sample_phrase, sample_picture, sample_scene
 
-# %% ../nbs/04_toy_teacher.ipynb #c005
+# %% ../nbs/04_toy_teacher.ipynb #c007
 WORDS = (*COLORS, *SHAPES, *PATTERNS, "thing", "visual")
 
 
@@ -68,7 +70,7 @@ def toy_config(side: int = 144, patch: int = 16, width: int = 128) -> Sam3VideoC
     return Sam3VideoConfig(detector_config=dict(model_type="sam3", vision_config=vision(), text_config=text, **_decoders(width)), tracker_config=tracker,
                            low_res_mask_size=4 * g, fill_hole_area=0, hotstart_delay=0, hotstart_unmatch_thresh=0, hotstart_dup_thresh=0)
 
-# %% ../nbs/04_toy_teacher.ipynb #c008
+# %% ../nbs/04_toy_teacher.ipynb #c010
 def _xavier(model: nn.Module) -> None:
     "Xavier weights and zero biases for every linear map and convolution outside the text encoder."
     for name, part in model.named_modules():
@@ -127,7 +129,7 @@ def new_toy_teacher(seed: int = 42) -> Sam3:
     model.tokenizer = toy_tokenizer()
     return model
 
-# %% ../nbs/04_toy_teacher.ipynb #c010
+# %% ../nbs/04_toy_teacher.ipynb #c012
 @dataclass
 class Pictures:
     "A batch of toy pictures with everything the teacher is asked about them; the teacher frame's masks are coverage [N, 36, 36]."
@@ -140,24 +142,26 @@ class Pictures:
     phrase_image: Tensor        # [2B]
     members: list[list[int]]    # [2B] things that match
     shown: list[list[int]]      # [2B] things shown as exemplar boxes
+    more: "Pictures | None" = None  # pictures for the ViT's helper heads only
 
 
 def _asked(rng: np.random.Generator, things: list[Thing]) -> tuple[str, list[int], list[int]]:
     "A phrase, the things it names and those shown as exemplars."
-    kind = str(rng.choice(("positive", "easy", "hard-shape", "hard-other"), p=(0.52, 0.08, 0.22, 0.18)))
+    kind = str(rng.choice(("positive", "easy", "hard-shape", "hard-other"), p=(0.5, 0.18, 0.18, 0.14)))
     text = sample_phrase(rng, things, kind) or sample_phrase(rng, things, "positive")
     found = [i for i, t in enumerate(things) if matches(t, text)]
     mode = rng.random()
-    if not found or mode < 0.55: return text, found, []
-    if mode < 0.8:                                             # exemplars alone: what shares colour and shape with the first
+    if not found or mode < 0.65: return text, found, []
+    if mode < 0.85:                                             # exemplars alone: what shares colour and shape with the first
         o = things[int(rng.choice(found))]
         text, found = "visual", [i for i, t in enumerate(things) if (t.color, t.shape) == (o.color, o.shape)]
     return text, found, [int(i) for i in rng.permutation(found)[: int(rng.integers(1, 3))]]
 
 
-def picture_batch(seed: int, step: int, rank: int, size: int = 4, most: int = 5) -> Pictures:
-    "The pictures of one step of one rank, with one to `most` things each."
+def picture_batch(seed: int, step: int, rank: int, size: int = 4, most: int = 5, more: int = 0) -> Pictures:
+    "The pictures of one step of one rank, with one to `most` things each, and `more` pictures for the helper heads."
     rng = np.random.default_rng(seed_at(seed, step, rank))
+    rest = picture_batch(seed_at(seed, step, rank), 0, 0, more, most) if more else None
     drawn = [sample_picture(rng, int(rng.integers(1, most + 1))) for _ in range(size)]
     start = np.cumsum([0, *(len(m) for _, m, _ in drawn)])
     frames = Frames(torch.tensor([p.shape[:2] for p, _, _ in drawn]), 144, 128)
@@ -168,9 +172,9 @@ def picture_batch(seed: int, step: int, rank: int, size: int = 4, most: int = 5)
     at = lambda b, members: [int(start[b]) + i for i in members]
     return Pictures(teacher_pixels([p for p, _, _ in drawn], 144), image, frames.rasterise(masks, "teacher", 36), frames.boxes(edges, image, "source", "teacher"),
                     [t for _, _, things in drawn for t in things], [a[1] for a in asked], torch.tensor([a[0] for a in asked]),
-                    [at(a[0], a[2]) for a in asked], [at(a[0], a[3]) for a in asked])
+                    [at(a[0], a[2]) for a in asked], [at(a[0], a[3]) for a in asked], rest)
 
-# %% ../nbs/04_toy_teacher.ipynb #c013
+# %% ../nbs/04_toy_teacher.ipynb #c015
 @dataclass
 class Clips:
     "A batch of clips; pictures are clip-major, masks coverage in the teacher frame."
@@ -209,7 +213,7 @@ def clip_batch(seed: int, step: int, rank: int, size: int = 2) -> Clips:
     return Clips(teacher_pixels([p for clip, _ in drawn for p in clip], 144), index, masks, area >= 20, area == 0, (first > 0.5).float()[:, None],
                  str(rng.choice(("mask", "box", "point"), p=(0.5, 0.25, 0.25))))
 
-# %% ../nbs/04_toy_teacher.ipynb #c016
+# %% ../nbs/04_toy_teacher.ipynb #c018
 def fit_mask(logits: Tensor, target: Tensor) -> Tensor:
     "3 × cell-weighted cross-entropy + Dice, for masks [..., h, w]: [...]."
     x, t = logits.float().flatten(-2), target.flatten(-2)
@@ -228,7 +232,7 @@ def fit_mask_set(masks: Tensor, iou: Tensor, target: Tensor, weight: Tensor) -> 
     per = 2 * each.min(1).values + 0.3 * each.mean(1) + (iou.float() - true).abs().mean(1)
     return (per * weight).sum() / weight.sum().clamp(min=1)
 
-# %% ../nbs/04_toy_teacher.ipynb #c018
+# %% ../nbs/04_toy_teacher.ipynb #c020
 def _match(d: Detections, boxes: Tensor, masks: Tensor, real: Tensor) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     "Hungarian assignment (layer, concept, queries, targets) of detections [L, N, Q, …] to padded targets [N, K, …]."
     p = d.logits.detach().sigmoid()[..., None]
@@ -273,7 +277,7 @@ def _giou(a: Tensor, b: Tensor) -> Tensor:
     union = area(a) + area(b) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
-# %% ../nbs/04_toy_teacher.ipynb #c021
+# %% ../nbs/04_toy_teacher.ipynb #c023
 def _any_cell(where: Tensor) -> Tensor:
     "One random True cell of each mask [N, h, w] as (x, y) in cells, continuous; the first cell where there is none."
     noise = torch.rand(where.shape) * where
@@ -315,7 +319,7 @@ def prompt_losses(model: Sam3, seen: Features, batch: Pictures, each: int = 3) -
         out[kind + "_refined"] = fit_mask_set(again.masks, again.iou, goal, one)
     return out
 
-# %% ../nbs/04_toy_teacher.ipynb #c023
+# %% ../nbs/04_toy_teacher.ipynb #c025
 def first_prompts(clips: Clips, size: int) -> Prompts:
     "The prompt of frame 0 for each track of a batch of clips."
     n, image = len(clips.first), clips.frame_index[:, 0]
@@ -335,33 +339,36 @@ def tracking_losses(got: Track, clips: Clips) -> dict[str, Tensor]:
     score = F.binary_cross_entropy_with_logits(got.object_logits, clips.visible.float(), reduction="none") * known
     return {"track": 2 * torch.stack(masks).mean(), "track_score": score[:, 1:].sum() / known[:, 1:].sum().clamp(min=1)}
 
-# %% ../nbs/04_toy_teacher.ipynb #c025
+# %% ../nbs/04_toy_teacher.ipynb #c027
 class Hints(nn.Module):
-    "Dense auxiliary head: thing or ground, its colour, shape, pattern and box, from each ViT token."
+    "Auxiliary heads: thing or ground, colour, shape, pattern and box from each ViT token; colour, shape and pattern from the mean over a thing."
+    KINDS = {"color": tuple(COLORS), "shape": SHAPES, "pattern": PATTERNS}
+    WEIGHTS = {"color": 1.0, "shape": 3.0, "pattern": 1.0}
 
     def __init__(self, width: int = 192):
         super().__init__()
-        self.sizes = (1, len(COLORS), len(SHAPES), len(PATTERNS), 4)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(self.sizes)))
+        self.sizes = [len(v) for v in self.KINDS.values()]
+        self.token = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 5 + sum(self.sizes)))
+        self.whole = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, sum(self.sizes)))
 
     def forward(self, trunk: Tensor, batch: Pictures, grid: int) -> Tensor:
-        "Loss over the tokens [B, g², width]."
-        ground, color, shape, pattern, box = self.head(trunk).split(self.sizes, -1)
-        cover = F.avg_pool2d(batch.masks[:, None], batch.masks.shape[-1] // grid)[:, 0].flatten(1)
-        owner = torch.zeros(len(trunk), grid * grid, dtype=torch.long); most = torch.zeros(len(trunk), grid * grid)
-        for i, b in enumerate(batch.image.tolist()):
-            better = cover[i] > most[b]
-            owner[b][better], most[b][better] = i, cover[i][better]
-        on, loss = most > 0.3, F.binary_cross_entropy_with_logits(ground[..., 0], (most > 0.3).float())
-        for logits, names, of in ((color, list(COLORS), "color"), (shape, SHAPES, "shape"), (pattern, PATTERNS, "pattern")):
-            kind = torch.tensor([list(names).index(getattr(t, of)) for t in batch.things])
-            loss = loss + F.cross_entropy(logits[on], kind[owner[on]])
+        "Loss over the tokens [B, g², width] and over the things."
+        cover = F.avg_pool2d(batch.masks[:, None], batch.masks.shape[-1] // grid)[:, 0].flatten(1)       # [N, g²]
+        owned = torch.zeros(len(trunk), len(cover), grid * grid).scatter_(0, batch.image[None, :, None].expand(1, -1, grid * grid), cover[None])
+        most, owner = owned.max(1)
+        on = most > 0.3
+        ground, box, *kinds = self.token(trunk).split([1, 4, *self.sizes], -1)
+        mean = torch.einsum("nt,ntc->nc", cover / cover.sum(1, keepdim=True).clamp(min=1e-6), trunk[batch.image])
+        wholes = self.whole(mean).split(self.sizes, -1)
+        loss = F.binary_cross_entropy_with_logits(ground[..., 0], on.float())
+        for (name, words), of_token, of_whole in zip(self.KINDS.items(), kinds, wholes):
+            true = torch.tensor([words.index(getattr(t, name)) for t in batch.things])
+            loss = loss + self.WEIGHTS[name] * (F.cross_entropy(of_token[on], true[owner[on]]) + F.cross_entropy(of_whole, true))
         c = (torch.arange(grid) + 0.5) / grid
         here = torch.stack(torch.meshgrid(c, c, indexing="xy"), -1).view(1, -1, 2).repeat(1, 1, 2)
-        side = grid * 16
-        return loss + 5 * ((box + here)[on] - batch.boxes[owner[on]] / side).abs().sum(-1).mean()
+        return loss + 5 * ((box + here)[on] - batch.boxes[owner[on]] / (16 * grid)).abs().sum(-1).mean()
 
-# %% ../nbs/04_toy_teacher.ipynb #c027
+# %% ../nbs/04_toy_teacher.ipynb #c029
 class ToyTeacherTask(nn.Module):
     "Losses of the toy teacher on pictures or on clips."
 
@@ -378,12 +385,48 @@ class ToyTeacherTask(nn.Module):
         return {k: 2 * v for k, v in tracking_losses(track(self.model, seen, batch.frame_index, first_prompts(batch, self.model.image_size)), batch).items()}
 
     def _pictures(self, seen: Features, batch: Pictures) -> dict[str, Tensor]:
-        side, n, k = self.model.image_size, len(batch.phrases), max(1, *map(len, batch.members))
+        side, k = self.model.image_size, max(1, *map(len, batch.members))
         real = torch.tensor([[i < len(m) for i in range(k)] for m in batch.members])
         index = torch.tensor([m + [0] * (k - len(m)) for m in batch.members])
         shown = torch.tensor([e + [0] * (2 - len(e)) for e in batch.shown])
         labels = torch.tensor([[1 if i < len(e) else -10 for i in range(2)] for e in batch.shown])
         concepts = self.model.concepts(batch.phrases, batch.phrase_image, _cxcywh(batch.boxes[shown] / side), labels)
         found = self.model.detect(seen, concepts, all_layers=True)
-        return {**detection_losses(found, batch.boxes[index] / side, batch.masks[index], real),
-                **{k: 2 * v for k, v in prompt_losses(self.model, seen, batch).items()}, "hints": 2 * self.hints(seen.trunk, batch, self.model.grid)}
+        return {**{k: 1.5 * v for k, v in detection_losses(found, batch.boxes[index] / side, batch.masks[index], real).items()},
+                **prompt_losses(self.model, seen, batch), **self._helpers(seen.trunk, batch)}
+
+    def _helpers(self, trunk: Tensor, batch: Pictures) -> dict[str, Tensor]:
+        "Losses of the helper heads, on the batch and on the pictures that are for them only."
+        out = {"hints": self.hints(trunk, batch, self.model.grid)}
+        if batch.more is not None:
+            trunk = self.model.detector_model.vision_encoder.backbone(batch.more.pixels).last_hidden_state
+            out["more hints"] = 2 * self.hints(trunk, batch.more, self.model.grid)
+        return out
+
+# %% ../nbs/04_toy_teacher.ipynb #c032
+def ship_toy_teacher(model: Sam3, folder: str | Path) -> Path:
+    "Write a toy teacher in fp16 with tokenizer and processor, whole or not at all."
+    square = dict(size={"height": model.image_size, "width": model.image_size}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    masks = {"height": 4 * model.grid, "width": 4 * model.grid}
+    with atomically(folder) as p:
+        model.half().save_pretrained(p)
+        model.float()
+        Sam3VideoProcessor(Sam3ImageProcessor(**square, mask_size=masks), Sam2VideoVideoProcessor(**square), model.tokenizer).save_pretrained(p)
+        for f in p.iterdir(): f.chmod(0o644)
+    return Path(folder)
+
+
+def train_toy_teacher(steps: int, start: str = "shipped", lr: float = 2e-4, clips_from: int = 0, easy_until: int = 0, ship: bool = False,
+                      seed: int = 42, runs: str = "runs", resume: bool = True) -> Sam3:
+    "Train the toy teacher and return it in eval mode (its weights' average). `ValueError` for another `start` than shipped or new."
+    if start not in ("shipped", "new"): raise ValueError(f"start is 'shipped' or 'new', not '{start}'")
+    settings = {"steps": steps, "start": start, "lr": lr, "clips_from": clips_from, "easy_until": easy_until, "seed": seed}
+    folder = open_run(runs_folder(runs), "toy", "teacher", "stage0", settings, resume)
+    task = ToyTeacherTask((new_toy_teacher(seed) if start == "new" else load_teacher()).requires_grad_(True))
+    def batch_at(step: int, rank: int, ranks: int) -> Pictures | Clips:
+        if step >= clips_from and step % 3 == 1: return clip_batch(seed, step, rank)
+        return picture_batch(seed, step, rank, most=3 if step < easy_until else 5, more=12)
+    groups = [{"params": [p for p in task.parameters() if (p.ndim > 1) == wide], "lr": lr, "weight_decay": 0.01 * wide} for wide in (True, False)]
+    fit(task, batch_at, groups, Schedule(steps, lr=lr, warmup=min(200, steps // 5), clip=5.0, ema=0.997, betas=(0.9, 0.99)), folder, seed, every=100)
+    if ship: ship_toy_teacher(task.model, ASSETS / "toy_teacher")
+    return task.model.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ __all__ = ['TRAINS', 'PAPER', 'select_trainable', 'train_mode', 'parameter_group
 
 # %% ../nbs/05_training.ipynb #c003
 import json, math, re, time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -69,7 +69,6 @@ class Schedule:
     refinements: int = 1       # M of the prompt loop (§4.2)
     global_latents: int = 64   # K = 128 is the paper's, its split is open
     local_latents: int = 64    # a square number: an 8 × 8 grid of windows
-    readout: float = 0.0       # weight of the optional MSE on the memory read-out (§4.3)
 
     @property
     def warmup_steps(self) -> int: return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
@@ -94,7 +93,7 @@ def schedule_for(stage: int, recipe: Mapping, **given: float) -> Schedule:
     names = [f.name for f in fields(Schedule)]
     for k in own:
         if k not in names: raise ValueError(f"{recipe['name']}, stage {stage}: {nearest(k, names, 'setting')}")
-    schedule = replace(PAPER[stage], **own, **{k: v for k, v in given.items() if v})
+    schedule = replace(PAPER[stage], **{**own, **{k: v for k, v in given.items() if v}})
     if schedule.steps < 1: raise ValueError(f"the recipe {recipe['name']} gives no steps for stage {stage}: pass -p steps N")
     return schedule
 

@@ -11,15 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
+from IPython import get_ipython
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
 from .core import Frames
 from .prompts import NEGATIVE, POSITIVE, disagreement
 from .teacher import Prompts
+
+if get_ipython() is not None: set_matplotlib_formats("jpeg")  # a noisy picture is ten times smaller than as PNG
 
 COLORS = {"truth": "#ffffff", "teacher": "#1f9bff", "student": "#ff7f0e", "missed": "#17becf", "too much": "#d62728"}  # one colour a role, everywhere
 
@@ -62,17 +65,17 @@ def prompt_loop(images: Sequence[np.ndarray], frames: Frames,
     rows = min(rows, len(teacher))
     fig, axes = plt.subplots(rows, 4, figsize=(7.5, 1.75 * rows), dpi=70, squeeze=False)
     missed, extra = disagreement(teacher, student, frames.valid("student", teacher.shape[-1], prompts.image))
+    at = lambda p, n: frames.points(p.points[n][None], p.image[n][None], "student", "source")[0].numpy(force=True)
     back = lambda maps, n: frames.to_source(maps[n][None].float(), "student", int(prompts.image[n]))[0].numpy(force=True)
     for n, row in enumerate(axes):
         image = images[int(prompts.image[n])]
         titles = ("prompt", "teacher", "student", "disagreement → new point")
         for ax, title in zip(row, titles): picture(ax, image, title if n == 0 else "")
-        at = lambda p: frames.points(p.points[n][None], p.image[n][None], "student", "source")[0].numpy(force=True)
-        prompt_marks(row[0], at(prompts), prompts.labels[n].numpy(force=True))
+        prompt_marks(row[0], at(prompts, n), prompts.labels[n].numpy(force=True))
         outline(row[1], back(teacher, n), "teacher"); outline(row[2], back(student, n), "student")
         tint(row[3], back(missed, n) > 0.5, "missed"); tint(row[3], back(extra, n) > 0.5, "too much")
         new = len(prompts.labels[n])
-        prompt_marks(row[3], at(longer)[new:], longer.labels[n, new:].numpy(force=True))
+        prompt_marks(row[3], at(longer, n)[new:], longer.labels[n, new:].numpy(force=True))
     fig.tight_layout(pad=0.3)
     return fig
 
