@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from .core import Frames, nearest, seed_at
 from .readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, choose
-from .samples import BadSample, ClipSample, ImageSample, Phrase, Reported, boxes_of, components, deepest_points, video_frames
+from .samples import BadSample, ClipSample, ImageSample, Phrase, boxes_of, deepest_points
 from .toyworld import held_out, toyworld
 
 # %% ../nbs/02_data.ipynb #c008

@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from .core import atomically, cache_dir, fingerprint
 from .samples import BadSample, ClipSample, ImageSample, Phrase, Video, components, decode_rle, palette_mask, read_picture, rle_area
@@ -56,7 +55,7 @@ def folder_index(path: Path) -> dict[str, Any]:
     stems = sorted({f.stem for f in path.iterdir() if f.suffix in (".jpg", ".json")})
     return {"names": np.array(stems, "S"), "spans": np.full((len(stems), 4), -1), "whole": True}
 
-
+# %% ../nbs/01b_readers.ipynb #c010
 def _load(data: bytes | Path, name: str) -> Any:
     "JSON content. `BadSample` when it is missing or broken."
     try: return json.loads(data.read_bytes() if isinstance(data, Path) else data)
@@ -77,7 +76,7 @@ def choose(n: int, limit: int, rng: np.random.Generator | None) -> list[int]:
     if not limit or n <= limit: return list(range(n))
     return list(range(limit)) if rng is None else sorted(rng.choice(n, limit, replace=False).tolist())
 
-# %% ../nbs/01b_readers.ipynb #c010
+# %% ../nbs/01b_readers.ipynb #c011
 class Sa1b:
     """SA-1B pictures: `NAME.jpg` beside `NAME.json`, in tars (read in place) or loose in a folder.
 
@@ -114,7 +113,7 @@ class Sa1b:
         some = masks.any((1, 2))
         return ImageSample(name, image, masks[some], notes=[] if some.all() else [("empty mask left out", name)])
 
-# %% ../nbs/01b_readers.ipynb #c017
+# %% ../nbs/01b_readers.ipynb #c018
 def _window(length: int, frames: int,       # annotated frames in the file; in the clip (0: all)
             start: int | None, rng: np.random.Generator | None,
             shown: Callable[[int], bool],   # whether frame k shows anything
@@ -136,7 +135,7 @@ def _tracks(seen: np.ndarray,  # [N, T] bool: where each track has pixels
     order = sorted((int(k) for k in order if seen[k].any()), key=lambda k: not seen[k, 0])
     return sorted(order[:limit or None])
 
-# %% ../nbs/01b_readers.ipynb #c019
+# %% ../nbs/01b_readers.ipynb #c020
 def _masklets(file: Path) -> tuple[list[list[dict | None]], list[int]]:
     "Run lengths [annotated frame][object], and ids of the objects. `BadSample` when the file is something else."
     record = _load(file, file.name)
@@ -146,7 +145,7 @@ def _masklets(file: Path) -> tuple[list[list[dict | None]], list[int]]:
         return record["masklet"], ids
     except (KeyError, TypeError, ValueError) as e: raise BadSample(f"{file.name}: not an SA-V annotation ({e!r}); download it again") from e
 
-# %% ../nbs/01b_readers.ipynb #c020
+# %% ../nbs/01b_readers.ipynb #c021
 class SaV:
     "SA-V clips: `NAME.mp4` at 24 fps beside `NAME_manual.json` or `NAME_auto.json` at 6, anywhere below some folders."
     kind = "clips"
@@ -181,7 +180,7 @@ class SaV:
         return ClipSample(name, pixels, np.array(masks), np.ones((len(keep), len(window)), bool), [ids[k] for k in keep],
                           [k * self.every for k in window], notes=notes)
 
-# %% ../nbs/01b_readers.ipynb #c026
+# %% ../nbs/01b_readers.ipynb #c027
 class Davis:
     "DAVIS-2017 layout: `JPEGImages/480p/CLIP/*.jpg`, `Annotations/480p/CLIP/*.png`, `ImageSets/YEAR/SPLIT.txt`; in 2016 all objects are one."
     kind = "clips"
@@ -214,7 +213,7 @@ class Davis:
         annotated = np.ones(masks.shape[:2], bool) if len(drawn) == len(files) else masks.any((2, 3))
         return ClipSample(name, np.stack(pixels), masks, annotated, ids[keep].tolist(), list(window), notes=notes)
 
-# %% ../nbs/01b_readers.ipynb #c032
+# %% ../nbs/01b_readers.ipynb #c033
 class SaCoImages:
     "SA-Co/Gold and Silver: a COCO-like JSON of (picture, phrase) pairs, and the folder its `file_name`s start from."
     kind = "images"
@@ -249,7 +248,7 @@ class SaCoImages:
             phrases.append(Phrase(pair["text_input"], tuple(members), "" if members else pair.get("negative") or "easy"))
         return ImageSample(name, image, np.array(masks).reshape(-1, *image.shape[:2]).astype(bool), phrases, notes)
 
-# %% ../nbs/01b_readers.ipynb #c035
+# %% ../nbs/01b_readers.ipynb #c036
 def _stills(media: Path, files: Sequence[str]) -> tuple[np.ndarray, list[int]]:
     "[T, H, W, 3] and frame numbers of `VIDEO/NUMBER.jpg`s: from these where they are there, else from `VIDEO.mp4`."
     stems = [PurePosixPath(f).stem for f in files]
@@ -263,7 +262,7 @@ def _outline(mark: dict[str, Any]) -> tuple:
     "What makes two masklets the same object: the same masks."
     return tuple(s and s["counts"] for s in mark["segmentations"])
 
-# %% ../nbs/01b_readers.ipynb #c036
+# %% ../nbs/01b_readers.ipynb #c037
 class SaCoVideo:
     "SA-Co/VEval: one JSON, and the folder of its frames (`file_names`) or of mp4s `VIDEO.mp4`, where `00012.jpg` stands for frame 12."
     kind = "clips"

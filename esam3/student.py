@@ -196,7 +196,7 @@ def build_student(variant: str, teacher: Sam3,
     student.tokenizer = teacher.tokenizer
     return student
 
-# %% ../nbs/15_student.ipynb #c029
+# %% ../nbs/15_student.ipynb #c027
 def with_memory(student: EfficientSam3, memory: str, perceiver: Mapping | None = None) -> EfficientSam3:
     "The same student with another memory: 'dense', or 'perceiver' with fresh latents."
     options = dict(memory=memory, perceiver=dict(perceiver) if perceiver else None)
@@ -205,7 +205,7 @@ def with_memory(student: EfficientSam3, memory: str, perceiver: Mapping | None =
     new.tokenizer = student.tokenizer
     return new
 
-# %% ../nbs/15_student.ipynb #c037
+# %% ../nbs/15_student.ipynb #c035
 def square(images: Tensor) -> Tensor:
     "uint8 [..., 3, H, W] → [..., 3, S, S], S = max(H, W), padded right and bottom with ImageNet's mean colour."
     h, w = images.shape[-2:]
@@ -220,7 +220,7 @@ def student_processor(student: EfficientSam3) -> Sam3VideoProcessor:
     norm = dict(size=side(c.image_size), image_mean=list(c.image_mean), image_std=list(c.image_std))
     return Sam3VideoProcessor(Sam3ImageProcessor(**norm, mask_size=side(c.low_res_mask_size)), Sam2VideoVideoProcessor(**norm), student.tokenizer)
 
-# %% ../nbs/15_student.ipynb #c041
+# %% ../nbs/15_student.ipynb #c039
 def _save(self: EfficientSam3, folder: str | Path, **options) -> None:
     "Write configuration, weights, and tokenizer and processor when there are any."
     Sam3.save_pretrained(self, folder, **options)
@@ -242,7 +242,7 @@ EfficientSam3.save_pretrained, EfficientSam3.from_pretrained = _save, classmetho
 AutoConfig.register(EfficientSam3Config.model_type, EfficientSam3Config)
 AutoModel.register(EfficientSam3Config, EfficientSam3)
 
-# %% ../nbs/15_student.ipynb #c048
+# %% ../nbs/15_student.ipynb #c047
 PARTS = {"text": r"detector_model\.text_", "encoder": r"detector_model\.vision_encoder\.|tracker_neck\.",
          "memory": r"perceiver\.|tracker_model\.(memory|no_mem|temporal|occlusion)", "decoder": r""}  # the first that matches
 
