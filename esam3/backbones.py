@@ -60,6 +60,7 @@ class TinyFPN(nn.Module):
         self.mix = nn.ModuleList(Separable(k, k) for k in w)
         self.detector = nn.ModuleList(Separable(k, hidden) for k in w)
         self.tracker = nn.ModuleList(Separable(k, o) for k, o in zip(w, (hidden // 8, hidden // 4, hidden)))
+        for head in (*self.detector, *self.tracker): nn.init.normal_(head[-1].weight, std=0.01); nn.init.zeros_(head[-1].bias)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         "Four maps [B, c, h, w], fine to coarse → (detector, tracker), three maps each, fine to coarse."
@@ -80,17 +81,12 @@ class Encoder(nn.Module):
         info = self.backbone.feature_info
         if info.reduction()[-4:] != [4, 8, 16, 32]: raise ValueError(f"{backbone} has maps at strides {info.reduction()}; strides 4, 8, 16, 32 are needed")
         self.fpn = TinyFPN(info.channels()[-4:], hidden, widths)
-        self.register_load_state_dict_post_hook(Encoder._forget)
-
-    @staticmethod
-    def _forget(module: nn.Module, _) -> None:
-        "TinyViT keeps gathered attention biases between calls in eval mode; new weights make them stale."
-        for m in module.modules():
-            if hasattr(m, "attention_bias_cache"): m.attention_bias_cache = {}
 
     def forward(self, pixels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         "[B, 3, S, S], ImageNet-normalised, S a multiple of 32 → detector and tracker maps at S/4, S/8, S/16."
         if pixels.shape[-1] % 32 or pixels.shape[-2] % 32: raise ValueError(f"pictures of {pixels.shape[-2]} × {pixels.shape[-1]} px: sides must be multiples of 32")
+        for m in self.backbone.modules():  # TinyViT keeps its attention biases between calls in eval mode, through any change of the weights
+            if hasattr(m, "attention_bias_cache"): m.attention_bias_cache = {}
         return self.fpn(self.backbone(pixels)[-4:])
 
 # %% ../nbs/11_backbones.ipynb #c023

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'Variant', 'nearest', 'find_variant', 'Frames', 'seed_at', 'seed_everything', 'pick_device',
            'pick_precision', 'check_parameters', 'declared_in', 'guard', 'atomically', 'write_json', 'fingerprint',
-           'open_run', 'runs_folder', 'cache_dir', 'versions', 'machine']
+           'open_run', 'runs_folder', 'printable', 'cache_dir', 'versions', 'machine']
 
 # %% ../nbs/00_core.ipynb #c002
 import ast, contextlib, difflib, hashlib, json, os, platform, random, shutil, tempfile, typing
@@ -255,6 +255,12 @@ def fingerprint(settings: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:
+    "Nested settings as one mapping with dotted names."
+    return {k: v for name, value in settings.items()
+            for k, v in (_flat(value, f"{prefix}{name}.").items() if isinstance(value, Mapping) else [(f"{prefix}{name}", value)])}
+
+
 def open_run(runs: str | Path, recipe: str, variant: str, stage: str,
              settings: Mapping[str, object],  # what changes the result
              resume: bool = True              # False: start anew, removing what is there
@@ -264,8 +270,8 @@ def open_run(runs: str | Path, recipe: str, variant: str, stage: str,
     if not resume and folder.exists(): shutil.rmtree(folder)
     mark, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if mark.exists():
-        old = json.loads(mark.read_text())
-        diff = [f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
+        old, new = _flat(json.loads(mark.read_text())), _flat(settings)
+        diff = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
         if diff: raise ValueError(f"{folder} holds a run with other settings ({'; '.join(diff)}): pass resume=False to replace it, or another `runs`")
     else: write_json(mark, settings)
     return folder
@@ -276,7 +282,13 @@ def runs_folder(runs: str | Path) -> Path:
     root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd().parent
     return Path(runs) if Path(runs).is_absolute() else ((root if (root / "settings.ini").exists() else Path.cwd()) / runs)
 
-# %% ../nbs/00_core.ipynb #c042
+# %% ../nbs/00_core.ipynb #c040
+def printable(path: Path) -> str:
+    "A path as it is printed: from the root of the checkout where it lies in it."
+    root = runs_folder("runs").parent
+    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+
+# %% ../nbs/00_core.ipynb #c043
 def cache_dir() -> Path:
     "Folder for generated data: `$ESAM3_CACHE` or `~/.cache/esam3`."
     return Path(os.environ.get("ESAM3_CACHE") or Path.home() / ".cache" / "esam3")

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .core import atomically, fingerprint, find_variant, machine, open_run, runs_folder, versions, write_json
+from .core import atomically, fingerprint, find_variant, machine, open_run, printable, runs_folder, versions, write_json
 from .data import ImageBatch, augment, collate_images, draw, load_recipe, open_dataset, rng_at
 from .heldout import prompt_scores
 from .losses import distill_loss, feature_errors, task_terms
@@ -125,7 +125,7 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     big = load_teacher(name)
     folder, settings = open_stage(1, recipe, find_variant(variant).name, name, schedule, seed, runs, resume, weights=weights)
     if (folder / "report.json").exists(): return folder
-    print(f"stage 1 of {variant}: {schedule.steps} steps of {schedule.batch_size} pictures; writing to {folder}")
+    print(f"stage 1 of {variant}: {schedule.steps} steps of {schedule.batch_size} pictures; writing to {printable(folder)}")
     torch.manual_seed(seed)
     small = build_student(variant, big, memory="dense", weights=weights)
     held = open_dataset(recipe, "held_out", "images") if "held_out" in recipe["splits"] else None

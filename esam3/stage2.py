@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .core import fingerprint, find_variant, runs_folder, versions
+from .core import fingerprint, find_variant, printable, runs_folder, versions
 from .data import ClipBatch, collate_clips, draw, load_recipe, open_dataset, rng_at
 from .heldout import clip_scores, first_frame, look
 from .losses import mask_loss, score_loss, soft_target, task_terms
@@ -38,7 +38,7 @@ def stage1_student(variant: str, recipe: Mapping, student: str, runs: str, **sta
     if not (folder / "report.json").exists():
         if not recipe["root"].startswith("toyworld"):
             raise FileNotFoundError(f"no stage-1 student in {folder}: run first\n  papermill nbs/10_stage1.ipynb out1.ipynb -p variant {variant} -p recipe {name}")
-        print(f"no stage-1 student in {folder}: running stage 1 first")
+        print(f"no stage-1 student in {printable(folder)}: running stage 1 first")
         run_stage1(variant, name, runs=runs, **stage1)
     return folder / "student"
 
@@ -160,7 +160,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     stage1 = json.loads((base.parent / "report.json").read_text())["fingerprint"] if (base.parent / "report.json").exists() else str(base)
     folder, settings = open_stage(2, recipe, find.name, name, schedule, seed, runs, resume, memory=memory, distill=distill, student=stage1)
     if (folder / "report.json").exists(): return folder
-    print(f"stage 2 of {variant}: {schedule.steps} steps of {schedule.batch_size} clips; writing to {folder}")
+    print(f"stage 2 of {variant}: {schedule.steps} steps of {schedule.batch_size} clips; writing to {printable(folder)}")
     torch.manual_seed(seed)
     small = give_memory(EfficientSam3.from_pretrained(base), memory, schedule).eval()
     held = open_dataset(recipe, "held_out", "clips") if "held_out" in recipe["splits"] else None
