@@ -187,7 +187,8 @@ def pick_device() -> torch.device:
 
 
 def pick_precision(device: torch.device) -> str:
-    "Accelerate's `mixed_precision` for a device: bf16 from compute capability 8, fp16 below, none on a CPU."
+    "Accelerate's `mixed_precision` for a device: bf16 where the hardware has it (compute capability 8; a CPU's AVX-512 BF16 or AMX), fp16 on older cards, else none."
+    if device.type == "cpu": return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
     if device.type != "cuda": return "no"
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 

@@ -34,16 +34,17 @@ def rng_at(seed: int, step: int, rank: int = 0) -> np.random.Generator:
 
 # %% ../nbs/02_data.ipynb #c010
 @lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, length: int) -> np.ndarray: return rng_at(seed, -1 - epoch).permutation(length)
+def _epoch(seed: int, epoch: int, rank: int, length: int) -> np.ndarray: return rng_at(seed, -1 - epoch, rank).permutation(length)
 
 
 def sample_indices(seed: int, step: int,
                    rank: int, world: int,    # this process, and how many there are
                    batch: int, length: int   # samples a rank draws each step; in the data set
                    ) -> np.ndarray:          # [batch] int64
-    "What one rank draws at one step; in an epoch all ranks together draw each sample once."
-    place = (step * world + rank) * batch + np.arange(batch)
-    return np.array([_epoch(seed, int(p) // length, length)[p % length] for p in place])
+    "What one rank draws at one step: always of its own share of the data set, every `world`-th sample; in an epoch each once."
+    if length < world: rank, world = 0, 1
+    own, place = len(range(rank, length, world)), step * batch + np.arange(batch)
+    return np.array([rank + world * _epoch(seed, int(p) // own, rank, own)[p % own] for p in place])
 
 # %% ../nbs/02_data.ipynb #c014
 def draw(dataset: Any,           # a reader
@@ -240,7 +241,7 @@ RECIPES = Path(inspect.getfile(Frames)).parents[1] / "data_recipes"
 READERS = {"sa1b": Sa1b, "sav": SaV, "davis": Davis, "saco_images": SaCoImages, "saco_video": SaCoVideo}
 KINDS = ("images", "clips", "concept_images", "concept_clips")
 DEFAULTS = {"name": "", "about": "", "licence": "", "download": "", "root": "", "teacher": "facebook/sam3", "after": "",
-            "splits": {}, "sampling": {}, "augment": {}, "stages": {}}
+            "splits": {}, "sampling": {}, "augment": {}, "stages": {}, "ranks": 1}
 SAMPLING = {"instances": 16, "tracks": 8, "phrases": 0, "frames": [4, 8]}  # the paper's; 0: all
 
 

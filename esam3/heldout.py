@@ -7,10 +7,12 @@ __all__ = ['CONTROLS', 'look', 'prompt_scores', 'concept_scores', 'first_frame',
 
 # %% ../nbs/06_heldout.ipynb #c003
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -33,6 +35,15 @@ def _sides(model: Sam3, other: int = 128) -> tuple[int, int]:
     return (model.image_size, other) if model.frame == "teacher" else (other, model.image_size)
 
 # %% ../nbs/06_heldout.ipynb #c006
+def _rows(score: Callable[[range], list], count: int, size: int, desc: str, shared: bool) -> list:
+    "`score` of samples 0…count-1, `size` at a time, in order; `shared`: every rank calls this and does its part."
+    ranks = PartialState() if shared else None
+    parts = [range(k, min(k + size, count)) for k in range(0, count, size)]
+    mine = parts[ranks.process_index::ranks.num_processes] if shared else parts
+    done = [(part.start, score(part)) for part in tqdm(mine, desc=desc, leave=False, disable=shared and not ranks.is_main_process)]
+    return [row for _, rows in sorted(gather_object(done) if shared else done, key=lambda d: d[0]) for row in rows]
+
+# %% ../nbs/06_heldout.ipynb #c008
 def _iou(frames: Frames, frame: str, logits: Tensor, image: Tensor, truth: Sequence[Tensor]) -> list[float]:
     "IoU in the source pictures of logits [N, h, w] with the masks of their pictures, in the order of the N."
     out = []
@@ -42,13 +53,10 @@ def _iou(frames: Frames, frame: str, logits: Tensor, image: Tensor, truth: Seque
 
 
 @torch.no_grad()
-def prompt_scores(model: Sam3, reader, count: int = 0, size: int = 20) -> dict:
-    "`miou_box`, `miou_point`, `miou_point_refined` over things, and the same `by_count` of things in the picture."
-    rows = []
-    for start in tqdm(range(0, count or len(reader), size), desc="prompts", leave=False):
-        samples = [reader.read(i) for i in range(start, min(start + size, count or len(reader)))]
-        rows += _prompt_rows(model, collate_images(samples, *_sides(model), max_instances=0))
-    table = np.array(rows)
+def prompt_scores(model: Sam3, reader, count: int = 0, size: int = 20, shared: bool = False) -> dict:
+    "`miou_box`, `miou_point`, `miou_point_refined` over things, and the same `by_count` of things in the picture. `shared`: by all ranks together."
+    score = lambda part: _prompt_rows(model, collate_images([reader.read(i) for i in part], *_sides(model), max_instances=0))
+    table = np.array(_rows(score, count or len(reader), size, "prompts", shared))
     names = ("miou_box", "miou_point", "miou_point_refined")
     mean = lambda part: {n: float(v) for n, v in zip(names, part[:, 1:].mean(0))}
     return {**mean(table), "by_count": {int(c): mean(table[table[:, 0] == c]) for c in np.unique(table[:, 0])}}
@@ -67,7 +75,7 @@ def _prompt_rows(model: Sam3, batch: ImageBatch) -> list[tuple[float, ...]]:
     things = [float(len(batch.masks[b])) for b in image.tolist()]
     return list(zip(things, *(_iou(frames, frame, a, image, batch.masks) for a in answers)))
 
-# %% ../nbs/06_heldout.ipynb #c010
+# %% ../nbs/06_heldout.ipynb #c012
 def _kept(masks: np.ndarray, scores: np.ndarray) -> np.ndarray:
     "Greedy mask NMS at IoU ½: indices of candidates to keep, best first."
     kept: list[int] = []
@@ -103,7 +111,7 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
             "presence_acc": float(np.mean(sum(right.values(), []))), "specificity_hard": float(np.mean(hard)),
             **{f"{'recall' if k == 'positive' else 'specificity'}_{k}": float(np.mean(v)) for k, v in sorted(right.items())}}
 
-# %% ../nbs/06_heldout.ipynb #c013
+# %% ../nbs/06_heldout.ipynb #c015
 CONTROLS = ("copy", "first_box", "pointers_only")
 
 
@@ -142,16 +150,16 @@ def _track_rows(model: Sam3, run: Track, batch: ClipBatch) -> list[tuple[float, 
         rows.append((np.mean(js) if js else np.nan, np.mean(fs) if fs else np.nan, float((run.object_logits[n][gone] <= 0).float().mean()) if gone.any() else np.nan))
     return rows
 
-
+# %% ../nbs/06_heldout.ipynb #c016
 @torch.no_grad()
-def clip_scores(model: Sam3, reader, controls: Sequence[str] = CONTROLS, count: int = 0, size: int = 4) -> dict[str, dict[str, float]]:
-    "`J`, `F`, `J&F`, `absent_acc` of the tracker (`track`) and of each control."
-    rows = defaultdict(list)
-    for start in tqdm(range(0, count or len(reader), size), desc="clips", leave=False):
-        batch = collate_clips([reader.read(i) for i in range(start, min(start + size, count or len(reader)))], *_sides(model), tracks=0)
-        for name, run in _runs(model, look(model, batch), batch, controls).items(): rows[name] += _track_rows(model, run, batch)
+def clip_scores(model: Sam3, reader, controls: Sequence[str] = CONTROLS, count: int = 0, size: int = 4, shared: bool = False) -> dict[str, dict[str, float]]:
+    "`J`, `F`, `J&F`, `absent_acc` of the tracker (`track`) and of each control. `shared`: by all ranks together."
+    def score(part: range) -> list[tuple]:
+        batch = collate_clips([reader.read(i) for i in part], *_sides(model), tracks=0)
+        return [(name, row) for name, run in _runs(model, look(model, batch), batch, controls).items() for row in _track_rows(model, run, batch)]
+    rows = _rows(score, count or len(reader), size, "clips", shared)
     out = {}
-    for name, r in rows.items():
-        j, f, a = np.nanmean(np.array(r), 0)
-        out[name] = {"J": float(j), "F": float(f), "J&F": float((j + f) / 2), "absent_acc": float(a)}
+    for name in ("track", *controls):
+        j, f, a = map(float, np.nanmean(np.array([row for who, row in rows if who == name]), 0))
+        out[name] = {"J": j, "F": f, "J&F": (j + f) / 2, "absent_acc": a}
     return out

@@ -213,6 +213,19 @@ class SpatialPerceiver(nn.Module):
         return torch.zeros(len(self.latent_xy(height, width)))
 
 # %% ../nbs/21_perceiver.ipynb #c039
+@torch.no_grad()
+def _start_as_pooling(self: SpatialPerceiver) -> SpatialPerceiver:
+    "Begin near average pooling: a latent is about the mean of its normalised cells. Returns itself."
+    for kind, _ in self.kinds(): kind.latents.mul_(0.2)
+    for layer in {*self.layers, *(self.local_layers or ())}:
+        nn.init.eye_(layer.cross_attention.v_proj.weight)
+        layer.cross_attention.o_proj.weight.copy_(torch.eye(len(layer.cross_attention.o_proj.weight)) / len(self.layers))
+        for branch in (layer.mlp.down_proj, layer.self_mlp.down_proj, layer.self_attention.o_proj): branch.weight.mul_(0.1)
+    return self
+
+SpatialPerceiver.start_as_pooling = _start_as_pooling
+
+# %% ../nbs/21_perceiver.ipynb #c042
 def _from_edgetam(cls, module: nn.Module) -> SpatialPerceiver:
     "Copy a `transformers` EdgeTAM resampler (or a model that holds one as `spatial_perceiver`), all weights, to compute as it does."
     module = getattr(module, "spatial_perceiver", module)
@@ -228,7 +241,7 @@ def _from_edgetam(cls, module: nn.Module) -> SpatialPerceiver:
 
 SpatialPerceiver.from_edgetam = classmethod(_from_edgetam)
 
-# %% ../nbs/21_perceiver.ipynb #c043
+# %% ../nbs/21_perceiver.ipynb #c046
 @torch.no_grad()
 def _attention(self: SpatialPerceiver, x: Tensor, pos: Tensor, layer: int = -1) -> Tensor:
     "Cross-attention of layer `layer` as maps [B, K, H, W], global latents first; each map sums to 1, a local latent's is zero outside its window."
@@ -243,7 +256,7 @@ def _attention(self: SpatialPerceiver, x: Tensor, pos: Tensor, layer: int = -1) 
 
 SpatialPerceiver.attention = _attention
 
-# %% ../nbs/21_perceiver.ipynb #c046
+# %% ../nbs/21_perceiver.ipynb #c049
 class DenseMemory(nn.Module):
     "Every cell of the map is a token, row by row: the teacher's memory."
     def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +271,7 @@ class DenseMemory(nn.Module):
         "Bias of each token's attention logit [H*W]: zero."
         return torch.zeros(height * width)
 
-# %% ../nbs/21_perceiver.ipynb #c047
+# %% ../nbs/21_perceiver.ipynb #c050
 class AveragePooling(nn.Module):
     "Mean of each window; `grid` (rows, columns) or, with None, windows of 2 x 2 cells (EfficientTAM)."
     def __init__(self, grid: tuple[int, int] | None = None):

@@ -86,7 +86,7 @@ class StudentVision(Sam3PreTrainedModel):
     def __init__(self, config: EfficientSam3Config):
         super().__init__(config.detector_config.vision_config)
         hidden = self.config.fpn_hidden_size
-        self.encoder = Encoder(find_variant(config.variant).backbone, hidden, config.widths)
+        self.encoder = Encoder(find_variant(config.variant).backbone, hidden, config.widths, config.image_size)
         self.sine = Sam3SinePositionEmbedding(num_position_features=hidden // 2, normalize=True)
 
     def _init_weights(self, module: nn.Module) -> None:

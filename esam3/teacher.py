@@ -49,13 +49,14 @@ class MaskSet:
     iou: Tensor            # [N, M] predicted IoU
     object_logits: Tensor  # [N] > 0: the object is in the picture
     pointers: Tensor       # [N, M, C] object pointers, gated
+    read: Tensor | None = None  # [N, C, g, g] the map they were decoded from, when it has read memory
 
     def best(self) -> tuple[Tensor, Tensor, Tensor]:
         "Mask [N, 4g, 4g], IoU [N] and pointer [N, C] of the mask with the highest predicted IoU."
         n, k = torch.arange(len(self.iou), device=self.iou.device), self.iou.argmax(1)
         return self.masks[n, k], self.iou[n, k], self.pointers[n, k]
 
-
+# %% ../nbs/03_teacher.ipynb #c006
 @dataclass
 class Memory:
     "What is remembered of one frame, for N objects."
@@ -93,7 +94,7 @@ class Detections:
 
     def scores(self) -> Tensor: return self.logits.sigmoid() * self.presence.sigmoid()[..., None]
 
-# %% ../nbs/03_teacher.ipynb #c007
+# %% ../nbs/03_teacher.ipynb #c008
 def _rotation(attention: nn.Module, xy: Tensor) -> tuple[Tensor, Tensor]:
     "Cosine and sine [1, K, C] for tokens at grid coordinates `xy` [K, 2]; NaN: identity."
     cos, sin = attention.rotary_emb(xy, xy.nan_to_num(0.0))
@@ -128,7 +129,7 @@ def read_memory(attention: nn.Module,  # the tracker's memory attention
         x = x + layer.dropout3(y)
     return attention.layer_norm(x)
 
-# %% ../nbs/03_teacher.ipynb #c009
+# %% ../nbs/03_teacher.ipynb #c010
 NO_OBJECT = -1024.0  # the library's logit for "no object here"
 
 
@@ -154,7 +155,7 @@ class Sam3(Sam3VideoModel):
         "Sine position encoding [N, C, g, g] of a map."
         return self.sine(like.shape[-4:], like.device, like.dtype)[:1].expand(len(like), -1, -1, -1)
 
-# %% ../nbs/03_teacher.ipynb #c011
+# %% ../nbs/03_teacher.ipynb #c012
 def _encode(self: Sam3, pixels: Tensor) -> Features:
     "Features of `pixels` [B, 3, S, S], normalised as the model expects."
     seen = self.detector_model.vision_encoder(pixels)
@@ -166,7 +167,7 @@ def _encode(self: Sam3, pixels: Tensor) -> Features:
 
 Sam3.encode = _encode
 
-# %% ../nbs/03_teacher.ipynb #c013
+# %% ../nbs/03_teacher.ipynb #c014
 def _prompt_tokens(self: Sam3, seen: Features, concepts: Concepts) -> tuple[Tensor, Tensor]:
     "Text and exemplar tokens [N, T, C] and which of them count [N, T]."
     d = self.detector_model
@@ -201,7 +202,7 @@ def _detect(self: Sam3, features: Features, concepts: Concepts, all_layers: bool
 
 Sam3._prompt_tokens, Sam3.detect = _prompt_tokens, _detect
 
-# %% ../nbs/03_teacher.ipynb #c015
+# %% ../nbs/03_teacher.ipynb #c016
 def _embed_prompts(self: Sam3, prompts: Prompts) -> tuple[Tensor, Tensor]:
     "Sparse [N, 1, P', C] and dense [N, C, g, g] prompt embeddings, as the library makes them."
     t, points, labels = self.tracker_model, prompts.points - 0.5, prompts.labels
@@ -222,7 +223,7 @@ def _decode(self: Sam3, features: Features, prompts: Prompts, conditioned: Tenso
         sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=prompts.multimask, high_resolution_features=[fine, middle])
     masks, iou, tokens, seen = masks[:, 0], iou[:, 0], tokens[:, 0], seen.view(-1)
     pointers = torch.where((seen > 0)[:, None, None], t.object_pointer_proj(tokens), t.no_object_pointer)
-    return MaskSet(masks, iou, seen, pointers.expand(-1, masks.shape[1], -1))
+    return MaskSet(masks, iou, seen, pointers.expand(-1, masks.shape[1], -1), conditioned)
 
 
 def gate(masks: Tensor, object_logits: Tensor) -> Tensor:
@@ -232,7 +233,7 @@ def gate(masks: Tensor, object_logits: Tensor) -> Tensor:
 
 Sam3._embed_prompts, Sam3.decode = _embed_prompts, _decode
 
-# %% ../nbs/03_teacher.ipynb #c017
+# %% ../nbs/03_teacher.ipynb #c018
 def _remember(self: Sam3, features: Features,
               image: Tensor,          # [N] picture of each object
               masks: Tensor,          # [N, h, w] gated logits (4g × 4g, or the frame's own size)
@@ -264,7 +265,7 @@ def _memory_xy(self: Sam3) -> Tensor:
 
 Sam3.remember, Sam3.compress, Sam3.memory_xy = _remember, _compress, _memory_xy
 
-# %% ../nbs/03_teacher.ipynb #c019
+# %% ../nbs/03_teacher.ipynb #c020
 def _pointer_tokens(self: Sam3, bank: Bank) -> tuple[Tensor, Tensor]:
     "Pointers of a bank as tokens [N, P·C/64, 64] and their temporal encodings."
     t, width = self.tracker_model, self.tracker_model.mem_dim
@@ -291,7 +292,7 @@ def _recall(self: Sam3, features: Features, image: Tensor, bank: Bank) -> Tensor
 
 Sam3._pointer_tokens, Sam3.recall = _pointer_tokens, _recall
 
-# %% ../nbs/03_teacher.ipynb #c021
+# %% ../nbs/03_teacher.ipynb #c022
 def _concepts(self: Sam3, phrases: Sequence[str | None], image: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
     "Concepts for phrases (None: exemplars only) on pictures `image` [N]; boxes [N, E, 4] cx, cy, w, h as fractions, labels [N, E]."
     words = self.tokenizer([(p or "visual").lower() for p in phrases], padding="longest", truncation=True, max_length=32, return_tensors="pt").to(image.device)
@@ -300,7 +301,7 @@ def _concepts(self: Sam3, phrases: Sequence[str | None], image: Tensor, boxes: T
 
 Sam3.concepts = _concepts
 
-# %% ../nbs/03_teacher.ipynb #c023
+# %% ../nbs/03_teacher.ipynb #c024
 ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../esam3/assets")
 
 

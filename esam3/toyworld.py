@@ -9,10 +9,16 @@ __all__ = ['COLORS', 'SHAPES', 'PATTERNS', 'LONG', 'SHORTS', 'VISIBLE', 'SPLITS'
            'held_out']
 
 # %% ../nbs/01_toyworld.ipynb #c003
-import io, json, math, tarfile
+import io, json, math, os, sys, tarfile, time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -125,7 +131,7 @@ def place(thing: Thing, t: float, width: int, height: int) -> tuple[tuple[slice,
     u, v = (math.cos(a) * dx + math.sin(a) * dy) / r, (math.cos(a) * dy - math.sin(a) * dx) / r
     return (slice(y0, max(y0, y1)), slice(x0, max(x0, x1))), inside_shape(thing.shape, u, v), u, v
 
-
+# %% ../nbs/01_toyworld.ipynb #c013
 def draw(scene: Scene, t: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Picture uint8 [H, W, 3], visible masks bool [N, H, W] and areas [N] in px before occlusion, at time `t` (annotated frames)."
     picture, masks = _ground(scene, t), np.zeros((len(scene.things), scene.height, scene.width), bool)
@@ -138,7 +144,7 @@ def draw(scene: Scene, t: float, rng: np.random.Generator) -> tuple[np.ndarray, 
     picture += rng.standard_normal(picture.shape, dtype=np.float32) * scene.noise
     return picture.clip(0, 255).astype(np.uint8), masks, areas
 
-# %% ../nbs/01_toyworld.ipynb #c014
+# %% ../nbs/01_toyworld.ipynb #c015
 LONG, SHORTS = 128, (96, 104, 112, 120)  # sides of a picture, px: never square
 VISIBLE = 0.5                            # least part of a thing that may be seen in a still picture
 
@@ -169,7 +175,7 @@ def _pool(rng: np.random.Generator) -> list[tuple[str, str, str]]:
     if rng.random() < 0.5: pool[1] = (pool[0][0], str(rng.choice([s for s in SHAPES if s != pool[0][1]])), pool[0][2])
     return pool
 
-# %% ../nbs/01_toyworld.ipynb #c015
+# %% ../nbs/01_toyworld.ipynb #c016
 def sample_picture(rng: np.random.Generator,
                    count: int | None = None  # number of things; one to five uniformly when missing
                    ) -> tuple[np.ndarray, np.ndarray, list[Thing]]:
@@ -187,7 +193,7 @@ def sample_picture(rng: np.random.Generator,
         picture, masks, areas = draw(scene, 0, rng)
         if (masks.sum((1, 2)) >= VISIBLE * areas).all(): return picture, masks, scene.things
 
-# %% ../nbs/01_toyworld.ipynb #c018
+# %% ../nbs/01_toyworld.ipynb #c019
 def _drift(rng: np.random.Generator, scene: Scene, thing: Thing) -> Thing:
     "Set a thing in motion."
     speed, a = rng.uniform(2, 7), rng.uniform(0, 6.28)
@@ -220,7 +226,7 @@ def _leave(rng: np.random.Generator, scene: Scene, thing: Thing, frames: int) ->
     thing.when = (float(rng.uniform(0.5, max(0.6, frames - 1 - away))), away)
     return thing
 
-
+# %% ../nbs/01_toyworld.ipynb #c020
 def sample_scene(rng: np.random.Generator, frames: int = 8, twins: bool | None = None, exits: bool | None = None) -> Scene:
     "A scene in motion for `frames` annotated frames; twins in half and exits in a third of the clips unless told."
     scene, pool = _blank(rng), _pool(rng)
@@ -242,7 +248,7 @@ def draw_clip(scene: Scene, frames: int, rng: np.random.Generator, every: int = 
     drawn = [draw(scene, t / every, rng) for t in range(frames * every)]
     return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn], 1)
 
-# %% ../nbs/01_toyworld.ipynb #c021
+# %% ../nbs/01_toyworld.ipynb #c023
 def matches(thing: Thing, phrase: str) -> bool:
     "Whether a thing is an instance of a phrase of the toy world."
     return all(w in ("thing", thing.color, thing.shape, thing.pattern) for w in phrase.split())
@@ -271,7 +277,7 @@ def sample_phrase(rng: np.random.Generator, things: list[Thing],
         if any(matches(t, text) for t in things) == (kind == "positive"): return text
     return None
 
-# %% ../nbs/01_toyworld.ipynb #c024
+# %% ../nbs/01_toyworld.ipynb #c026
 def _rle(mask: np.ndarray) -> dict:
     "COCO run-length encoding of one mask, JSON-ready."
     r = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -303,7 +309,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info.size = len(data)
     tar.addfile(info, io.BytesIO(data))
 
-# %% ../nbs/01_toyworld.ipynb #c026
+# %% ../nbs/01_toyworld.ipynb #c028
 def write_mp4(path: Path, frames: np.ndarray, rate: int = 24) -> None:
     "H.264 mp4 of uint8 [T, H, W, 3]; sides must be even."
     import av
@@ -327,7 +333,7 @@ def sav_record(name: str, masks: np.ndarray, every: int) -> dict:
             "masklet_first_appeared_frame": [float(s.argmax()) for s in seen], "masklet_frame_count": [t] * n,
             "masklet_edited_frame_count": [0] * n, "masklet_type": ["manual"] * n, "masklet_stability_score": [None] * n, "masklet_num": n}
 
-# %% ../nbs/01_toyworld.ipynb #c028
+# %% ../nbs/01_toyworld.ipynb #c030
 def saco_pair(pair: int, file_name: str, text: str, kind: str, masks: np.ndarray, first: int) -> tuple[dict, list[dict]]:
     "One (picture, phrase) entry and its annotations; `masks` [n, H, W] are the phrase's instances, `first` the next annotation id."
     h, w = masks.shape[1:]
@@ -356,7 +362,7 @@ def veval_file(clips: list[tuple[str, np.ndarray, list[tuple[str, np.ndarray]], 
                                            "bboxes": [c and [float(b) for b in rle.toBbox(c)] for c in codes], "areas": [c and float(f.sum()) for c, f in zip(codes, m)]})
     return out
 
-# %% ../nbs/01_toyworld.ipynb #c030
+# %% ../nbs/01_toyworld.ipynb #c032
 @dataclass(frozen=True)
 class Split:
     "How much of the toy world is written, and from which seed."
@@ -374,51 +380,76 @@ def _rng(split: Split, kind: str, number: int) -> np.random.Generator:
     return np.random.default_rng(seed_at(split.seed, number, {"picture": 0, "clip": 1, "long": 2}[kind]))
 
 
+def _end_with(parent: int) -> None:
+    "In a worker: end when the process that forked it does, even by kill -9."
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    Thread(target=watch, daemon=True).start()
+
+
+def _in_order(make: Callable[[int], Any], count: int) -> Iterator[Any]:
+    "make(0), make(1), … in this order, on all cores where processes can be forked."
+    if sys.platform != "linux" or count < 32: yield from map(make, range(count)); return
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), _end_with, (os.getpid(),)) as pool: yield from pool.map(make, range(count), chunksize=2)
+
+# %% ../nbs/01_toyworld.ipynb #c033
+def _picture(split: Split, number: int) -> tuple[np.ndarray, dict, bytes, list[tuple[str, str, np.ndarray]]]:
+    "A picture of a split: pixels, SA-1B record, JPEG, and three phrases (kind, text, instances): positive, easy negative, hard negative."
+    rng, phrases = _rng(split, "picture", number), []
+    picture, masks, things = sample_picture(rng, 1 + number % 5)
+    for kind in ("positive", "easy", "hard-shape" if number % 2 else "hard-other"):
+        text = next(filter(None, (sample_phrase(rng, things, kind) for _ in range(100))))
+        phrases.append((kind, text, masks[[matches(t, text) for t in things]]))
+    return picture, sa1b_record(number, picture, masks), _jpeg(picture), phrases
+
+
 def _write_pictures(folder: Path, split: Split, digest) -> None:
-    "SA-1B tar and SA-Co image JSON over the same pictures; three phrases each: positive, easy negative, hard negative."
+    "SA-1B tar and SA-Co image JSON over the same pictures."
     (folder / "saco" / "pictures").mkdir(parents=True)
     pairs, marks = [], []
     with tarfile.open(folder / "images.tar", "w") as tar:
-        for k in range(split.pictures):
-            rng = _rng(split, "picture", k)
-            picture, masks, things = sample_picture(rng, 1 + k % 5)
-            record, jpeg = sa1b_record(k, picture, masks), _jpeg(picture)
+        for k, (picture, record, jpeg, phrases) in enumerate(_in_order(partial(_picture, split), split.pictures)):
             _add(tar, f"sa_{k:06d}.jpg", jpeg); _add(tar, f"sa_{k:06d}.json", json.dumps(record).encode())
             (folder / "saco" / "pictures" / f"sa_{k:06d}.jpg").write_bytes(jpeg)
-            for kind in ("positive", "easy", "hard-shape" if k % 2 else "hard-other"):
-                text = next(filter(None, (sample_phrase(rng, things, kind) for _ in range(100))))
-                image, found = saco_pair(len(pairs), f"pictures/sa_{k:06d}.jpg", text, kind, masks[[matches(t, text) for t in things]], len(marks))
+            for kind, text, instances in phrases:
+                image, found = saco_pair(len(pairs), f"pictures/sa_{k:06d}.jpg", text, kind, instances, len(marks))
                 pairs.append(image); marks += found
             digest.update(picture.tobytes() + json.dumps(record).encode())
     write_json(folder / "saco" / "images.json", {"info": {"description": "toy world"}, "images": pairs, "annotations": marks, "categories": [{"id": 1, "name": "object"}]})
     digest.update(json.dumps([pairs, marks]).encode())
 
+# %% ../nbs/01_toyworld.ipynb #c034
+def _clip(folder: Path, split: Split, kind: str, frames: int, number: int) -> tuple[bytes, dict, tuple]:
+    "Write a clip's mp4 and JSON, and a long one's annotated frames; its pixels, its record, and what `veval_file` takes."
+    rng = _rng(split, kind, number)
+    scene = sample_scene(rng, frames, twins=number % 2 == 0, exits=number % 3 == 0)
+    pictures, masks = draw_clip(scene, frames, rng, EVERY)
+    name, masks = f"toy_{number:06d}", masks[:, ::EVERY]
+    write_mp4(folder / f"{name}.mp4", pictures)
+    record = sav_record(name, masks, EVERY)
+    write_json(folder / f"{name}_manual.json", record)
+    if kind != "long": return pictures.tobytes(), record, ()
+    texts = {sample_phrase(rng, scene.things, w) for w in ("positive", "positive", "easy", "hard-shape")} - {None}
+    pairs = [(p, [i for i, t in enumerate(scene.things) if matches(t, p)]) for p in sorted(texts)]
+    files = [f"{name}/{i * EVERY:05d}.jpg" for i in range(frames)]
+    (folder / name).mkdir()
+    for f, picture in zip(files, pictures[::EVERY]): (folder / f).write_bytes(_jpeg(picture))
+    return pictures.tobytes(), record, (name, masks, pairs, files)
+
 
 def _write_clips(folder: Path, split: Split, kind: str, count: int, frames: int, digest) -> None:
-    "SA-V pairs (mp4 + JSON), and SA-Co/VEval JSON with the annotated frames as JPEG for the long clips."
+    "SA-V pairs (mp4 + JSON), and SA-Co/VEval JSON of the long clips."
     (folder / kind).mkdir(parents=True)
     clips = []
-    for k in range(count):
-        rng = _rng(split, kind, k)
-        scene = sample_scene(rng, frames, twins=k % 2 == 0, exits=k % 3 == 0)
-        pictures, masks = draw_clip(scene, frames, rng, EVERY)
-        name, masks = f"toy_{k:06d}", masks[:, ::EVERY]
-        write_mp4(folder / kind / f"{name}.mp4", pictures)
-        record = sav_record(name, masks, EVERY)
-        write_json(folder / kind / f"{name}_manual.json", record)
-        digest.update(pictures.tobytes() + json.dumps(record).encode())
-        if kind == "long":
-            texts = {sample_phrase(rng, scene.things, w) for w in ("positive", "positive", "easy", "hard-shape")} - {None}
-            pairs = [(p, [i for i, t in enumerate(scene.things) if matches(t, p)]) for p in sorted(texts)]
-            files = [f"{name}/{i * EVERY:05d}.jpg" for i in range(frames)]
-            for f, picture in zip(files, pictures[::EVERY]):
-                (folder / kind / f).parent.mkdir(exist_ok=True); (folder / kind / f).write_bytes(_jpeg(picture))
-            clips.append((name, masks, pairs, files))
+    for pixels, record, clip in _in_order(partial(_clip, folder / kind, split, kind, frames), count):
+        digest.update(pixels + json.dumps(record).encode())
+        if clip: clips.append(clip)
     if clips:
         write_json(folder / kind / "veval.json", veval_file(clips))
         digest.update(json.dumps([[c[2], c[3]] for c in clips]).encode())
 
-
+# %% ../nbs/01_toyworld.ipynb #c035
 def toyworld(split: str = "train") -> Path:
     """Folder of a split of the toy world, written first if it is not in the cache.
 
@@ -440,7 +471,7 @@ def toyworld(split: str = "train") -> Path:
 
 VERSION = 1  # of the drawing: change it when a picture changes
 
-# %% ../nbs/01_toyworld.ipynb #c033
+# %% ../nbs/01_toyworld.ipynb #c038
 HELD_OUT_DIGEST = "fcdcec2ba7cbd96fea4221db06f4ba7014ceadfa9d6fddc261a4b7cd40e59b73"
 
 

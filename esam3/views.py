@@ -86,7 +86,7 @@ def clip_strip(images: Sequence[np.ndarray],                  # T × uint8 [H, W
     "One row for each tracker, each over the pictures; `role` gives a row's colour."
     shown = np.linspace(0, len(images) - 1, min(columns, len(images))).round().astype(int)
     h, w = images[0].shape[:2]
-    fig, axes = plt.subplots(len(masks), len(shown), figsize=(1.15 * len(shown), 1.2 * len(masks) * h / w + 0.2), dpi=75, squeeze=False)
+    fig, axes = plt.subplots(len(masks), len(shown), figsize=(1.15 * len(shown), (1.2 * h / w + 0.2) * len(masks)), dpi=75, squeeze=False)
     for row, (title, of) in zip(axes, masks.items()):
         for ax, t in zip(row, shown): picture(ax, images[t], f"{title}, frame {t}" if t == shown[0] else ""); outline(ax, of[t], role[title])
     fig.tight_layout(pad=0.2)
@@ -107,12 +107,12 @@ def curves(folder: str | Path, names: Sequence[str] = ("loss",), smooth: int = 2
 
 def bars(scores: Mapping[str, Mapping[str, float]], keys: Sequence[str], title: str = "") -> Figure:
     "Grouped bars: one group for each key, one bar for each row of a table of scores."
-    fig, ax = plt.subplots(figsize=(1.2 + 1.3 * len(keys), 2.1), dpi=75)
+    fig, ax = plt.subplots(figsize=(2.2 + 1.3 * len(keys), 2.1), dpi=75)
     for i, (name, row) in enumerate(scores.items()):
         x = np.arange(len(keys)) + (i - (len(scores) - 1) / 2) * 0.8 / len(scores)
         ax.bar(x, [row.get(k, np.nan) for k in keys], 0.75 / len(scores), label=name)
     ax.set_xticks(range(len(keys)), keys, fontsize=8); ax.tick_params(axis="y", labelsize=7); ax.set_title(title, fontsize=8)
-    ax.legend(fontsize=6, ncols=2); fig.tight_layout(pad=0.4)
+    ax.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1)); fig.tight_layout(pad=0.4)
     return fig
 
 

@@ -7,13 +7,13 @@ import torch
 from esam3.stage1 import run_stage1
 from esam3.stage2 import run_stage2
 
-RUN = {"recipe": "tiny", "steps": 3}
+RUN = {"variant": "es-ev-s", "recipe": "tiny", "steps": 3}
 
 
 @pytest.fixture
 def damaged(tmp_path):
     "The folder of a stage-1 run whose checkpoint is cut in half, after the error that says so."
-    state = tmp_path / "tiny" / "es-tv-s" / "stage1" / "state" / "last.pt"
+    state = tmp_path / "tiny" / "es-ev-s" / "stage1" / "state" / "last.pt"
     state.parent.mkdir(parents=True)
     torch.save({"step": 2, "task": {"w": torch.zeros(1000)}}, state)
     state.write_bytes(state.read_bytes()[:2000])
@@ -58,5 +58,5 @@ def test_weights_of_another_model(tmp_path, stage1_student):
     for f in stage1_student.iterdir(): (folder / f.name).symlink_to(f)
     (folder / "config.json").unlink()
     config = json.loads((stage1_student / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"variant": "es-ev-s"}))
-    with pytest.raises((ValueError, RuntimeError), match="es-ev-s|mismatch"): EfficientSam3.from_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"variant": "es-tv-s"}))
+    with pytest.raises((ValueError, RuntimeError), match="es-tv-s|mismatch"): EfficientSam3.from_pretrained(folder)
