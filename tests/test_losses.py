@@ -1,0 +1,211 @@
+"Every loss against numbers worked out by hand or the slow way; padding and teacher stay out of all of them."
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esam3.losses import (MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss, focal_loss, iou_head_loss,
+                          mask_iou, mask_loss, match_masks, pick_cells, relational_loss, score_loss, soft_target, task_terms)
+
+sigmoid = lambda x: 1 / (1 + math.exp(-x))
+softplus = lambda x: math.log1p(math.exp(-abs(x))) + max(x, 0)
+
+
+def slow_mask_loss(logits: np.ndarray, target: np.ndarray, valid: np.ndarray) -> float:
+    "Dice + 20 focal of one mask, cell by cell in plain Python."
+    cells = [(sigmoid(x), t, softplus(x) - x * t) for x, t, v in zip(logits.ravel().tolist(), target.ravel().tolist(), valid.ravel()) if v]
+    dice = sum(abs(p - t) for p, t, _ in cells) / (sum(p + t for p, t, _ in cells) + 1)
+    focal = sum((0.25 * t + 0.75 * (1 - t)) * (p - t) ** 2 * ce for p, t, ce in cells) / len(cells)
+    return dice + 20 * focal
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mask_loss_cell_by_cell(seed):
+    g = torch.Generator().manual_seed(seed)
+    logits, target = torch.randn(3, 5, 7, generator=g) * 3, torch.rand(3, 5, 7, generator=g)
+    valid = torch.rand(3, 5, 7, generator=g) > 0.3
+    slow = [slow_mask_loss(*(x.numpy() for x in m)) for m in zip(logits, target, valid)]
+    torch.testing.assert_close(mask_loss(logits, target, valid), torch.tensor(slow), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mask_loss(logits, target, valid), dice_loss(logits, target, valid) + 20 * focal_loss(logits, target, valid))
+
+
+def test_mask_terms_by_hand():
+    "Two cells of probability ¾ and ¼, targets 1 and ½: distances ¼ and ¼ over 2½ + 1; focal terms by the definition."
+    logits, target = torch.tensor([[math.log(3), -math.log(3)]]), torch.tensor([[1.0, 0.5]])
+    assert math.isclose(dice_loss(logits, target), 0.5 / 3.5, rel_tol=1e-5)
+    entropy = -0.5 * math.log(0.25) - 0.5 * math.log(0.75)
+    by_hand = (0.25 * (1 / 16) * -math.log(0.75) + 0.5 * (1 / 16) * entropy) / 2
+    assert math.isclose(focal_loss(logits, target), by_hand, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("masks", [1, 2, 3, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_matching_is_the_best_of_all_permutations(masks, padded):
+    g = torch.Generator().manual_seed(masks)
+    student, target = torch.randn(6, masks, 6, 5, generator=g) * 2, torch.rand(6, masks, 6, 5, generator=g)
+    valid = torch.arange(5).expand(6, 6, 5) < torch.tensor([1, 2, 3, 4, 5, 5])[:, None, None] if padded else None
+    found = match_masks(student, target, valid)
+    orders = list(itertools.permutations(range(masks)))
+    for n in range(6):
+        v = np.ones((6, 5), bool) if valid is None else valid[n].numpy()
+        cost = [[slow_mask_loss(student[n, s].numpy(), target[n, t].numpy(), v) for s in range(masks)] for t in range(masks)]
+        least = min(orders, key=lambda order: sum(cost[t][s] for t, s in enumerate(order)))
+        assert found[n].tolist() == list(least)
+
+
+def test_matching_looks_past_the_padding():
+    "In the padding the wrong mask fits better; on the picture the right one does."
+    target = torch.tensor([[[1.0, 0, 1]], [[0.0, 1, 0]]])[None]
+    student = 20 * torch.tensor([[[-1.0, 1, 1]], [[1.0, -1, -1]]])[None]
+    valid = torch.tensor([[[True, True, False]]])
+    assert match_masks(student, target, valid).tolist() == [[1, 0]]
+    assert distill_loss(student, 40 * (target - 0.5), valid) < 1e-5
+
+
+def test_each_pair_is_paid_for_once():
+    "The set's loss is the mean over matched pairs, and at a temperature both sides are divided by it."
+    teacher = torch.tensor([[[4.0, -4]], [[-4.0, 4]]])[None]
+    student = torch.tensor([[[-1.0, 3]], [[2.0, -2]]])[None]
+    for temperature in (1.0, 2.0):
+        pairs = [(student[0, 1], teacher[0, 0]), (student[0, 0], teacher[0, 1])]
+        by_hand = sum(slow_mask_loss((s / temperature).numpy(), (t / temperature).sigmoid().numpy(), np.ones((1, 2), bool)) for s, t in pairs) / 2
+        assert math.isclose(distill_loss(student, teacher, temperature=temperature), by_hand, rel_tol=1e-5)
+    hard = sum(slow_mask_loss(s.numpy(), (t > 0).float().numpy(), np.ones((1, 2), bool)) for s, t in pairs) / 2
+    assert math.isclose(distill_loss(student, teacher, temperature=0), hard, rel_tol=1e-5)
+
+
+def test_feature_errors_by_hand():
+    "Two channels: variances 1 and 4 around their means, mean 2½; errors 1 and 0, mean ½."
+    teacher = torch.tensor([[[[0.0, 2]], [[1.0, 5]]]])
+    student = teacher + torch.tensor([1.0, 0]).view(1, 2, 1, 1)
+    assert feature_errors([student, teacher], [teacher, teacher]).tolist() == pytest.approx([0.2, 0])
+    assert feature_loss([student, teacher], [teacher, teacher]).item() == pytest.approx(0.1)
+    assert feature_loss([student, teacher], [teacher, teacher], weights=[3, 1]).item() == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="map 1"): feature_errors([student, student[:, :1]], [teacher, teacher])
+
+
+def slow_relations(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    "Distances of all ordered pairs over their mean, and cosines of all ordered triples, of points [K, C]."
+    k = len(x)
+    far = np.array([np.linalg.norm(x[i] - x[j]) for i in range(k) for j in range(k) if i != j])
+    cosines = [(x[i] - x[j]) @ (x[m] - x[j]) / np.linalg.norm(x[i] - x[j]) / np.linalg.norm(x[m] - x[j]) for j, i, m in itertools.permutations(range(k), 3)]
+    return far / far.mean(), cosines
+
+
+def test_relations_point_by_point():
+    g = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 3, 2, 3, generator=g), torch.randn(2, 5, 2, 3, generator=g)
+    valid = torch.tensor([[[True] * 3] * 2, [[True, True, False]] * 2])
+    huber = lambda a, b: np.mean([d * d / 2 if d < 1 else d - 0.5 for d in np.abs(np.subtract(a, b))])
+    for n, v in enumerate(valid):
+        (ds, cs), (dt, ct) = (slow_relations(m[n][:, v].T.double().numpy()) for m in (student, teacher))
+        got = relational_loss(student, teacher, valid)[n].item(), relational_loss(student, teacher, valid, distance=2, angle=0)[n].item()
+        assert got == pytest.approx((huber(ds, dt) + 2 * huber(cs, ct), 2 * huber(ds, dt)), rel=1e-4)
+
+
+def test_relations_of_a_flat_map_keep_a_finite_gradient():
+    for flat in (torch.zeros(1, 4, 3, 3), torch.ones(1, 4, 3, 3), torch.tensor([0.0, 0, 1]).expand(1, 4, 3, 3)):
+        flat = flat.clone().requires_grad_()
+        relational_loss(flat, torch.randn(1, 4, 3, 3)).sum().backward()
+        assert flat.grad.isfinite().all()
+
+
+def test_attention_by_hand():
+    "Student: squares (1 + 3)/2 = 2 and (2 + 2)/2 = 2, so √½ twice; teacher: 3 and 4 of 5. Squared distance 2 − 2 · (3 + 4)/(5√2)."
+    student = torch.tensor([[[[1.0, 2**0.5]], [[3**0.5, 2**0.5]]]])
+    teacher = torch.tensor([3.0, 4.0]).sqrt().view(1, 1, 1, 2)
+    assert attention_loss(student, teacher).item() == pytest.approx(2 - 2 * 7 / (5 * 2**0.5), rel=1e-5)
+
+
+def test_contrast_candidate_by_candidate():
+    "Two pictures, the second with one valid cell: three candidates in all for each of the three cells."
+    g = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(2, 4, 1, 2, generator=g) for _ in range(2))
+    valid = torch.tensor([[[True, True]], [[False, True]]])
+    s, t = ([m[0, :, 0, 0], m[0, :, 0, 1], m[1, :, 0, 1]] for m in (student, teacher))
+    cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
+    costs = [-cosine(s[i], t[i]) / 0.5 + math.log(sum(math.exp(cosine(s[i], x) / 0.5) for x in t)) for i in range(3)]
+    assert contrastive_loss(student, teacher, valid, temperature=0.5).tolist() == pytest.approx([(costs[0] + costs[1]) / 2, costs[2]], rel=1e-4)
+
+
+def test_picked_cells_are_valid_different_and_even():
+    valid = torch.rand(2000, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5
+    valid[0] = False
+    cells, ok = pick_cells(torch.zeros(2000, 1, 4, 4), valid, 5, torch.Generator().manual_seed(1))
+    assert valid.flatten(1).gather(1, cells)[ok].all() and (ok.sum(1) == valid.sum((1, 2)).clamp(max=5)).all()
+    assert all(len(set(row.tolist())) == 5 for row in cells)
+    share = cells[ok].bincount(minlength=16) / ok.sum()
+    assert (share - 1 / 16).abs().max() < 0.01
+    again, _ = pick_cells(torch.zeros(2000, 1, 4, 4), valid, 5, torch.Generator().manual_seed(1))
+    assert torch.equal(again, cells)
+
+
+def test_iou_and_scores_by_hand():
+    masks = torch.tensor([[[[1.0, 1, -1, 9]], [[-1.0, -1, -1, 9]]]])
+    target, valid = torch.tensor([[[1.0, 0.6, 0.7, 0]]]), torch.tensor([[[True, True, True, False]]])
+    assert mask_iou(masks, target[:, None], valid[:, None]).tolist()[0] == pytest.approx([2 / 3, 0])
+    assert iou_head_loss(torch.tensor([[0.5, 0.25]]), masks, target, valid).item() == pytest.approx((1 / 6 + 1 / 4) / 2, rel=1e-5)
+    assert score_loss(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.3])).tolist() == pytest.approx([softplus(-2), softplus(-1) + 0.3])
+
+
+def test_task_teaches_the_best_mask_and_every_iou():
+    g = torch.Generator().manual_seed(0)
+    masks, target, iou = torch.randn(4, 3, 6, 6, generator=g), torch.rand(4, 6, 6, generator=g).round(), torch.rand(4, 3, generator=g)
+    scores, here = torch.tensor([1.0, -2, 0.5, 3]), torch.tensor([True, True, False, True])
+    terms = task_terms(masks, iou, scores, target, present=here)
+    whole = np.ones((6, 6), bool)
+    best = [min(slow_mask_loss(m.numpy(), t.numpy(), whole) for m in ms) for ms, t, h in zip(masks, target, here) if h]
+    real = [[((m > 0) & (t > 0)).sum() / ((m > 0) | (t > 0)).sum() for m in ms] for ms, t, h in zip(masks, target, here) if h]
+    assert terms["mask"].item() == pytest.approx(np.mean(best), rel=1e-4)
+    assert terms["iou"].item() == pytest.approx(np.abs(iou[here].numpy() - np.array(real)).mean(), rel=1e-4)
+    assert terms["score"].item() == pytest.approx(np.mean([softplus(-1.0), softplus(2.0), softplus(0.5), softplus(-3.0)]), rel=1e-4)
+
+
+MAPS = {"features": lambda s, t, v: feature_errors([s], [t], [v])[0], "attention": attention_loss,
+        **{name: lambda s, t, v, loss=loss: loss(s, t, v, generator=torch.Generator().manual_seed(0))
+           for name, loss in MAP_LOSSES.items() if name != "attention"}}
+MASKS = {"dice": lambda s, t, v: dice_loss(s, soft_target(t), v[:, None]), "focal": lambda s, t, v: focal_loss(s, soft_target(t), v[:, None]),
+         "set": distill_loss,
+         "task": lambda s, t, v: task_terms(s, s.mean((2, 3)) * 0 + 0.5, torch.zeros(2), soft_target(t)[:, 0], v)["mask"]}
+
+
+@pytest.mark.parametrize("name", [*MAPS, *MASKS])
+def test_padding_and_teacher_stay_out(name):
+    "Junk in the padding changes no value and gets no gradient; the teacher gets none anywhere; the student's picture does."
+    loss, g = {**MAPS, **MASKS}[name], torch.Generator().manual_seed(1)
+    student, teacher = (torch.randn(2, 3, 6, 6, generator=g) for _ in range(2))
+    valid = (torch.arange(6) < 4).expand(2, 6, 6).clone()
+    valid[1, 5:] = False
+    junk = lambda x, by: torch.where(valid[:, None], x, by)
+    def run(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        s, t = s.clone().requires_grad_(), t.clone().requires_grad_()
+        value = loss(s, t, valid).sum()
+        value.backward()
+        assert t.grad is None, "no gradient into the teacher"
+        return value.detach(), s.grad
+    value, grad = run(student, teacher)
+    other, _ = run(junk(student, torch.tensor(1e3)), junk(teacher, torch.tensor(-1e3)))
+    torch.testing.assert_close(value, other)
+    assert (grad.abs() * ~valid[:, None]).max() == 0 and (grad.abs().amax(1)[valid] > 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("name", ["relational", "attention", "contrastive"])
+def test_map_losses_fall_with_the_distance_to_the_teacher(name):
+    g = torch.Generator().manual_seed(2)
+    teacher, noise = torch.randn(4, 16, 8, 8, generator=g), torch.randn(4, 16, 8, 8, generator=g)
+    costs = [MAP_LOSSES[name](F.normalize(teacher + k * noise, dim=(1, 2, 3)), teacher).mean().item() for k in (0, 0.5, 2)]
+    assert costs[0] < costs[1] < costs[2]
+
+
+@pytest.mark.parametrize("name", [*MAPS, *MASKS])
+def test_float32_under_amp(name):
+    "Mixed precision is the networks' affair; the losses compute as without it."
+    loss, g = {**MAPS, **MASKS}[name], torch.Generator().manual_seed(4)
+    student, teacher = (torch.randn(2, 3, 6, 6, generator=g) for _ in range(2))
+    valid = torch.ones(2, 6, 6, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16): mixed = loss(student, teacher, valid)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, loss(student, teacher, valid))
