@@ -140,7 +140,7 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     small = build_student(variant, big, memory="dense", weights=weights)
     held = open_dataset(recipe, "held_out", "images") if "held_out" in recipe["splits"] else None
     task = Stage1(big, small, schedule)
-    groups = parameter_groups(small, TRAINS[1], schedule.lr)
+    groups = parameter_groups(small, TRAINS[1], schedule.lr, schedule.inherited)
     print_groups(groups)
     source = picture_source(recipe, schedule, (big.image_size, small.image_size), seed)
     timing = fit(task, source, groups, schedule, folder, seed, every=every)

@@ -251,7 +251,7 @@ def take_first_lesson(base: Path, task: Stage2, batch_at: Callable, period: int,
     "The first lesson, in place, on the first `period` batches again and again. `folder/lesson` holds its state and metrics."
     own = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr)
     lesson = FirstLesson(task.teacher if own.lambda2 else None, EfficientSam3.from_pretrained(base), task.student, task.wide, task.narrow)
-    return fit(lesson, lambda step, *of: batch_at(step % period, *of), parameter_groups(task.student, present(LESSON, task.student), own.lr), own, folder / "lesson", seed, every=every)
+    return fit(lesson, lambda step, *of: batch_at(step % period, *of), parameter_groups(task.student, present(LESSON, task.student), own.lr, own.inherited), own, folder / "lesson", seed, every=every)
 
 # %% ../nbs/20_stage2.ipynb #c032
 def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, lr: float = 0.0, student: str = "",
@@ -275,7 +275,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     task = Stage2(big, small, schedule)
     source, period = clip_source(recipe, schedule, (big.image_size, small.image_size), seed), -(-len(open_dataset(recipe, "train", "clips")) // schedule.batch_size)
     lesson = take_first_lesson(base, task, source, period, folder, seed, every) if schedule.lesson_steps else {"seconds": 0.0}
-    groups = parameter_groups(small, present(TRAINS[2], small), schedule.lr)
+    groups = parameter_groups(small, present(TRAINS[2], small), schedule.lr, schedule.inherited)
     print_groups(groups)
     timing = fit(task, source, groups, schedule, folder, seed, every=every)
     timing["lesson"], clock = lesson["seconds"], time.perf_counter()
