@@ -372,7 +372,7 @@ class Split:
     long_clips: int  # of 32 annotated frames
 
 
-SPLITS = {"train": Split(1, 3000, 720, 0), "held_out": Split(2, 500, 64, 32), "tiny": Split(3, 24, 6, 1)}
+SPLITS = {"train": Split(1, 3000, 480, 0), "held_out": Split(2, 500, 64, 32), "tiny": Split(3, 24, 6, 1)}
 EVERY = 4  # video frames to an annotated one (24 and 6 a second)
 
 
