@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EIGHT', 'KINDS', 'LESSON', 'stage1_student', 'give_memory', 'clip_source', 'Kept', 'EncodeOnce', 'first_prompts',
-           'latent_attention', 'Book', 'open_book', 'FirstLesson', 'Stage2', 'track_losses', 'ablations', 'present',
+           'latent_attention', 'present', 'Book', 'open_book', 'FirstLesson', 'Stage2', 'track_losses', 'ablations',
            'take_first_lesson', 'run_stage2', 'compare']
 
 # %% ../nbs/20_stage2.ipynb #c005
@@ -125,6 +125,11 @@ def latent_attention(student: EfficientSam3, narrow: Features, batch: ClipBatch)
     finally: hook.remove()
     with torch.no_grad(): return student.perceiver.attention(*inputs[-1])
 
+# %% ../nbs/20_stage2.ipynb #c0prs
+def present(groups: Mapping[str, tuple[str, float]], student: EfficientSam3) -> dict[str, tuple[str, float]]:
+    "The groups of a student: dense memory has no Perceiver to train."
+    return {k: v for k, v in groups.items() if k != "perceiver" or student.perceiver is not None}
+
 # %% ../nbs/20_stage2.ipynb #c024
 LESSON = {"perceiver": (r"^perceiver\.", 0.01), "reading": (r"^tracker_model\.(memory_attention|mask_decoder)\.", 0.01)}  # trained in the first lesson; weight decay
 
@@ -240,11 +245,6 @@ def ablations(variant: str) -> dict[str, dict]:
     "Committed figures of [29_ablation](29_ablation.ipynb) for a variant: dense memory, and no distillation. Each says in `from` that it is committed."
     path = ASSETS / "ablation_stage2.json"
     return json.loads(path.read_text()).get(variant, {}) if path.exists() else {}
-
-
-def present(groups: Mapping[str, tuple[str, float]], student: EfficientSam3) -> dict[str, tuple[str, float]]:
-    "The groups of a student: dense memory has no Perceiver to train."
-    return {k: v for k, v in groups.items() if k != "perceiver" or student.perceiver is not None}
 
 
 def take_first_lesson(base: Path, task: Stage2, batch_at: Callable, period: int, folder: Path, seed: int, every: int) -> dict[str, float]:
