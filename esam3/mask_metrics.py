@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 from scipy import ndimage
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .samples import Reported, palette_mask
 
@@ -28,12 +28,12 @@ def region_similarity(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/41_mask_metrics.ipynb #c009
 def outline(mask: np.ndarray) -> np.ndarray:
-    "Outline of one mask bool [H, W], one pixel wide, as the DAVIS evaluator draws it; of many at once where a pixel is unsigned and each bit a mask."
+    "Outline of one mask bool [H, W], one pixel wide, as the DAVIS evaluator draws it; of several at once where each bit of an int is one."
     m = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     here = m[:-1, :-1]
     return (here ^ m[:-1, 1:]) | (here ^ m[1:, :-1]) | (here ^ m[1:, 1:])
 
-# %% ../nbs/41_mask_metrics.ipynb #c012
+# %% ../nbs/41_mask_metrics.ipynb #c013
 def boundary_accuracy(pred: np.ndarray, true: np.ndarray, tolerance: float = 0.008) -> float:
     "F of one mask bool [H, W]; `tolerance` is a part of the diagonal (or px from 1 up)."
     reach = tolerance if tolerance >= 1 else math.ceil(tolerance * math.hypot(*pred.shape))
@@ -44,7 +44,7 @@ def boundary_accuracy(pred: np.ndarray, true: np.ndarray, tolerance: float = 0.0
     precision, recall = (p & near(t)).sum() / p.sum(), (t & near(p)).sum() / t.sum()
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
-# %% ../nbs/41_mask_metrics.ipynb #c018
+# %% ../nbs/41_mask_metrics.ipynb #c019
 def spread(planes: np.ndarray,  # [H, W] unsigned, a mask in each bit
            reach: int           # px
            ) -> np.ndarray:     # [H, W]
@@ -59,7 +59,7 @@ def spread(planes: np.ndarray,  # [H, W] unsigned, a mask in each bit
         near |= row[reach - dy:][:h] | row[reach + dy:][:h]
     return near
 
-# %% ../nbs/41_mask_metrics.ipynb #c021
+# %% ../nbs/41_mask_metrics.ipynb #c023
 def _tally(planes: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     "The combinations of `bits` masks that occur, bool [K, bits], and in how many pixels each does [K]."
     count = np.bincount(planes.ravel())
@@ -77,14 +77,14 @@ def _regions(planes: np.ndarray, n: int) -> np.ndarray:
 def _outlines(planes: np.ndarray, n: int, reach: int) -> np.ndarray:
     "F [n] of bit k (true) and bit n + k (predicted)."
     edge = outline(planes)
-    at = np.flatnonzero(edge)
+    at = np.flatnonzero(edge > 0)
     line, near = edge.ravel()[at], spread(edge, reach).ravel()[at]
     count = [values @ has for has, values in (_tally(line, 2 * n), _tally(line & (near >> n | near << n), 2 * n))]
     recall, precision = (count[1] / np.maximum(count[0], 1)).reshape(2, n)
     f = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     return np.where(count[0].reshape(2, n).all(0), f, count[0][:n] == count[0][n:])
 
-# %% ../nbs/41_mask_metrics.ipynb #c022
+# %% ../nbs/41_mask_metrics.ipynb #c024
 def frame_scores(pred: np.ndarray, true: np.ndarray,  # [H, W] uint8 object ids
                  ids: Sequence[int],                  # n objects to score; other values, 255 (void) among them, are background
                  tolerance: float = 0.008             # a part of the diagonal, or px from 1 up
@@ -92,53 +92,58 @@ def frame_scores(pred: np.ndarray, true: np.ndarray,  # [H, W] uint8 object ids
     "J and F of each object of a frame: what `region_similarity` and `boundary_accuracy` give, for all objects at once."
     ids, n = list(ids), len(ids)
     if n > 8: return np.concatenate([frame_scores(pred, true, ids[k:k + 8], tolerance) for k in range(0, n, 8)], 1)
-    rows, columns = (np.flatnonzero((pred | true).any(axis)) for axis in (1, 0))
+    either = pred | true
+    rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
     if not len(rows): return np.ones((2, n))
     window = np.s_[max(rows[0] - 1, 0):rows[-1] + 2, max(columns[0] - 1, 0):columns[-1] + 2]
     bit = np.zeros(256, np.uint8 if n <= 4 else np.uint16)
     bit[ids] = 1 << np.arange(n)
-    planes = bit[true[window]] | bit[pred[window]] << n
+    planes = bit.take(true[window]) | bit.take(pred[window]) << n
     reach = int(tolerance if tolerance >= 1 else math.ceil(tolerance * math.hypot(*true.shape)))
     return np.stack([_regions(planes, n), _outlines(planes, n, reach)])
 
-# %% ../nbs/41_mask_metrics.ipynb #c026
+# %% ../nbs/41_mask_metrics.ipynb #c029
 def _sequence(truth: Path, pred: Path, reported: Reported) -> dict[int, np.ndarray]:
     "J and F [2] of each object of a folder of label maps; without those that have no frame to be scored on."
     files, rows, highest, notes = sorted(truth.glob("*.png")), {}, (0, pred), []
     if len(files) < 3: raise ValueError(f"{truth}: {len(files)} masks; the first and the last are not scored, so it takes three")
-    if not pred.is_dir(): raise FileNotFoundError(f"{pred}: no predictions for this sequence; predict it, or take it out of {truth.parent}")
+    if not pred.is_dir(): raise FileNotFoundError(f"{pred}: no predictions of this sequence; make them, or take it out of {truth.parent}")
     for file in files:
         with Image.open(file) as picture: size = picture.size[::-1]
         true = palette_mask(file, size, notes).astype(np.uint8, copy=False)
         if rows and file != files[-1]:
             guess = pred / file.name
-            if not guess.exists(): raise FileNotFoundError(f"{guess}: no such mask; every annotated frame but the first and the last needs one")
+            if not guess.exists(): raise FileNotFoundError(f"{guess}: no such mask; each annotated frame but the first and last needs one")
             found = palette_mask(guess, size, notes).astype(np.uint8, copy=False)
             highest = max(highest, (int(found.max()), guess))
             for row, score in zip(rows.values(), frame_scores(found, true, list(rows)).T): row.append(score)
-        rows |= {k: [] for k in set(true.tobytes().translate(None, bytes([0, 255, *rows])))}  # deletes the known ids: the quickest way to new ones
-    if highest[0] > max(rows, default=0): raise ValueError(f"{highest[1]}: object {highest[0]}, but {truth} has {sorted(rows)}; write 0 for background")
+        rows |= {k: [] for k in set(true.tobytes().translate(None, bytes([0, 255, *rows])))}  # a quick way to new ids: delete the known
+    if highest[0] > max(rows, default=0):
+        raise ValueError(f"{highest[1]}: object {highest[0]}, but {truth} has {sorted(rows)}; write 0 for background")
     reported.add(notes)
     return {k: np.mean(row, 0) for k, row in rows.items() if row}
 
 
 def _folders(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, dict[int, np.ndarray]]:
     "J and F [2] of every object of every sequence below a folder."
-    truths, reported = sorted(p for p in Path(gt_dir).glob("*") if p.is_dir() and any(p.glob("*.png"))), Reported()
-    if not truths: raise FileNotFoundError(f"no SEQUENCE/*.png below {gt_dir}; give the folder that holds the sequences, such as Annotations/480p")
+    truths, reported = sorted({f.parent for f in Path(gt_dir).glob("*/*.png")}), Reported()
+    if not truths: raise FileNotFoundError(f"no SEQUENCE/*.png below {gt_dir}; give the folder of the sequences, such as Annotations/480p")
     return {t.name: _sequence(t, Path(pred_dir) / t.name, reported) for t in tqdm(truths, desc="J&F", leave=False, delay=1)}
 
-# %% ../nbs/41_mask_metrics.ipynb #c027
+# %% ../nbs/41_mask_metrics.ipynb #c030
 def davis(gt_dir: str | Path,    # SEQUENCE/*.png
           pred_dir: str | Path   # the same layout
           ) -> dict[str, Any]:   # J, F, J&F; per_object: {"SEQUENCE_ID": {"J", "F"}}
-    "J and F by the rules of semi-supervised DAVIS 2017, for MOSE, LVOS and others in its layout as well. `FileNotFoundError`, `ValueError` name what is missing or amiss."
-    objects = {f"{name}_{k}": dict(zip("JF", jf.tolist())) for name, found in _folders(gt_dir, pred_dir).items() for k, jf in found.items()}
-    if not objects: raise ValueError(f"{gt_dir}: no object is seen before the last two frames of its sequence; nothing to score")
+    """J and F by the rules of semi-supervised DAVIS 2017, for MOSE, LVOS and others in its layout as well.
+
+    `FileNotFoundError` or `ValueError` where something is missing or amiss; it names the file."""
+    found = _folders(gt_dir, pred_dir)
+    objects = {f"{name}_{k}": dict(zip("JF", jf.tolist())) for name, scores in found.items() for k, jf in scores.items()}
+    if not objects: raise ValueError(f"{gt_dir}: no object is seen before its sequence's last two frames; nothing to score")
     j, f = (float(np.mean([o[m] for o in objects.values()])) for m in "JF")
     return {"J": j, "F": f, "J&F": (j + f) / 2, "per_object": objects}
 
-# %% ../nbs/41_mask_metrics.ipynb #c033
+# %% ../nbs/41_mask_metrics.ipynb #c038
 def load_json(path: str | Path, *keys: str) -> Any:
     "Content of a JSON file that is a mapping with `keys`. `ValueError` when it is something else."
     try: content = json.loads(Path(path).read_bytes())
@@ -157,10 +162,12 @@ def records(path: str | Path, *keys: str) -> list[dict[str, Any]]:
         if lacking: raise ValueError(f"{path}: prediction {i} has no {', '.join(lacking)}")
     return content
 
-# %% ../nbs/41_mask_metrics.ipynb #c036
-YTVOS_SEEN = frozenset("""airplane ape bear bike bird boat bucket bus camel cat cow crocodile deer dog dolphin duck eagle earless_seal elephant fish fox frisbee frog
-    giant_panda giraffe hand hat hedgehog horse knife leopard lion lizard monkey motorbike mouse others owl paddle parachute parrot penguin person plant rabbit raccoon
-    sedan shark sheep sign skateboard snail snake snowboard squirrel surfboard tennis_racket tiger toilet train truck turtle umbrella whale zebra""".split())
+# %% ../nbs/41_mask_metrics.ipynb #c041
+YTVOS_SEEN = frozenset("""
+    airplane ape bear bike bird boat bucket bus camel cat cow crocodile deer dog dolphin duck eagle earless_seal elephant fish fox frisbee
+    frog giant_panda giraffe hand hat hedgehog horse knife leopard lion lizard monkey motorbike mouse others owl paddle parachute parrot
+    penguin person plant rabbit raccoon sedan shark sheep sign skateboard snail snake snowboard squirrel surfboard tennis_racket tiger
+    toilet train truck turtle umbrella whale zebra""".split())
 
 
 def ytvos(gt_dir: str | Path, pred_dir: str | Path,         # SEQUENCE/*.png
@@ -172,14 +179,15 @@ def ytvos(gt_dir: str | Path, pred_dir: str | Path,         # SEQUENCE/*.png
     for name, found in _folders(gt_dir, pred_dir).items():
         for k, jf in found.items():
             try: category = videos[name]["objects"][str(k)]["category"]
-            except KeyError as e: raise ValueError(f"{meta_json}: no category for object {k} of {name} ({e} is missing); take the meta.json of these annotations") from e
+            except KeyError as e: raise ValueError(f"{meta_json}: no category of object {k} of {name}; is it of these annotations?") from e
             halves["seen" if category in seen else "unseen"].append(jf)
-    out = {f"{m}_{half}": float(np.mean([jf[i] for jf in rows])) if rows else math.nan for half, rows in halves.items() for i, m in enumerate("JF")}
-    if all(map(math.isnan, out.values())): raise ValueError(f"{gt_dir}: no object is seen before the last two frames of its sequence; nothing to score")
+    if not any(halves.values()): raise ValueError(f"{gt_dir}: no object is seen before its sequence's last two frames; nothing to score")
+    scores = {half: np.mean(rows, 0) if rows else (math.nan, math.nan) for half, rows in halves.items()}
+    out = {f"{m}_{half}": float(score) for half, jf in scores.items() for m, score in zip("JF", jf)}
     return {"G": float(np.nanmean(list(out.values()))), **out}
 
-# %% ../nbs/41_mask_metrics.ipynb #c039
-def compressed(masks: Sequence[Any],      # COCO segmentations: polygons, run lengths (plain or compressed), or nothing where there is no mask
+# %% ../nbs/41_mask_metrics.ipynb #c044
+def compressed(masks: Sequence[Any],      # COCO segmentations: polygons, run lengths (plain or compressed), or None where there is none
                size: tuple[int, int],     # H, W of the picture
                where: str = "masks"       # for the message
                ) -> list[dict | None]:
@@ -189,10 +197,10 @@ def compressed(masks: Sequence[Any],      # COCO segmentations: polygons, run le
         runs = [coco.frPyObjects(m, *size) if m and type(m["counts"]) is list else m for m in runs]
         found = {tuple(m["size"]) for m in runs if m} - {tuple(size)}
     except Exception as e: raise ValueError(f"{where}: not a COCO mask ({e!r}); write it anew") from e  # pycocotools raises bare Exceptions
-    if found: raise ValueError(f"{where}: size {found.pop()} on a picture of {tuple(size)} (height, width); masks and pictures do not belong together")
+    if found: raise ValueError(f"{where}: size {found.pop()} on a picture of {tuple(size)} (height, width); is it the right file?")
     return runs
 
-# %% ../nbs/41_mask_metrics.ipynb #c042
+# %% ../nbs/41_mask_metrics.ipynb #c048
 def _totals(rles: Sequence[dict]) -> np.ndarray:
     "Pixels [n] that the runs of each compressed mask fill; −1 where the text ends in the middle of a number."
     texts = [r["counts"].encode() if isinstance(r["counts"], str) else r["counts"] for r in rles]
@@ -217,18 +225,18 @@ def check_runs(rles: Sequence[dict], owner: Sequence[int], path: str | Path) -> 
     for k in range(0, len(rles), 4096):
         part = rles[k:k + 4096]
         wrong = np.flatnonzero(_totals(part) != [math.prod(r["size"]) for r in part])
-        if len(wrong): raise ValueError(f"{path}: the run lengths of prediction {owner[k + wrong[0]]} do not add up to its picture; write it anew")
+        if len(wrong): raise ValueError(f"{path}: the runs of prediction {owner[k + wrong[0]]} do not add up to its picture; write it anew")
 
-# %% ../nbs/41_mask_metrics.ipynb #c045
-def prompt_miou(gt_json: str | Path,   # COCO or LVIS annotations
-                pred_json: str | Path  # [{"annotation_id", "segmentation"}], one for every instance that is no crowd
+# %% ../nbs/41_mask_metrics.ipynb #c052
+def prompt_miou(gt_json: str | Path,    # COCO or LVIS annotations
+                pred_json: str | Path   # [{"annotation_id", "segmentation"}], one for every instance that is no crowd
                 ) -> dict[str, float]:  # mIoU, mIoU_small, mIoU_medium, mIoU_large (NaN where there is none), instances
     "Mean IoU of masks that answer geometric prompts. `ValueError` when one is missing."
     gt, answers = load_json(gt_json, "images", "annotations"), records(pred_json, "annotation_id", "segmentation")
-    sizes, number = {i["id"]: (i["height"], i["width"]) for i in gt["images"]}, {p["annotation_id"]: k for k, p in enumerate(answers)}
-    asked = [a for a in gt["annotations"] if not a.get("iscrowd")]
+    sizes = {i["id"]: (i["height"], i["width"]) for i in gt["images"]}
+    number, asked = {p["annotation_id"]: k for k, p in enumerate(answers)}, [a for a in gt["annotations"] if not a.get("iscrowd")]
     lacking = [a["id"] for a in asked if a["id"] not in number]
-    if lacking or not asked: raise ValueError(f"{pred_json}: {len(lacking)} of {len(asked)} instances of {gt_json} are not answered, {lacking[:1]} first; predict them all")
+    if lacking: raise ValueError(f"{pred_json}: {len(lacking)} of {len(asked)} instances of {gt_json} not answered ({lacking[:3]} …)")
     own = [number[a["id"]] for a in asked]
     true = [compressed([a["segmentation"]], sizes[a["image_id"]], f"{gt_json}, annotation {a['id']}")[0] for a in asked]
     pred = [compressed([answers[k]["segmentation"]], sizes[a["image_id"]], f"{pred_json}, prediction {k}")[0] for k, a in zip(own, asked)]
