@@ -206,24 +206,25 @@ def _totals(rles: Sequence[dict]) -> np.ndarray:
     texts = [r["counts"].encode() if isinstance(r["counts"], str) else r["counts"] for r in rles]
     stop = np.cumsum([len(t) for t in texts])
     digit = np.frombuffer(b"".join(texts) + b"0", np.uint8) - np.uint8(48)
-    ends = np.flatnonzero(digit < 32)                              # from 32 on: more digits follow
+    ends = np.flatnonzero(digit < 32)                   # from 32 on, more digits follow
+    runs = (digit[ends] ^ 16).astype(np.int64) - 16     # the last digit is the highest, and has the sign
     length = np.diff(ends, prepend=-1)
-    runs = (digit[ends] & 31).astype(np.int64) - 2 * (digit[ends] & 16)  # two's complement, the highest digit last
-    for k in range(1, min(int(length.max()), 8)):
-        on = np.flatnonzero(length > k)
-        runs[on] = 32 * runs[on] + (digit[ends[on] - k] & 31)
-    last = np.searchsorted(ends, stop)                             # numbers up to the end of each mask, and the count of its own
-    n = np.diff(last, prepend=0)
-    left = np.repeat(last, n) - np.arange(last[-1])
-    weight = np.where(left == np.repeat(n, n), 1, (left + 1) // 2)
-    total = np.add.reduceat(np.append(runs[:last[-1]] * weight, 0), last - n)
+    more = np.flatnonzero(length > 1)
+    for k in range(1, 8):
+        runs[more] = 32 * runs[more] + (digit[ends[more] - k] & 31)
+        more = more[length[more] > k + 1]
+    last = np.searchsorted(ends, stop)                  # numbers up to the end of each mask
+    first = np.append(0, last[:-1])
+    weight = np.repeat(last + 1, last - first) - np.arange(last[-1]) >> 1
+    weight[first[first < last]] = 1
+    total = np.add.reduceat(np.append(runs[:last[-1]] * weight, 0), first)
     return np.where(ends[last - 1] == stop - 1, total, -1)
 
 
 def check_runs(rles: Sequence[dict], owner: Sequence[int], path: str | Path) -> None:
     "`ValueError` when the runs of compressed mask k, which belongs to prediction `owner[k]` of the file, do not add up to its size."
-    for k in range(0, len(rles), 4096):
-        part = rles[k:k + 4096]
+    for k in range(0, len(rles), 512):                  # few enough for the processor's cache
+        part = rles[k:k + 512]
         wrong = np.flatnonzero(_totals(part) != [math.prod(r["size"]) for r in part])
         if len(wrong): raise ValueError(f"{path}: the runs of prediction {owner[k + wrong[0]]} do not add up to its picture; write it anew")
 

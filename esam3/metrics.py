@@ -98,6 +98,7 @@ def pcs_image(gt_jsons: str | Path | Sequence[str | Path],  # one annotator's fi
 class Masklet(NamedTuple):
     "An object of a video."
     masks: list[dict | None]  # T compressed run lengths; None where it is not seen
+    phrase: Any               # category id
     score: float              # 1 for the truth
     number: int               # place in its file
 
@@ -162,36 +163,43 @@ def hota(counts: np.ndarray       # [4, 19]: sum of `hota_counts`
     return {"pHOTA": float(np.sqrt(deta * assa).mean()), "DetA": float(deta.mean()), "AssA": float(assa.mean())}
 
 # %% ../nbs/41_metrics.ipynb #c040
-def _masklets(marks: Sequence[dict], videos: dict[Any, dict], where: str) -> dict[tuple, list[Masklet]]:
-    "Masklets that count, by (video, phrase); an empty list where none of a phrase does."
+def _masklets(marks: Sequence[dict], videos: dict[Any, dict], where: str) -> dict[Any, list[Masklet]]:
+    "Masklets that count, by video."
     out = defaultdict(list)
     for k, m in enumerate(marks):
         if m["video_id"] not in videos: raise ValueError(f"{where} {k}: no video {m['video_id']} in the truth")
-        video, found = videos[m["video_id"]], out[m["video_id"], m["category_id"]]
+        video, score = videos[m["video_id"]], m.get("score", 1.0)
         given, frames = len(m["segmentations"]), len(video["file_names"])
         if given != frames: raise ValueError(f"{where} {k}: {given} masks for {frames} frames; one for each, null where nothing is seen")
-        if (score := m.get("score", 1.0)) >= 0.5:
-            found.append(Masklet(compressed(m["segmentations"], (video["height"], video["width"]), f"{where} {k}"), score, k))
+        if score >= 0.5:
+            masks = compressed(m["segmentations"], (video["height"], video["width"]), f"{where} {k}")
+            out[m["video_id"]].append(Masklet(masks, m["category_id"], score, k))
     return out
 
 # %% ../nbs/41_metrics.ipynb #c041
+def _video_counts(true: list[Masklet], pred: list[Masklet], video: dict, phrases: Iterable[Any]) -> tuple[list[np.ndarray], np.ndarray]:
+    "`unit_counts` of each phrase of a video, and the sum of their `hota_counts`."
+    iou, true_px, pred_px = frame_ious(true, pred, (video["height"], video["width"]), len(video["file_names"]))
+    there = np.array([[mask is not None for mask in m.masks] for m in true], bool).reshape(len(true), len(iou)).T
+    sure, units, tracks = np.array([m.score > 0.5 for m in pred], bool), [], np.zeros((4, len(ALPHAS)))
+    for c in phrases:
+        g, p = (np.array([m.phrase == c for m in some], bool) for some in (true, pred))
+        units.append(unit_counts(masklet_iou(iou[:, g][:, :, p], true_px[:, g], pred_px[:, p]).T))
+        tracks += hota_counts(iou[:, g][:, :, p & sure], there[:, g], pred_px[:, p & sure] > 0)
+    return units, tracks
+
+
 def pcs_video(gt_json: str | Path,     # SA-Co/VEval
               pred_json: str | Path    # [{"video_id", "category_id", "score", "segmentations": [RLE or null for each frame]}]
               ) -> dict[str, float]:   # cgF1, IL_MCC, pmF1, pHOTA, DetA, AssA
     "Scores of phrases in video. `ValueError` for files that do not belong together."
     gt = load_json(gt_json, "videos", "annotations", "video_np_pairs")
     found = records(pred_json, "video_id", "category_id", "score", "segmentations")
-    videos = {v["id"]: v for v in gt["videos"]}
+    videos, phrases = {v["id"]: v for v in gt["videos"]}, defaultdict(dict)
     truths, preds = _masklets(gt["annotations"], videos, f"{gt_json}, annotation"), _masklets(found, videos, f"{pred_json}, prediction")
-    runs = [(mask, m.number) for group in preds.values() for m in group for mask in m.masks if mask]
+    runs = [(mask, m.number) for some in preds.values() for m in some for mask in m.masks if mask]
     check_runs([mask for mask, _ in runs], [number for _, number in runs], pred_json)
-    units, tracks = [], np.zeros((4, len(ALPHAS)))
-    pairs = dict.fromkeys([*((p["video_id"], p["category_id"]) for p in gt["video_np_pairs"]), *truths, *preds])
-    for v, c in tqdm(pairs, desc="phrases", leave=False, delay=1):
-        video, true, pred = videos[v], truths.get((v, c), []), preds.get((v, c), [])
-        iou, *px = frame_ious(true, pred, (video["height"], video["width"]), len(video["file_names"]))
-        units.append(unit_counts(masklet_iou(iou, *px).T))
-        there = np.array([[mask is not None for mask in m.masks] for m in true], bool).reshape(len(true), len(iou)).T
-        sure = np.array([m.score > 0.5 for m in pred], bool)
-        tracks += hota_counts(iou[:, :, sure], there, px[1][:, sure] > 0)
-    return {**cgf1(np.reshape(units, (-1, 10, 3))), **hota(tracks)}
+    for named in (*gt["video_np_pairs"], *gt["annotations"], *found): phrases[named["video_id"]][named["category_id"]] = None
+    counts = [_video_counts(truths[v], preds[v], videos[v], phrases[v]) for v in tqdm(phrases, desc="videos", leave=False, delay=1)]
+    units = [unit for some, _ in counts for unit in some]
+    return {**cgf1(np.reshape(units, (-1, 10, 3))), **hota(sum((tracks for _, tracks in counts), np.zeros((4, len(ALPHAS)))))}
