@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EIGHT', 'KINDS', 'LESSON', 'stage1_student', 'give_memory', 'clip_source', 'Kept', 'EncodeOnce', 'first_prompts',
-           'latent_attention', 'Book', 'open_book', 'FirstLesson', 'Stage2', 'track_losses', 'ablations', 'present',
-           'take_first_lesson', 'run_stage2', 'compare']
+           'latent_attention', 'present', 'Shown', 'teach', 'frame_losses', 'Stage2', 'track_losses', 'to_remember',
+           'Book', 'open_book', 'FirstLesson', 'ablations', 'take_first_lesson', 'run_stage2', 'compare']
 
 # %% ../nbs/20_stage2.ipynb #c005
 import json, time
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from .core import fingerprint, find_variant, printable, runs_folder, versions
 from .data import ClipBatch, collate_clips, draw, load_recipe, open_dataset, rng_at
 from .heldout import clip_scores, first_frame, look
-from .losses import feature_errors, mask_loss, score_loss, soft_target, task_terms
+from .losses import feature_errors, mask_iou, mask_loss, score_loss, soft_target, task_terms
 from .stage1 import finish, open_stage, parameter_counts, print_groups, run_stage1
 from .student import EfficientSam3, with_memory
-from .teacher import ASSETS, NO_OBJECT, Features, Memory, Prompts, Sam3, gate, load_teacher
+from .teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate, load_teacher
 from .tracker import CERTAIN, History, Track, clip_time, own_time, see, track, unprompted
 from .training import TRAINS, Schedule, fit, parameter_groups, schedule_for
 
@@ -125,80 +125,56 @@ def latent_attention(student: EfficientSam3, narrow: Features, batch: ClipBatch)
     finally: hook.remove()
     with torch.no_grad(): return student.perceiver.attention(*inputs[-1])
 
-# %% ../nbs/20_stage2.ipynb #c024
-LESSON = {"perceiver": (r"^perceiver\.", 0.01), "reading": (r"^tracker_model\.(memory_attention|mask_decoder)\.", 0.01)}  # trained in the first lesson; weight decay
+# %% ../nbs/20_stage2.ipynb #c0prs
+def present(groups: Mapping[str, tuple[str, float]], student: EfficientSam3) -> dict[str, tuple[str, float]]:
+    "The groups of a student: dense memory has no Perceiver to train."
+    return {k: v for k, v in groups.items() if k != "perceiver" or student.perceiver is not None}
 
-
+# %% ../nbs/20_stage2.ipynb #c028
 @dataclass
-class Book:
-    "What the first lesson knows of a batch of clips: T frames of N tracks, remembered as the teacher saw them (or, without a teacher, as they are)."
-    maps: Tensor      # [T, N, 64, g, g] memory maps, of the student's features and the masks below
-    pos: Tensor       # [T, N, 64, g, g]
-    pointers: Tensor  # [T, N, C]
-    read: Tensor      # [T, N, C, g, g] what the dense student reads before each frame; frame 0 has nothing to read
-    masks: Tensor     # [T, N, 4g, 4g] the teacher's, in the student's frame, 0…1
-    seen: Tensor      # [T, N] whether the teacher sees the thing
-    known: Tensor     # [T, N] whether masks and seen are known: by a teacher always, by the truth where it is annotated
-
-
-def _shown(teacher: Sam3 | None, wide: EncodeOnce, batch: ClipBatch, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    "The teacher's masks [N, T, size, size] (logits, in the student's frame), its object scores [N, T], and which of them are known; the truth's without a teacher."
-    if teacher is None: return torch.logit(batch.coverage("student", size), eps=1e-4), CERTAIN * (2 * batch.visible.float() - 1), batch.annotated
-    theirs = track(teacher, wide(batch), batch.frame_index, first_prompts(teacher, batch, "mask"))
-    masks = batch.frames.maps(theirs.masks.flatten(0, 1)[:, None], "teacher", "student", size, batch.frame_index.flatten())
-    return masks[:, 0].unflatten(0, theirs.masks.shape[:2]), theirs.object_logits, torch.ones_like(batch.annotated)
+class Shown:
+    "What the teacher's tracker says of N tracks over T frames, in the student's frame."
+    masks: Tensor   # [N, T, 4g, 4g] logits
+    scores: Tensor  # [N, T] object logits
+    right: Tensor   # [N, T] bool, False where the truth is known and the teacher is off it: IoU below ½, or a wrong score
+    read: Tensor    # [N, T, C, g, g] what it has read from its memory; zeros at a prompted frame
 
 
 @torch.no_grad()
-def open_book(teacher: Sam3 | None, dense: EfficientSam3, wide: EncodeOnce, narrow: Features, batch: ClipBatch) -> Book:
-    "Track a batch with the teacher, and let the dense student follow with the teacher's masks in its memory."
-    masks, scores, known = _shown(teacher, wide, batch, 4 * dense.grid)
-    history, rows = History(dense.tracker_model.config), []
-    square = lambda tokens: tokens.mT.unflatten(2, (dense.grid, dense.grid))
-    for t, image in enumerate(batch.frame_index.unbind(1)):
-        out, memory = see(dense, narrow, image, *((first_prompts(dense, batch, "mask"), None) if t == 0 else (None, history.bank(t))))
-        logits, score = masks[:, t], scores[:, t]
-        if t: memory = dense.remember(narrow, image, gate(logits, score), score, torch.where(score[:, None] > 0, out.best()[2], dense.tracker_model.no_object_pointer))
-        history.add(t, memory, prompted=t == 0)
-        rows.append((square(memory.tokens), square(memory.pos), memory.pointer, out.read if t else torch.zeros_like(narrow.tracker[2][image]), soft_target(logits), score > 0, known[:, t]))
-    return Book(*(torch.stack(part) for part in zip(*rows)))
+def teach(teacher: Sam3, wide: Features, batch: ClipBatch, kind: str, size: int) -> Shown:
+    "Track a batch with the teacher, from prompts of one kind; masks are `size` cells wide."
+    theirs, image = track(teacher, wide, batch.frame_index, first_prompts(teacher, batch, kind)), batch.frame_index.flatten()
+    masks = batch.frames.maps(theirs.masks.flatten(0, 1)[:, None], "teacher", "student", size, image)[:, 0]
+    there = theirs.object_logits > 0
+    iou = mask_iou(masks, batch.coverage("student", size).flatten(0, 1), batch.frames.valid("student", size, image)).view(there.shape)
+    right = torch.where(batch.visible, there & (iou >= 0.5), ~there)
+    read = torch.stack([torch.zeros_like(theirs.sets[-1].read) if s.read is None else s.read for s in theirs.sets], 1).flatten(0, 1)
+    read = batch.frames.maps(read, "teacher", "student", size // 4, image)
+    return Shown(masks.unflatten(0, there.shape), theirs.object_logits, right | ~batch.annotated, read.unflatten(0, there.shape))
 
-# %% ../nbs/20_stage2.ipynb #c025
-class FirstLesson(nn.Module):
-    "Losses of the first lesson, means over `frames` frames of each clip."
+# %% ../nbs/20_stage2.ipynb #c0frl
+def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
+                 truth: Tensor,        # [N, T, 4g, 4g] coverage in 0…1
+                 shown: Shown | None,  # the teacher's answer; None: the truth alone teaches
+                 lambda2: float        # weight of the teacher's part
+                 ) -> dict[str, Tensor]:
+    "Named losses of the student's answer to frame `t`: `task …` against the truth where it is annotated, `distill …` against the teacher."
+    image = batch.frame_index[:, t]
+    valid = batch.frames.valid("student", truth.shape[-1], image)
+    known, terms = batch.annotated[:, t], {}
+    if known.any():
+        told = task_terms(answer.masks[known], answer.iou[known], answer.object_logits[known], truth[known, t], valid[known], batch.visible[known, t])
+        terms = {f"task {k}": v for k, v in told.items()}
+    if shown is None: return terms
+    right, target, sure = shown.right[:, t].float(), soft_target(shown.masks[:, t]), shown.scores[:, t].sigmoid()
+    best = mask_loss(answer.masks, target[:, None].expand_as(answer.masks), valid[:, None]).min(1).values
+    mean = lambda x, weight: lambda2 * (x * weight).sum() / weight.sum().clamp(min=1)
+    if answer.read is not None and (rows := shown.right[:, t]).any():
+        cells = batch.frames.valid("student", answer.read.shape[-1], image[rows])
+        terms["distill read"] = lambda2 * feature_errors([answer.read[rows]], [shown.read[rows, t]], [cells])[0]
+    return {**terms, "distill": mean(best, right * sure), "distill score": mean(score_loss(answer.object_logits, sure), right)}
 
-    def __init__(self, teacher: Sam3 | None, dense: EfficientSam3, student: EfficientSam3, wide: EncodeOnce, narrow: EncodeOnce, frames: int = 3):
-        super().__init__()
-        self.teacher, self.dense, self.student = teacher, dense.requires_grad_(False), student
-        self.wide, self.narrow, self.frames, self.kept = wide, narrow, frames, Kept()
-
-    def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
-        batch = batch.to(self.student.device)
-        seen, book = self.narrow(batch), self._book(batch)
-        frames = (torch.randperm(len(book.maps) - 1)[:self.frames] + 1).tolist()
-        latents, at = (x.unflatten(0, (max(frames), -1)) for x in self.student.compress(*(x[:max(frames)].flatten(0, 1) for x in (book.maps, book.pos))))
-        terms = [self._frame(batch, seen, book, t, [Memory(*m) for m in zip(latents[:t], at, book.pointers)]) for t in frames]
-        return {k: torch.stack([each[k] for each in terms if k in each]).mean() for k in dict.fromkeys(k for each in terms for k in each)}
-
-    def _frame(self, batch: ClipBatch, seen: Features, book: Book, t: int, memories: list[Memory]) -> dict[str, Tensor]:
-        "Frame `t`, given the memories of all frames before it."
-        history, image, student = History(self.student.tracker_model.config), batch.frame_index[:, t], self.student
-        for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
-        read = student.recall(seen, image, history.bank(t))
-        out = student.decode(seen, unprompted(student, seen, image), read)
-        valid, rows = batch.frames.valid("student", 4 * student.grid, image), book.known[t]
-        told = task_terms(out.masks[rows], out.iou[rows], out.object_logits[rows], book.masks[t, rows], valid[rows], book.seen[t, rows]) if rows.any() else {}
-        return {"read-out": feature_errors([read], [book.read[t]], [batch.frames.valid("student", student.grid, image)])[0], **{f"given {k}": v for k, v in told.items()}}
-
-    def _book(self, batch: ClipBatch) -> Book:
-        "The book of a batch, made once."
-        key = blake2b(b"".join(image.tobytes() for image in batch.images)).digest()
-        if key not in self.kept:
-            book = open_book(self.teacher, self.dense, self.wide, self.narrow(batch), batch)
-            self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in astuple(book))
-        return Book(*(x.to(batch.frame_index.device) for x in self.kept[key]))
-
-# %% ../nbs/20_stage2.ipynb #c028
+# %% ../nbs/20_stage2.ipynb #c0st2
 class Stage2(nn.Module):
     "Losses of stage 2 (§4.3): masks and scores of the student's tracker against the teacher's and against the truth, at every frame."
 
@@ -207,33 +183,92 @@ class Stage2(nn.Module):
         self.teacher, self.student, self.schedule = teacher, student, schedule
         self.wide, self.narrow = EncodeOnce(teacher), EncodeOnce(student)
 
+    def teach(self, batch: ClipBatch, kind: str) -> Shown | None:
+        "The teacher's answer to prompts of one kind; None where it has no say (lambda2 = 0)."
+        return teach(self.teacher, self.wide(batch), batch, kind, 4 * self.student.grid) if self.schedule.lambda2 else None
+
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         batch = batch.to(self.student.device)
         kind = list(KINDS)[int(torch.multinomial(torch.tensor(list(KINDS.values())), 1))]
-        with torch.no_grad(): theirs = track(self.teacher, self.wide(batch), batch.frame_index, first_prompts(self.teacher, batch, kind)) if self.schedule.lambda2 else None
-        ours = track(self.student, self.narrow(batch), batch.frame_index, first_prompts(self.student, batch, kind))
-        return track_losses(ours, theirs, batch, self.student, self.schedule.lambda2, first=int(kind == "mask"))
+        ours, shown = track(self.student, self.narrow(batch), batch.frame_index, first_prompts(self.student, batch, kind)), self.teach(batch, kind)
+        return track_losses(ours, shown, batch, self.schedule.lambda2, first=int(kind == "mask"))
 
 
-def track_losses(ours: Track, theirs: Track | None, batch: ClipBatch, student: Sam3, lambda2: float, first: int = 0) -> dict[str, Tensor]:
-    "Named losses over frames `first`…T-1; `first=1` leaves out a frame whose mask was given. `theirs` is not read where lambda2 is 0."
-    size, frames, out = 4 * student.grid, batch.frames, {}
-    truth = batch.coverage("student", size)
-    steps = range(first, len(ours.sets))
+def track_losses(ours: Track, shown: Shown | None, batch: ClipBatch, lambda2: float, first: int = 0) -> dict[str, Tensor]:
+    "Means of `frame_losses` over frames `first`…T-1; `first=1` leaves out a frame whose mask was given."
+    truth, steps, out = batch.coverage("student", ours.masks.shape[-1]), range(first, len(ours.sets)), {}
     for t in steps:
-        image, s = batch.frame_index[:, t], ours.sets[t]
-        valid = frames.valid("student", size, image)
-        known, terms = batch.annotated[:, t], {}
-        if known.any():
-            told = task_terms(s.masks[known], s.iou[known], s.object_logits[known], truth[known, t], valid[known], batch.visible[known, t])
-            terms = {f"task {k}": v for k, v in told.items()}
-        if lambda2:
-            target, sure = soft_target(frames.maps(theirs.masks[:, t, None], "teacher", "student", size, image))[:, 0], theirs.object_logits[:, t].sigmoid()
-            best = mask_loss(s.masks, target[:, None].expand_as(s.masks), valid[:, None]).min(1).values
-            terms["distill"] = lambda2 * (best * sure).sum() / sure.sum().clamp(min=1)
-            terms["distill score"] = lambda2 * score_loss(s.object_logits, sure).mean()
-        for k, v in terms.items(): out[k] = out.get(k, 0.0) + v / len(steps)
+        for k, v in frame_losses(ours.sets[t], t, batch, truth, shown, lambda2).items(): out[k] = out.get(k, 0.0) + v / len(steps)
     return out
+
+# %% ../nbs/20_stage2.ipynb #c024
+LESSON = {"perceiver": (r"^perceiver\.", 0.01), "reading": (r"^tracker_model\.(memory_attention|mask_decoder)\.", 0.01)}  # trained in the first lesson; weight decay
+
+
+def to_remember(shown: Shown | None, batch: ClipBatch, size: int) -> tuple[Tensor, Tensor]:
+    "Masks [N, T, size, size] (logits) and object logits [N, T] for the memory: the teacher's where it is right, else the truth's."
+    masks, scores = torch.logit(batch.coverage("student", size), eps=1e-4), CERTAIN * (2 * batch.visible.float() - 1)
+    if shown is None: return masks, scores
+    return torch.where(shown.right[..., None, None], shown.masks, masks), torch.where(shown.right, shown.scores, scores)
+
+
+@dataclass
+class Book:
+    "What the first lesson knows of a batch of clips: T frames of N tracks."
+    maps: Tensor      # [T, N, 64, g, g] memory maps, of the student's features and the masks to remember
+    pos: Tensor       # [T, N, 64, g, g]
+    pointers: Tensor  # [T, N, C]
+    read: Tensor      # [T, N, C, g, g] what the dense student reads before each frame; frame 0 has nothing to read
+
+
+@torch.no_grad()
+def open_book(dense: EfficientSam3, narrow: Features, batch: ClipBatch, masks: Tensor, scores: Tensor) -> Book:
+    "Let the dense student follow a batch with `masks` [N, T, 4g, 4g] and `scores` [N, T] in its memory."
+    history, rows = History(dense.tracker_model.config), []
+    square = lambda tokens: tokens.mT.unflatten(2, (dense.grid, dense.grid))
+    for t, image in enumerate(batch.frame_index.unbind(1)):
+        out, memory = see(dense, narrow, image, *((first_prompts(dense, batch, "mask"), None) if t == 0 else (None, history.bank(t))))
+        logits, score = masks[:, t], scores[:, t]
+        if t: memory = dense.remember(narrow, image, gate(logits, score), score, torch.where(score[:, None] > 0, out.best()[2], dense.tracker_model.no_object_pointer))
+        history.add(t, memory, prompted=t == 0)
+        rows.append((square(memory.tokens), square(memory.pos), memory.pointer, out.read if t else torch.zeros_like(narrow.tracker[2][image])))
+    return Book(*(torch.stack(part) for part in zip(*rows)))
+
+# %% ../nbs/20_stage2.ipynb #c025
+class FirstLesson(nn.Module):
+    "Losses of the first lesson, means over `frames` frames of each clip."
+
+    def __init__(self, stage: Stage2, dense: EfficientSam3, frames: int = 3):
+        super().__init__()
+        self.stage, self.dense, self.frames, self.kept = stage, dense.requires_grad_(False), frames, Kept()
+
+    def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
+        student, batch = self.stage.student, batch.to(self.stage.student.device)
+        seen, (book, shown), truth = self.stage.narrow(batch), self._prepared(batch), batch.coverage("student", 4 * self.dense.grid)
+        frames = (torch.randperm(len(book.maps) - 1)[:self.frames] + 1).tolist()
+        latents, at = (x.unflatten(0, (max(frames), -1)) for x in student.compress(*(x[:max(frames)].flatten(0, 1) for x in (book.maps, book.pos))))
+        out: dict[str, Tensor] = {}
+        for t in frames:
+            answer = self._answer(seen, batch.frame_index[:, t], [Memory(*m) for m in zip(latents[:t], at, book.pointers)])
+            read = feature_errors([answer.read], [book.read[t]], [batch.frames.valid("student", student.grid, batch.frame_index[:, t])])[0]
+            for k, v in {"read-out": read, **frame_losses(answer, t, batch, truth, shown, self.stage.schedule.lambda2)}.items(): out[k] = out.get(k, 0.0) + v / len(frames)
+        return out
+
+    def _answer(self, seen: Features, image: Tensor, memories: list[Memory]) -> MaskSet:
+        "The student's masks on pictures `image` [N], given the memories of all frames before."
+        student, history = self.stage.student, History(self.dense.tracker_model.config)
+        for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
+        return student.decode(seen, unprompted(student, seen, image), student.recall(seen, image, history.bank(len(memories))))
+
+    def _prepared(self, batch: ClipBatch) -> tuple[Book, Shown | None]:
+        "The book of a batch and what the teacher says of it, made once."
+        key = blake2b(b"".join(image.tobytes() for image in batch.images)).digest()
+        if key not in self.kept:
+            shown = self.stage.teach(batch, "mask")
+            book = open_book(self.dense, self.stage.narrow(batch), batch, *to_remember(shown, batch, 4 * self.dense.grid))
+            self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in (*astuple(book), *(astuple(shown) if shown else ())))
+        tensors = [x.to(batch.frame_index.device) for x in self.kept[key]]
+        return Book(*tensors[:4]), Shown(*tensors[4:]) if tensors[4:] else None
 
 # %% ../nbs/20_stage2.ipynb #c031
 def ablations(variant: str) -> dict[str, dict]:
@@ -242,16 +277,12 @@ def ablations(variant: str) -> dict[str, dict]:
     return json.loads(path.read_text()).get(variant, {}) if path.exists() else {}
 
 
-def present(groups: Mapping[str, tuple[str, float]], student: EfficientSam3) -> dict[str, tuple[str, float]]:
-    "The groups of a student: dense memory has no Perceiver to train."
-    return {k: v for k, v in groups.items() if k != "perceiver" or student.perceiver is not None}
-
-
 def take_first_lesson(base: Path, task: Stage2, batch_at: Callable, period: int, folder: Path, seed: int, every: int) -> dict[str, float]:
     "The first lesson, in place, on the first `period` batches again and again. `folder/lesson` holds its state and metrics."
     own = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr)
-    lesson = FirstLesson(task.teacher if own.lambda2 else None, EfficientSam3.from_pretrained(base), task.student, task.wide, task.narrow)
-    return fit(lesson, lambda step, *of: batch_at(step % period, *of), parameter_groups(task.student, present(LESSON, task.student), own.lr, own.inherited), own, folder / "lesson", seed, every=every)
+    lesson = FirstLesson(task, EfficientSam3.from_pretrained(base))
+    groups = parameter_groups(task.student, present(LESSON, task.student), own.lr, own.inherited)
+    return fit(lesson, lambda step, *of: batch_at(step % period, *of), groups, own, folder / "lesson", seed, every=every)
 
 # %% ../nbs/20_stage2.ipynb #c032
 def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, lr: float = 0.0, student: str = "",
