@@ -72,8 +72,14 @@ class Schedule:
     ema: float = 0.0           # decay of the average of the weights; 0: none; open in stage 3
     betas: tuple[float, float] = (0.9, 0.999)
     floor: float = 0.02        # the cosine ends at this part of lr; open
-    lambda1: float = 1.0       # weight of eq. 3 (features); open
-    lambda2: float = 1.0       # weight of eq. 4 (masks); open
+    lambda1: float = 1.0       # weight of eq. 3 (features); 0: left out; open
+    lambda2: float = 1.0       # weight of eq. 4 (masks); 0: left out; open
+    task: float = 1.0          # stage 1: weight of L_task; 0: left out
+    map_weights: tuple[float, ...] = ()  # stage 1: of eq. 3's six maps, the detector's and the tracker's, fine to coarse; none: equal
+    map_terms: tuple[str, ...] = ()      # stage 1: feature losses beside eq. 3: relational, attention, contrastive
+    lambda_maps: float = 1.0   # stage 1: weight of each of these
+    temperature: float = 1.0   # stage 1: of the masks in eq. 4; 0: the teacher's are cut at ½
+    corrective: str = "uniform"  # stage 1: where in the disagreement a corrective point lies; or "deepest"
     inherited: float = 1.0     # part of lr for what starts from the teacher's weights; open
     refinements: int = 1       # M of the prompt loop (§4.2)
     lesson_steps: int = 0      # stage 2: steps of a first lesson on single frames with the teacher's memory; open

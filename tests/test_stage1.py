@@ -1,0 +1,195 @@
+"Stage 1 from cached features does what it does live, goes on after a kill, and leaves out the losses that it is told to."
+import json
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import STEPS, finish, kill_in_training, start
+
+from esam3 import stage1
+from esam3.core import seed_everything
+from esam3.data import collate_images, load_recipe, rng_at
+from esam3.losses import distill_loss, feature_errors, map_terms, task_terms
+from esam3.prompts import refine
+from esam3.stage1 import Stage1, ask_both, ask_first, cached_source, keep_features, picture_source, run_stage1, stage1_schedule, warp_features
+from esam3.student import EfficientSam3, build_student
+from esam3.teacher import Sam3, load_teacher
+from esam3.toyworld import toyworld
+from esam3.training import TRAINS, Schedule, fit, parameter_groups
+
+SIDES = (144, 128)  # the toy's frames, px
+
+
+@lru_cache
+def networks() -> tuple[Sam3, EfficientSam3]:
+    "The toy teacher and an untrained student."
+    teacher = load_teacher("toy")
+    torch.manual_seed(0)
+    return teacher, build_student("es-ev-s", teacher)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    "Four pictures, live."
+    return picture_source(load_recipe("tiny"), Schedule(batch_size=4), SIDES, 42)(0, 0, 1)
+
+
+def losses(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
+    "Losses of the untrained student; always the same chance."
+    task = Stage1(*networks(), schedule)
+    seed_everything(0)
+    with torch.no_grad(): return task(batch)
+
+
+def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
+    "The same, written down once more: eq. 3, eq. 4 and L_task with weights alone, no options."
+    teacher, student = networks()
+    seed_everything(0)
+    with torch.no_grad():
+        wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+        out = {"features": schedule.lambda1 * feature_errors((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow)).mean()}
+        truth = batch.frames.rasterise(batch.masks, "student", 4 * student.grid)
+        valid = batch.frames.valid("student", truth.shape[-1], batch.image)
+        for rows, prompts in ask_first(batch):
+            for round in range(schedule.refinements + 1):
+                t, s = ask_both(teacher, student, wide, narrow, batch, prompts)
+                terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows]).mean()}
+                for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows]).items(): terms[f"task {k}"] = v
+                for k, v in terms.items(): out[k] = out.get(k, 0) + len(rows) / len(truth) * v
+                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.frames)
+    return out
+
+
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(lambda1=4.0, lambda2=0.5, refinements=2)], ids=["default", "other weights"])
+def test_default_losses_are_the_method_alone(batch, schedule):
+    found, expected = losses(batch, schedule), by_hand(batch, schedule)
+    assert list(found) == list(expected) == ["features", "distill", "task mask", "task iou", "task score"]
+    for k in expected: assert torch.equal(found[k], expected[k]), k
+
+
+TASK = {"task mask", "task iou", "task score"}
+SWITCHES = {  # options → the losses that are left
+    "features off": ({"lambda1": 0.0}, {"distill"} | TASK), "masks off": ({"lambda2": 0.0}, {"features"} | TASK), "task off": ({"task": 0.0}, {"features", "distill"}),
+    "features only": ({"lambda2": 0.0, "task": 0.0}, {"features"}), "more": ({"map_terms": ["relational", "contrastive"]}, {"features", "distill", "relational", "contrastive"} | TASK),
+}
+
+
+@pytest.mark.parametrize("case", SWITCHES)
+def test_switches_take_losses_away_and_add_them(batch, case):
+    options, names = SWITCHES[case]
+    found, whole = losses(batch, replace(Schedule(), **options)), losses(batch, Schedule())
+    assert found.keys() == names
+    for k in found.keys() & whole.keys(): assert torch.equal(found[k], whole[k]), f"{k} is what it is with all losses"
+
+
+def test_weights_and_ways(batch):
+    "Every other option changes what it should, and nothing else."
+    whole = losses(batch, Schedule())
+    changed = lambda **options: {k for k, v in losses(batch, Schedule(**options)).items() if not torch.equal(v, whole[k])}
+    assert changed(temperature=2.0) == {"distill"} and changed(map_weights=(1, 0, 0, 0, 0, 0)) == {"features"}
+    assert changed(map_weights=(1 / 6,) * 6) <= {"features"} and torch.allclose(losses(batch, Schedule(map_weights=(1 / 6,) * 6))["features"], whole["features"])
+    assert changed(corrective="deepest") == {"distill"} | TASK and changed(lambda_maps=3.0) == set()
+    half = losses(batch, Schedule(task=0.5))
+    for k in TASK: assert torch.allclose(half[k], whole[k] / 2)
+    teacher, student = networks()
+    with torch.no_grad(): wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+    attention = map_terms(["attention"], (*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow))["attention"]
+    assert torch.equal(losses(batch, Schedule(map_terms=("attention",), lambda_maps=3.0))["attention"], 3 * attention)
+
+
+WRONG = {"lamda1": ({"lamda1": 0.0}, "unknown field of the schedule 'lamda1': did you mean 'lambda1'?"),
+         "map term": ({"map_terms": ["relation"]}, "unknown feature loss 'relation': did you mean 'relational'?.*attention, contrastive"),
+         "corrective": ({"corrective": "deep"}, "did you mean 'deepest'?"), "map weights": ({"map_weights": [1, 2]}, "six numbers, one for each map, not 2"),
+         "all off": ({"lambda1": 0.0, "lambda2": 0.0, "task": 0.0}, "nothing to learn from")}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_refused(case, tmp_path):
+    options, words = WRONG[case]
+    with pytest.raises(ValueError, match=words): run_stage1("es-ev-s", "tiny", options=options, runs=str(tmp_path))
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_unknown_cache_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown cache 'int4': .*valid: int8, fp16"): run_stage1("es-ev-s", "tiny", cache="int4", runs=str(tmp_path))
+    with pytest.raises(ValueError, match="at least 1 replay"): run_stage1("es-ev-s", "tiny", cache="int8", replays=0, runs=str(tmp_path))
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+@pytest.mark.parametrize("given, recipe, used", [("", "tiny", ""), ("", "sa1b", "imagenet"), ("random", "sa1b", ""), ("imagenet", "tiny", "imagenet")])
+def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
+    "The recipe says, unless the call does."
+    class Built(Exception): pass
+    def build(*_, weights, **__): raise Built(weights)
+    monkeypatch.setattr(stage1, "build_student", build)
+    with pytest.raises(Built) as e: run_stage1("es-ev-s", recipe, teacher="toy", steps=1, weights=given, runs=str(tmp_path))
+    assert e.value.args == (used,)
+
+
+def live_source(pictures, kept, seed: int, size: int):
+    "What `cached_source` draws, seen by the teacher itself."
+    cached = cached_source(load_recipe("tiny"), Schedule(batch_size=size), pictures, kept, SIDES, seed)
+    def batch_at(step: int, rank: int, ranks: int):
+        samples = stage1.draw(pictures, seed, step, size, rank, ranks)
+        batch = collate_images(samples, *SIDES, rng=rng_at(seed, step, rank))
+        assert all(torch.equal(a, b) for a, b in zip(batch.masks, cached(step, rank, ranks).masks)), "the same replays"
+        return batch
+    return batch_at
+
+
+@pytest.fixture(scope="module")
+def cached_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    "A run's folder, from features that it kept in the other one; with a full-width neck."
+    place, kept = tmp_path_factory.mktemp("cached"), tmp_path_factory.mktemp("features")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(stage1, "cache_dir", lambda: kept)
+        return run_stage1("es-ev-s", "tiny", cache="fp16", replays=2, widths=[128] * 3, runs=str(place)), kept
+
+
+def test_cached_run_says_what_it_was(cached_run):
+    folder, kept = cached_run
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["settings"]["cache"], report["settings"]["replays"], report["settings"]["widths"]) == ("fp16", 2, [128] * 3)
+    assert report["timing"]["cache_written"] > 0 and report["timing"]["cache_waited"] > 0
+    assert [p.name[:19] for p in kept.iterdir()] == ["features-tiny-fp16-"]
+    assert EfficientSam3.from_pretrained(folder / "student").config.widths == [128] * 3
+    with pytest.raises(ValueError, match="cache: 'fp16' there, '' now; replays: 2 there, 0 now"): run_stage1("es-ev-s", "tiny", widths=[128] * 3, runs=str(folder.parents[2]))
+
+
+def test_cached_run_is_a_live_run(cached_run, tmp_path, monkeypatch):
+    "The same replays, seen live: nearly the same losses, step by step (mixed precision rounds as a batch falls). Features of other pictures: other losses."
+    folder, kept = cached_run
+    monkeypatch.setattr(stage1, "cache_dir", lambda: kept)
+    teacher, schedule = load_teacher("toy"), stage1_schedule(load_recipe("tiny"))
+    pictures, cache, _ = keep_features(load_recipe("tiny"), teacher, "fp16", 2)
+    torch.manual_seed(42)
+    student = build_student("es-ev-s", teacher, widths=[128] * 3)
+    source = live_source(pictures, cache, 42, 4)
+    fit(Stage1(teacher, student, schedule), source, parameter_groups(student, TRAINS[1], schedule.lr, schedule.inherited), schedule, tmp_path)
+    cached, live = ([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (folder, tmp_path))
+    for a, b in zip(cached, live, strict=True):
+        assert a["features"] == pytest.approx(b["features"], rel=2e-3) and a["distill"] == pytest.approx(b["distill"], rel=0.03) and a["loss"] == pytest.approx(b["loss"], rel=0.03)
+    batch = cached_source(load_recipe("tiny"), schedule, pictures, cache, SIDES, 42)(0, 0, 1)
+    right, exchanged, seen = (float(losses(b, schedule)["distill"]) for b in (batch, replace(batch, trunk=batch.trunk.pick([1, 2, 3, 0])), source(0, 0, 1)))
+    assert right == pytest.approx(seen, rel=0.02) and exchanged != pytest.approx(seen, rel=0.05)
+
+
+def test_killed_cached_run_continues(tmp_path, monkeypatch):
+    "Each run has a cache folder of its own, with the toy world's pictures in it."
+    run, world = {name: tmp_path / name for name in ("whole", "cut")}, toyworld("tiny")
+    def begin(name: str):
+        (run[name] / "cache").mkdir(parents=True, exist_ok=True)
+        if not (run[name] / "cache" / world.name).exists(): (run[name] / "cache" / world.name).symlink_to(world)
+        monkeypatch.setenv("ESAM3_CACHE", str(run[name] / "cache"))
+        return start(1, 1, cache="int8", replays=2, runs=str(run[name]))
+    folder = {name: place / "tiny" / "es-ev-s" / "stage1" for name, place in run.items()}
+    whole = begin("whole")
+    kill_in_training(begin("cut"), folder["cut"] / "state" / "last.pt")
+    printed = finish(begin("cut"))
+    assert "rank 0: 0 of 48 pictures to write" in printed and "features to write" not in printed, "what is there is not written again"
+    assert "features to write: 48 pictures of 0.0172 MB" in finish(whole)
+    reports = {name: json.loads((place / "report.json").read_text()) for name, place in folder.items()}
+    assert 0 < reports["cut"].pop("timing")["steps"] < STEPS == reports["whole"].pop("timing")["steps"] and reports["cut"] == reports["whole"]
+    for name in ("metrics.jsonl", "student/model.safetensors"): assert (folder["cut"] / name).read_bytes() == (folder["whole"] / name).read_bytes(), name
