@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'Variant', 'nearest', 'find_variant', 'Frames', 'seed_at', 'seed_everything', 'pick_device',
            'pick_precision', 'check_parameters', 'declared_in', 'guard', 'atomically', 'write_json', 'fingerprint',
-           'open_run', 'runs_folder', 'printable', 'cache_dir', 'versions', 'machine']
+           'open_run', 'runs_folder', 'printable', 'cache_dir', 'versions', 'machine', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #c002
-import ast, contextlib, difflib, hashlib, json, os, platform, random, shutil, tempfile, typing
+import ast, contextlib, difflib, hashlib, json, os, platform, random, resource, shutil, sys, tempfile, typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,3 +307,9 @@ def machine() -> str:
         cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{os.cpu_count()} cores of {cpu}{gpu}"
+
+
+def peak_memory() -> int:
+    "Bytes of memory that this process has held at most: on the accelerator where there is one, else resident."
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

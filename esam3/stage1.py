@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from .core import (atomically, cache_dir, fingerprint, find_variant, machine, nearest, open_run, pick_device, pick_precision, printable, runs_folder,
+from .core import (atomically, cache_dir, fingerprint, find_variant, machine, nearest, open_run, peak_memory, pick_device, pick_precision, printable, runs_folder,
                         versions, write_json)
 from .data import ImageBatch, augment, collate_images, draw, load_recipe, open_dataset, rng_at, sample_indices
 from .feature_cache import AUTOCAST, FeatureCache, Replays, cache_settings, encode_trunk, features_from_trunk, plan, write_cache
@@ -184,7 +184,7 @@ def print_groups(groups: list[dict]) -> None:
 
 def finish(folder: Path, student: Sam3, report: dict) -> dict:
     "Save the student and the report, whole or not at all; of several processes the first one does, the others wait."
-    report["timing"] |= {"machine": machine(), "date": str(date.today())}
+    report["timing"] |= {"peak_memory": peak_memory(), "machine": machine(), "date": str(date.today())}
     if ranks().is_main_process:
         with atomically(folder / "student") as p: student.save_pretrained(p)
         write_json(folder / "report.json", report)
@@ -210,7 +210,8 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     pictures, kept, written = keep_features(recipe, big, cache, replays) if cache else (None, None, 0.0)
     torch.manual_seed(seed)
     small = build_student(variant, big, memory="dense", weights="" if weights == "random" else weights, widths=widths)
-    sides, held = (big.image_size, small.image_size), open_dataset(recipe, "held_out", "images") if "held_out" in recipe["splits"] else None
+    sides, judged = (big.image_size, small.image_size), "held_out" in recipe["splits"] and name != "random-sam3"  # random weights have seen nothing
+    held = open_dataset(recipe, "held_out", "images") if judged else None
     groups = parameter_groups(small, TRAINS[1], schedule.lr, schedule.inherited)
     print_groups(groups)
     source = cached_source(recipe, schedule, pictures, kept, sides, seed) if cache else picture_source(recipe, schedule, sides, seed)
@@ -219,6 +220,6 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     scores = {"teacher": prompt_scores(big, held, shared=True), "student": prompt_scores(small.eval(), held, shared=True)} if held is not None else {}
     timing["evaluation"] = time.perf_counter() - start
     finish(folder, small, {"stage": 1, "variant": variant, "recipe": recipe["name"], "settings": settings, "versions": versions(), "fingerprint": fingerprint(settings),
-                           "params": parameter_counts(small, big), "data": {"train": schedule.steps * schedule.batch_size, "held_out": len(held) if held is not None else 0, "seeds": [seed]},
+                           "params": parameter_counts(small, big), "frames": {"teacher": [big.image_size, big.grid], "student": [small.image_size, small.grid]}, "data": {"train": schedule.steps * schedule.batch_size, "held_out": len(held) if held is not None else 0, "seeds": [seed]},
                            **scores, "timing": timing})
     return folder
