@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COPIED', 'LEFT_BEHIND', 'NEW', 'PARTS', 'EfficientSam3Config', 'student_config', 'StudentVisionOutput',
            'StudentVision', 'LatentMemoryAttention', 'StudentTracker', 'EfficientSam3', 'copy_weights', 'build_student',
-           'with_memory', 'square', 'student_processor', 'count_parts']
+           'with_memory', 'choose_layers', 'square', 'student_processor', 'count_parts']
 
 # %% ../nbs/15_student.ipynb #c003
 import re
@@ -204,6 +204,16 @@ def with_memory(student: EfficientSam3, memory: str, perceiver: Mapping | None =
     copy_weights(new, student, (r"perceiver\.",), (r"perceiver\.",), (*COPIED, NEW[0]))
     new.tokenizer = student.tokenizer
     return new
+
+# %% ../nbs/15_student.ipynb #c028e
+def choose_layers(student: EfficientSam3, layers: Sequence[int]) -> EfficientSam3:
+    "Let a student read its memory with some of its layers, in this order; changes it and returns it. `ValueError` for layers that are not there, or twice."
+    attention = student.tracker_model.memory_attention
+    if not layers or len(set(layers) & set(range(len(attention.layers)))) < len(layers):
+        raise ValueError(f"layers {list(layers)} of the memory attention: choose one or more of {list(range(len(attention.layers)))}, each once")
+    attention.layers = nn.ModuleList(attention.layers[k] for k in layers)
+    student.config.tracker_config.memory_attention_num_layers = len(layers)
+    return student
 
 # %% ../nbs/15_student.ipynb #c035
 def square(images: Tensor) -> Tensor:

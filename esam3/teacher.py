@@ -115,15 +115,17 @@ def _cross_attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, q_
 
 
 def read_memory(attention: nn.Module,  # the tracker's memory attention
-                queries: Tensor, query_pos: Tensor,  # [N, g², C]
+                queries: Tensor, query_pos: Tensor,  # [B, g², C]
                 tokens: Tensor, token_pos: Tensor,   # [N, K, 64]
-                token_xy: Tensor                     # [K, 2] grid coordinates (x, y); NaN: not rotated
+                token_xy: Tensor,                    # [K, 2] grid coordinates (x, y); NaN: not rotated
+                image: Tensor | None = None          # [N] which of the B maps each object reads with; None: its own, B = N
                 ) -> Tensor:                         # [N, g², C]
     "SAM3's memory attention (its layers and weights) over tokens that each have their own place."
     x, q_rope, k_rope = queries + 0.1 * query_pos, _rotation(attention, attention.position_ids.float()), _rotation(attention, token_xy)
-    for layer in attention.layers:
+    for k, layer in enumerate(attention.layers):
         y = layer.layer_norm1(x)[:, None]
         x = x + layer.dropout1(layer.self_attn(query=y, key=y, value=y, position_embeddings=q_rope)[0][:, 0])
+        if k == 0 and image is not None: x = x[image]  # up to here a map knows nothing of objects
         x = x + layer.dropout2(_cross_attend(layer.cross_attn_image, layer.layer_norm2(x), tokens + token_pos, tokens, q_rope, k_rope))
         y = layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(x)))))
         x = x + layer.dropout3(y)
@@ -278,7 +280,8 @@ def _pointer_tokens(self: Sam3, bank: Bank) -> tuple[Tensor, Tensor]:
 
 def _recall(self: Sam3, features: Features, image: Tensor, bank: Bank) -> Tensor:
     "The 1× maps of pictures `image` [N] after reading a bank: [N, C, g, g]."
-    t, coarse = self.tracker_model, features.tracker[2].index_select(0, image)
+    pictures, which = image.unique(return_inverse=True) if len(image) > 1 else (image, None)  # objects of a picture share its first self-attention
+    t, coarse = self.tracker_model, features.tracker[2].index_select(0, pictures)
     tokens = [m.tokens.to(coarse) for _, m in bank.memories]
     pos = [m.pos.to(coarse) + t.memory_temporal_positional_encoding[k - 1, 0] for k, m in bank.memories]
     xy = [self.memory_xy()] * len(tokens)
@@ -286,7 +289,7 @@ def _recall(self: Sam3, features: Features, image: Tensor, bank: Bank) -> Tensor
         p, at = self._pointer_tokens(bank)
         tokens, pos, xy = [*tokens, p], [*pos, at], [*xy, p.new_full((p.shape[1], 2), float("nan"))]
     flat = lambda m: m.flatten(2).transpose(1, 2)
-    out = read_memory(t.memory_attention, flat(coarse), flat(self._position(coarse)), torch.cat(tokens, 1), torch.cat(pos, 1), torch.cat(xy))
+    out = read_memory(t.memory_attention, flat(coarse), flat(self._position(coarse)), torch.cat(tokens, 1), torch.cat(pos, 1), torch.cat(xy), which)
     return out.transpose(1, 2).unflatten(2, coarse.shape[-2:])
 
 
