@@ -94,8 +94,9 @@ def clip_strip(images: Sequence[np.ndarray],                  # T × uint8 [H, W
 
 # %% ../nbs/62_views.ipynb #c011
 def curves(folder: str | Path, names: Sequence[str] = ("loss",), smooth: int = 20) -> Figure:
-    "Losses by name from a run's metrics.jsonl, a running mean over `smooth` lines."
+    "Losses by name (those that were logged) from a run's metrics.jsonl, a running mean over `smooth` lines."
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    names = [n for n in names if any(n in r for r in lines)]
     fig, axes = plt.subplots(1, len(names), figsize=(2.2 * len(names), 1.7), dpi=75, squeeze=False)
     for ax, name in zip(axes[0], names):
         x, y = np.array([(r["step"], r[name]) for r in lines if name in r]).T
