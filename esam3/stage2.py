@@ -313,7 +313,7 @@ def ablations(variant: str) -> dict[str, dict]:
     return json.loads(path.read_text()).get(variant, {}) if path.exists() else {}
 
 
-def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None, distill: bool = True, **given: float) -> Schedule:
+def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None, distill: bool = True, **given: float | str) -> Schedule:
     "Stage 2's schedule. `options`: fields of it, where 0 counts. `distill=False`: the truth alone teaches. `ValueError` for an unknown word."
     names = [f.name for f in fields(Schedule)]
     for k in options or {}:
@@ -347,13 +347,13 @@ def told_the_step(task: Stage2, batch_at: Callable) -> Callable:
 
 # %% ../nbs/20_stage2.ipynb #c0run
 def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, lr: float = 0.0, student: str = "",
-               memory: str = "perceiver", distill: bool = True, seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,
-               options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+               memory: str = "perceiver", distill: bool = True, lambda_read: float = -1.0, read_decay: str = "", detach_every: int = 0, checkpoint: bool = False,
+               seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
     """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
-    recipe = load_recipe(recipe)
-    schedule = stage2_schedule(recipe, options, distill, steps=steps, batch_size=batch_size, lr=lr)
+    recipe, options = load_recipe(recipe), {**({"lambda_read": lambda_read} if lambda_read >= 0 else {}), **(options or {})}
+    schedule = stage2_schedule(recipe, options, distill, steps=steps, batch_size=batch_size, lr=lr, read_decay=read_decay, detach_every=detach_every, checkpoint=checkpoint)
     if memory not in MEMORIES: raise ValueError(nearest(memory, MEMORIES, "memory"))
     name = teacher or recipe["teacher"]
     big, find = load_teacher(name), find_variant(variant)
