@@ -138,7 +138,7 @@ def memory_reading(images: Sequence[np.ndarray],        # T × uint8 [H, W, 3]
     most, w, shown = float(heat.max()), weights.numpy(force=True), heat.numpy(force=True)
     for ax, bars, t, h, row in zip(top[1:], low[1:], past, shown, w):
         picture(ax, images[t], f"frame {t}: {row.sum():.0%}")
-        ax.imshow(np.concatenate([np.zeros((*h.shape, 3)), 0.8 * (1 - h[..., None] / max(most, 1e-9))], -1), extent=(0, h.shape[1], h.shape[0], 0))
+        ax.imshow(np.concatenate([np.zeros((*h.shape, 3)), 0.6 * (1 - h[..., None] / max(most, 1e-9))], -1), extent=(0, h.shape[1], h.shape[0], 0))
         _windows(ax, boxes.numpy(force=True), row / max(w.max(), 1e-9))
         bars.bar(range(len(row)), row, color=np.where(np.isnan(boxes[:, 0].numpy(force=True)), COLORS["teacher"], COLORS["student"]))
         bars.set_ylim(0, 1.05 * w.max()); bars.tick_params(labelsize=5); bars.set_xlabel("token", fontsize=6)
