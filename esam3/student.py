@@ -116,7 +116,7 @@ class LatentMemoryAttention(Sam3TrackerVideoMemoryAttention):
         frames = (m.shape[1] - num_object_pointer_tokens) // len(xy)
         xy = torch.cat([xy.repeat(frames, 1), xy.new_full((num_object_pointer_tokens, 2), torch.nan)])
         bias = F.pad(bias.repeat(frames), (0, num_object_pointer_tokens)) if bias.any() else None
-        return read_memory(self, q, qp, m, mp, xy, bias)[:, None]
+        return read_memory(self, q, qp, m, mp, xy, bias=bias)[:, None]
 
 
 class StudentTracker(Sam3TrackerVideoModel):

@@ -295,7 +295,7 @@ def _recall(self: Sam3, features: Features, image: Tensor, bank: Bank) -> Tensor
     flat = lambda m: m.flatten(2).transpose(1, 2)
     tokens, bias = torch.cat(tokens, 1), self.memory_bias()
     if bias is not None: bias = F.pad(bias.repeat(len(bank.memories)), (0, tokens.shape[1] - len(bias) * len(bank.memories)))
-    out = read_memory(t.memory_attention, flat(coarse), flat(self._position(coarse)), tokens, torch.cat(pos, 1), torch.cat(xy), bias)
+    out = read_memory(t.memory_attention, flat(coarse), flat(self._position(coarse)), tokens, torch.cat(pos, 1), torch.cat(xy), bias=bias)
     return out.transpose(1, 2).unflatten(2, coarse.shape[-2:])
 
 
