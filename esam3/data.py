@@ -23,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from .core import Frames, nearest, seed_at
-from .readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, choose
+from .readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos, choose
 from .samples import BadSample, ClipSample, ImageSample, Phrase, boxes_of, deepest_points
 from .toyworld import held_out, toyworld
 
@@ -241,12 +241,12 @@ class Steps(Dataset):
 RECIPES = Path(inspect.getfile(Frames)).parents[1] / "data_recipes"
 
 # %% ../nbs/02_data.ipynb #c051
-READERS = {"sa1b": Sa1b, "sav": SaV, "davis": Davis, "saco_images": SaCoImages, "saco_video": SaCoVideo}
+READERS = {"sa1b": Sa1b, "sav": SaV, "davis": Davis, "saco_images": SaCoImages, "saco_video": SaCoVideo, "videos": Videos}
 KINDS = ("images", "clips", "concept_images", "concept_clips")
 DEFAULTS = {"name": "", "about": "", "licence": "", "download": "", "root": "", "teacher": "facebook/sam3", "weights": "", "after": "",
             "splits": {}, "sampling": {}, "augment": {}, "stages": {}, "ranks": 1}
 STARTS = ("imagenet", "random")  # of a backbone, beside a file
-SAMPLING = {"instances": 16, "tracks": 8, "phrases": 0, "frames": [4, 8]}  # the paper's; 0: all
+SAMPLING = {"instances": 16, "tracks": 8, "phrases": 0, "frames": [4, 8], "late": "drop"}  # the paper's; 0: all; late: of tracks
 
 
 def _known(given: Any, known: Sequence[str], noun: str, where: str) -> Mapping[str, Any]:
@@ -289,6 +289,7 @@ def load_recipe(recipe: str | Path  # a name in `data_recipes/`, or a path endin
     found["root"] = root if root.startswith("toyworld") or "$" in root else str(path.parent / root)
     found["weights"] = _start(found["weights"], path)
     found["sampling"] = {**SAMPLING, **_known(found["sampling"], [*SAMPLING], "sampling key", path.name)}
+    if found["sampling"]["late"] not in ("drop", "keep"): raise ValueError(f"{path.name}: {nearest(str(found['sampling']['late']), ('drop', 'keep'), 'treatment of late tracks')}")
     _known(found["augment"], [*inspect.signature(augment).parameters][2:], "augment key", path.name)
     for split, parts in found["splits"].items():
         for kind, part in _known(parts, KINDS, "kind of data", f"{path.name}, {split}").items(): _check_part(part, f"{path.name}, {split}, {kind}")

@@ -270,6 +270,9 @@ class DenseMemory(nn.Module):
     def log_count(self, height: int, width: int) -> Tensor:
         "Bias of each token's attention logit [H*W]: zero."
         return torch.zeros(height * width)
+    def attention(self, x: Tensor, pos: Tensor) -> Tensor:
+        "What each token is made of, as maps [B, H*W, H, W]: its own cell."
+        return torch.eye(x[0, 0].numel(), device=x.device).unflatten(1, x.shape[-2:]).expand(len(x), -1, -1, -1)
 
 # %% ../nbs/21_perceiver.ipynb #c050
 class AveragePooling(nn.Module):
@@ -294,3 +297,8 @@ class AveragePooling(nn.Module):
     def log_count(self, height: int, width: int) -> Tensor:
         "Bias of each token's attention logit [K]: the logarithm of the number of cells it stands for."
         return self.windows(height, width)[1].sum(1).log()
+    def attention(self, x: Tensor, pos: Tensor) -> Tensor:
+        "What each token is made of, as maps [B, K, H, W]: its window in equal parts; each map sums to 1."
+        cell, valid, _ = (t.to(x.device) for t in self.windows(*x.shape[-2:]))
+        share = valid / valid.sum(1, keepdim=True)
+        return x.new_zeros(len(cell), x[0, 0].numel()).scatter_add_(1, cell, share.to(x)).unflatten(1, x.shape[-2:]).expand(len(x), -1, -1, -1)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['COPIED', 'LEFT_BEHIND', 'NEW', 'PARTS', 'EfficientSam3Config', 'student_config', 'StudentVisionOutput',
            'StudentVision', 'LatentMemoryAttention', 'StudentTracker', 'EfficientSam3', 'copy_weights', 'build_student',
-           'with_memory', 'square', 'student_processor', 'count_parts']
+           'with_memory', 'choose_layers', 'square', 'student_processor', 'count_parts']
 
 # %% ../nbs/15_student.ipynb #c003
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import S
 
 from .backbones import Encoder, load_backbone
 from .core import find_variant
-from .perceiver import SpatialPerceiver
+from .perceiver import AveragePooling, SpatialPerceiver
 from .teacher import Features, Sam3, read_memory, without_dropout
 
 # %% ../nbs/15_student.ipynb #c006
@@ -35,17 +36,18 @@ class EfficientSam3Config(Sam3VideoConfig):
     model_type = "efficient_sam3"
     variant: str = "es-tv-s"
     widths: list | None = None      # of the neck's pyramid; None: `TinyFPN`'s
-    memory: str = "dense"           # or "perceiver"
-    perceiver: dict | None = None   # options of `SpatialPerceiver`
+    memory: str = "dense"           # or "perceiver", or "pooling"
+    perceiver: dict | None = None   # options of `SpatialPerceiver`, or of `AveragePooling`
     image_mean: tuple | list = (0.485, 0.456, 0.406)  # ImageNet's, in 0…1
     image_std: tuple | list = (0.229, 0.224, 0.225)
 
     def __post_init__(self, **rest):
         super().__post_init__(**rest)
         find_variant(self.variant)
-        if self.memory not in ("dense", "perceiver"): raise ValueError(f"memory must be 'dense' or 'perceiver', got '{self.memory}'")
+        if self.memory not in ("dense", "perceiver", "pooling"): raise ValueError(f"memory must be 'dense', 'perceiver' or 'pooling', got '{self.memory}'")
         count = 64 if self.image_size >= 512 else 4
-        self.perceiver = (self.perceiver or {"num_global": count, "num_local": count}) if self.memory == "perceiver" else None
+        usual = {"dense": None, "perceiver": {"num_global": count, "num_local": count}, "pooling": {"grid": None}}[self.memory]
+        self.perceiver = usual and (self.perceiver or usual)
 
 
 def _on_grid(vision: dict, canvas: int) -> dict:
@@ -56,8 +58,8 @@ def _on_grid(vision: dict, canvas: int) -> dict:
 
 # %% ../nbs/15_student.ipynb #c008
 def student_config(variant: str, teacher: Sam3VideoConfig,
-                   memory: str = "dense",            # or "perceiver"
-                   perceiver: Mapping | None = None,  # options of `SpatialPerceiver`; None: K by the canvas
+                   memory: str = "dense",            # or "perceiver", or "pooling"
+                   perceiver: Mapping | None = None,  # options of `SpatialPerceiver` (None: K by the canvas) or of `AveragePooling`
                    canvas: int = 0,                  # px; 0: 8/9 of the teacher's grid (72 → 64, 9 → 8) in patches of 16
                    widths: Sequence[int] | None = None  # of `TinyFPN`
                    ) -> EfficientSam3Config:
@@ -102,7 +104,7 @@ class StudentVision(Sam3PreTrainedModel):
 # %% ../nbs/15_student.ipynb #c015
 class LatentMemoryAttention(Sam3TrackerVideoMemoryAttention):
     "The library's memory attention over latents that each have their own place."
-    def __init__(self, config, memory: tuple[SpatialPerceiver]):  # a tuple, so that the Perceiver is registered once, in the student
+    def __init__(self, config, memory: tuple[SpatialPerceiver | AveragePooling]):  # a tuple, so that the Perceiver is registered once, in the student
         super().__init__(config)
         self.memory = memory
 
@@ -110,15 +112,16 @@ class LatentMemoryAttention(Sam3TrackerVideoMemoryAttention):
                 memory_posision_embeddings: Tensor, num_object_pointer_tokens: int = 0) -> Tensor:
         "Queries [g², N, C] and tokens [K·frames + pointers, N, 64], as the library passes them → [N, 1, g², C], as it expects."
         q, m, qp, mp = (x.transpose(0, 1) for x in (current_vision_features, memory, current_vision_position_embeddings, memory_posision_embeddings))
-        xy = self.memory[0].latent_xy(*self.config.memory_attention_rope_feat_sizes).to(q)
+        xy, bias = (of(*self.config.memory_attention_rope_feat_sizes).to(q) for of in (self.memory[0].latent_xy, self.memory[0].log_count))
         frames = (m.shape[1] - num_object_pointer_tokens) // len(xy)
         xy = torch.cat([xy.repeat(frames, 1), xy.new_full((num_object_pointer_tokens, 2), torch.nan)])
-        return read_memory(self, q, qp, m, mp, xy)[:, None]
+        bias = F.pad(bias.repeat(frames), (0, num_object_pointer_tokens)) if bias.any() else None
+        return read_memory(self, q, qp, m, mp, xy, bias=bias)[:, None]
 
 
 class StudentTracker(Sam3TrackerVideoModel):
     "The library's tracker without the teacher's `conv_s0`, `conv_s1`, and with latents when it is given a Perceiver."
-    def __init__(self, config, perceiver: SpatialPerceiver | None = None):
+    def __init__(self, config, perceiver: SpatialPerceiver | AveragePooling | None = None):
         super().__init__(config, remove_vision_encoder=True)
         del self.mask_decoder.conv_s0, self.mask_decoder.conv_s1
         self.memory = perceiver and (perceiver,)
@@ -142,7 +145,8 @@ class EfficientSam3(Sam3):
         super().__init__(config)
         del self.tracker_neck
         self.detector_model.vision_encoder = StudentVision(config)
-        self.perceiver = SpatialPerceiver(dim=self.tracker_model.mem_dim, **config.perceiver) if config.memory == "perceiver" else None
+        make = {"dense": lambda: None, "perceiver": partial(SpatialPerceiver, self.tracker_model.mem_dim), "pooling": AveragePooling}[config.memory]
+        self.perceiver = make(**(config.perceiver or {}))
         self.tracker_model = StudentTracker(config.tracker_config, self.perceiver)
         self.eval()
 
@@ -163,6 +167,9 @@ class EfficientSam3(Sam3):
         "[K, 2] place of each token on the query grid (x, y); NaN for a global latent."
         dense = super().memory_xy()
         return dense if self.perceiver is None else self.perceiver.latent_xy(self.grid, self.grid).to(dense)
+    def memory_bias(self) -> Tensor | None:
+        "[K] added to the logits of a memory's tokens; None but for pooled ones, which stand for several cells."
+        return self.perceiver.log_count(self.grid, self.grid).to(self.device) if self.config.memory == "pooling" else None
 
 # %% ../nbs/15_student.ipynb #c021
 COPIED = (r"detector_model\.(text_encoder|text_projection|geometry_encoder|detr_encoder|detr_decoder|mask_decoder|dot_product_scoring)\.",
@@ -185,7 +192,7 @@ def copy_weights(student: EfficientSam3, source: Sam3,
 
 # %% ../nbs/15_student.ipynb #c025
 def build_student(variant: str, teacher: Sam3,
-                  memory: str = "dense",             # or "perceiver"
+                  memory: str = "dense",             # or "perceiver", or "pooling"
                   weights: str = "",                 # of the backbone: "" random, "imagenet", or a file
                   perceiver: Mapping | None = None, canvas: int = 0, widths: Sequence[int] | None = None  # of `student_config`
                   ) -> EfficientSam3:
@@ -198,12 +205,22 @@ def build_student(variant: str, teacher: Sam3,
 
 # %% ../nbs/15_student.ipynb #c027
 def with_memory(student: EfficientSam3, memory: str, perceiver: Mapping | None = None) -> EfficientSam3:
-    "The same student with another memory: 'dense', or 'perceiver' with fresh latents."
+    "The same student with another memory: 'dense', 'perceiver' with fresh latents, or 'pooling'."
     options = dict(memory=memory, perceiver=dict(perceiver) if perceiver else None)
     new = EfficientSam3(EfficientSam3Config.from_dict({**student.config.to_dict(), **options}))
     copy_weights(new, student, (r"perceiver\.",), (r"perceiver\.",), (*COPIED, NEW[0]))
     new.tokenizer = student.tokenizer
     return new
+
+# %% ../nbs/15_student.ipynb #c028e
+def choose_layers(student: EfficientSam3, layers: Sequence[int]) -> EfficientSam3:
+    "Let a student read its memory with some of its layers, in this order; changes it and returns it. `ValueError` for layers that are not there, or twice."
+    attention = student.tracker_model.memory_attention
+    if not layers or len(set(layers) & set(range(len(attention.layers)))) < len(layers):
+        raise ValueError(f"layers {list(layers)} of the memory attention: choose one or more of {list(range(len(attention.layers)))}, each once")
+    attention.layers = nn.ModuleList(attention.layers[k] for k in layers)
+    student.config.tracker_config.memory_attention_num_layers = len(layers)
+    return student
 
 # %% ../nbs/15_student.ipynb #c035
 def square(images: Tensor) -> Tensor:

@@ -105,26 +105,30 @@ def _rotation(attention: nn.Module, xy: Tensor) -> tuple[Tensor, Tensor]:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: return x * cos + rotate_pairwise(x) * sin
 
 
-def _cross_attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, q_rope: tuple, k_rope: tuple) -> Tensor:
+def _cross_attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, q_rope: tuple, k_rope: tuple, bias: Tensor | None) -> Tensor:
     "The library's rotary cross-attention with angles of its own for each key. [N, g², C] × [N, K, 64] → [N, g², C]."
     split = lambda x: x.unflatten(-1, (attn.num_attention_heads, attn.head_dim)).transpose(1, 2)
     q, k, v = (split(p(x)) for p, x in ((attn.q_proj, query), (attn.k_proj, key), (attn.v_proj, value)))
     drop = attn.dropout_p if attn.training else 0.0
-    out = F.scaled_dot_product_attention(_rotate(q, *q_rope), _rotate(k, *k_rope), v, dropout_p=drop, scale=attn.scaling)
+    out = F.scaled_dot_product_attention(_rotate(q, *q_rope), _rotate(k, *k_rope), v, bias, drop, scale=attn.scaling)
     return attn.o_proj(out.transpose(1, 2).flatten(2))
 
 
 def read_memory(attention: nn.Module,  # the tracker's memory attention
-                queries: Tensor, query_pos: Tensor,  # [N, g², C]
+                queries: Tensor, query_pos: Tensor,  # [B, g², C]
                 tokens: Tensor, token_pos: Tensor,   # [N, K, 64]
-                token_xy: Tensor                     # [K, 2] grid coordinates (x, y); NaN: not rotated
+                token_xy: Tensor,                    # [K, 2] grid coordinates (x, y); NaN: not rotated
+                image: Tensor | None = None,         # [N] which of the B maps each object reads with; None: its own, B = N
+                bias: Tensor | None = None           # [K] added to a token's logits: the logarithm of how many cells it stands for
                 ) -> Tensor:                         # [N, g², C]
     "SAM3's memory attention (its layers and weights) over tokens that each have their own place."
     x, q_rope, k_rope = queries + 0.1 * query_pos, _rotation(attention, attention.position_ids.float()), _rotation(attention, token_xy)
-    for layer in attention.layers:
+    if bias is not None: bias = bias.to(queries).expand(1, 1, 1, -1)
+    for k, layer in enumerate(attention.layers):
         y = layer.layer_norm1(x)[:, None]
         x = x + layer.dropout1(layer.self_attn(query=y, key=y, value=y, position_embeddings=q_rope)[0][:, 0])
-        x = x + layer.dropout2(_cross_attend(layer.cross_attn_image, layer.layer_norm2(x), tokens + token_pos, tokens, q_rope, k_rope))
+        if k == 0 and image is not None: x = x[image]  # up to here a map knows nothing of objects
+        x = x + layer.dropout2(_cross_attend(layer.cross_attn_image, layer.layer_norm2(x), tokens + token_pos, tokens, q_rope, k_rope, bias))
         y = layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(x)))))
         x = x + layer.dropout3(y)
     return attention.layer_norm(x)
@@ -263,7 +267,12 @@ def _memory_xy(self: Sam3) -> Tensor:
     return self.tracker_model.memory_attention.position_ids.float()
 
 
-Sam3.remember, Sam3.compress, Sam3.memory_xy = _remember, _compress, _memory_xy
+def _memory_bias(self: Sam3) -> Tensor | None:
+    "[L] added to the logits of a memory's tokens; None where each stands for itself alone."
+    return None
+
+
+Sam3.remember, Sam3.compress, Sam3.memory_xy, Sam3.memory_bias = _remember, _compress, _memory_xy, _memory_bias
 
 # %% ../nbs/03_teacher.ipynb #c020
 def _pointer_tokens(self: Sam3, bank: Bank) -> tuple[Tensor, Tensor]:
@@ -278,7 +287,8 @@ def _pointer_tokens(self: Sam3, bank: Bank) -> tuple[Tensor, Tensor]:
 
 def _recall(self: Sam3, features: Features, image: Tensor, bank: Bank) -> Tensor:
     "The 1× maps of pictures `image` [N] after reading a bank: [N, C, g, g]."
-    t, coarse = self.tracker_model, features.tracker[2].index_select(0, image)
+    pictures, which = image.unique(return_inverse=True) if len(image) > 1 else (image, None)  # objects of a picture share its first self-attention
+    t, coarse = self.tracker_model, features.tracker[2].index_select(0, pictures)
     tokens = [m.tokens.to(coarse) for _, m in bank.memories]
     pos = [m.pos.to(coarse) + t.memory_temporal_positional_encoding[k - 1, 0] for k, m in bank.memories]
     xy = [self.memory_xy()] * len(tokens)
@@ -286,7 +296,9 @@ def _recall(self: Sam3, features: Features, image: Tensor, bank: Bank) -> Tensor
         p, at = self._pointer_tokens(bank)
         tokens, pos, xy = [*tokens, p], [*pos, at], [*xy, p.new_full((p.shape[1], 2), float("nan"))]
     flat = lambda m: m.flatten(2).transpose(1, 2)
-    out = read_memory(t.memory_attention, flat(coarse), flat(self._position(coarse)), torch.cat(tokens, 1), torch.cat(pos, 1), torch.cat(xy))
+    tokens, bias = torch.cat(tokens, 1), self.memory_bias()
+    if bias is not None: bias = F.pad(bias.repeat(len(bank.memories)), (0, tokens.shape[1] - len(bias) * len(bank.memories)))
+    out = read_memory(t.memory_attention, flat(coarse), flat(self._position(coarse)), tokens, torch.cat(pos, 1), torch.cat(xy), which, bias)
     return out.transpose(1, 2).unflatten(2, coarse.shape[-2:])
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CERTAIN', 'own_time', 'clip_time', 'use_multimask', 'mask_as_output', 'unprompted', 'see', 'History', 'Track',
-           'collect', 'track', 'copy_first', 'first_box']
+           'collect', 'track', 'copy_first', 'first_box', 'follow']
 
 # %% ../nbs/22_tracker.ipynb #c002
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -163,3 +163,19 @@ def first_box(model: Sam3, features: Features, frame_index: Tensor, boxes: Tenso
     out = model.decode(features, Prompts(frame_index.flatten(), corners, labels, multimask=use_multimask(model.tracker_model.config, 2, True)))
     frame = lambda t: (part.unflatten(0, (n, frames))[:, t] for part in (out.masks, out.iou, out.object_logits, out.pointers))
     return collect([MaskSet(*frame(t)) for t in range(frames)])
+
+# %% ../nbs/22_tracker.ipynb #c050
+@torch.no_grad()
+def follow(model: Sam3,
+           pictures: Iterable[Tensor],                 # [1, 3, S, S] each, as the model's `encode` wants them; may be endless
+           prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once); their `image` is not read
+           store: torch.dtype | None = None,           # type memories are kept in; None: as computed
+           ) -> Iterator[MaskSet]:
+    "Track N objects through a film, one answer a frame, in memory that does not grow with it. Raises ValueError without a prompt on frame 0."
+    prompts = {0: prompts} if isinstance(prompts, Prompts) else prompts
+    if 0 not in prompts: raise ValueError(f"frame 0 needs a prompt, got prompts on {sorted(prompts)}")
+    history, image = History(model.tracker_model.config, store=store), torch.zeros_like(prompts[0].image)
+    for t, pixels in enumerate(pictures):
+        out, seen = see(model, model.encode(pixels), image, prompts.get(t), None if t in prompts else history.bank(t))
+        history.add(t, seen, prompted=t in prompts)
+        yield out

@@ -84,6 +84,10 @@ class Schedule:
     refinements: int = 1       # M of the prompt loop (§4.2)
     lesson_steps: int = 0      # stage 2: steps of a first lesson on single frames with the teacher's memory; open
     lesson_lr: float = 1e-3    # and its learning rate
+    lambda_read: float = 1.0   # stage 2: weight of the read-out terms (§4.3), within lambda2; 0: left out
+    read_decay: str = ""       # stage 2: how the teacher's read-out fades to nothing: linear, cosine; empty: it stays
+    detach_every: int = 0      # stage 2: gradients through memory end every so many frames; 0: never
+    checkpoint: bool = False   # stage 2: compute each frame again in the backward pass instead of keeping it
     global_latents: int = 64   # K = 128 is the paper's, its split is open
     local_latents: int = 64    # a square number: an 8 × 8 grid of windows
 
