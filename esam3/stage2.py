@@ -6,7 +6,8 @@
 __all__ = ['MEMORIES', 'EIGHT', 'KINDS', 'FADES', 'LESSON', 'stage1_student', 'give_memory', 'clip_source', 'Kept', 'EncodeOnce',
            'first_prompts', 'latent_attention', 'present', 'Shown', 'teach', 'frame_losses', 'read_weight', 'Stage2',
            'nothing_learned', 'track_losses', 'to_remember', 'Book', 'open_book', 'FirstLesson', 'ablations',
-           'stage2_schedule', 'take_first_lesson', 'held_scores', 'told_the_step', 'run_stage2', 'compare']
+           'stage2_schedule', 'take_first_lesson', 'held_scores', 'told_the_step', 'stage2_report', 'run_stage2',
+           'compare']
 
 # %% ../nbs/20_stage2.ipynb #c005
 import json, math, time
@@ -345,6 +346,16 @@ def told_the_step(task: Stage2, batch_at: Callable) -> Callable:
         return batch_at(step, *of)
     return at
 
+
+def stage2_report(settings: Mapping, small: EfficientSam3, big: Sam3, held, before: dict, scores: Mapping[str, dict], timing: dict) -> dict:
+    "What a run has to say; a student with latents on the toy world stands beside the committed controls of its variant."
+    variant, schedule, name = settings["variant"], settings["schedule"], settings["recipe"]["name"]
+    own, controls = lambda who: scores.get(who, {}).get("track", {}), lambda who: {k: v for k, v in scores.get(who, {}).items() if k != "track"}
+    committed = ablations(variant) if name == "toy" and settings["distill"] and settings["memory"] == "perceiver" else {}
+    return {"stage": 2, "variant": variant, "recipe": name, "settings": settings, "versions": versions(), "fingerprint": fingerprint(settings),
+            "params": parameter_counts(small, big), "data": {"train": schedule["steps"] * schedule["batch_size"], "held_out": len(held) if held is not None else 0, "seeds": [settings["seed"]]},
+            "teacher": own("teacher"), "teacher_controls": controls("teacher"), "before": before, "student": own("student"), "controls": {**controls("student"), **committed}, "timing": timing}
+
 # %% ../nbs/20_stage2.ipynb #c0run
 def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, lr: float = 0.0, student: str = "",
                memory: str = "perceiver", distill: bool = True, lambda_read: float = -1.0, read_decay: str = "", detach_every: int = 0, checkpoint: bool = False,
@@ -374,11 +385,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     timing, clock = fit(task, told_the_step(task, source), groups, schedule, folder, seed, every=every) | {"lesson": lesson["seconds"]}, time.perf_counter()
     scores = held_scores(big, small.eval(), held, brief)
     timing["evaluation"] = time.perf_counter() - clock
-    controls = {k: v for k, v in scores.get("student", {}).items() if k != "track"}
-    finish(folder, small, {"stage": 2, "variant": variant, "recipe": recipe["name"], "settings": settings, "versions": versions(), "fingerprint": fingerprint(settings),
-                           "params": parameter_counts(small, big), "data": {"train": schedule.steps * schedule.batch_size, "held_out": len(held) if held is not None else 0, "seeds": [seed]},
-                           "teacher": scores.get("teacher", {}).get("track", {}), "teacher_controls": {k: v for k, v in scores.get("teacher", {}).items() if k != "track"},
-                           "before": before, "student": scores.get("student", {}).get("track", {}), "controls": {**controls, **(ablations(variant) if recipe["name"] == "toy" and distill and memory == "perceiver" else {})}, "timing": timing})
+    finish(folder, small, stage2_report(settings, small, big, held, before, scores, timing))
     return folder
 
 # %% ../nbs/20_stage2.ipynb #c040
