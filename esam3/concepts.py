@@ -9,7 +9,7 @@ __all__ = ['COST', 'WEIGHTS', 'text_digest', 'PhraseBook', 'vocabulary', 'siblin
 
 # %% ../nbs/31_concepts.ipynb #c003
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
