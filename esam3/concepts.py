@@ -221,22 +221,22 @@ def concept_losses(found: Detections,  # with a leading axis of layers
                    goal: Targets,
                    valid: Tensor       # [N, h, w] bool: the picture, not its padding
                    ) -> dict[str, Tensor]:
-    "Weighted losses of candidates against what is to be found: of boxes and masks a mean over targets (weighted by their scores), of presence over concepts."
+    "Weighted losses of candidates against what is to be found, means over layers: of boxes and masks over targets (weighted by their scores), of presence over concepts."
     layer, concept, query, target = match(found, goal).unbind(1)
-    sure, total = goal.scores[concept, target], goal.scores.sum().clamp(min=1)
+    sure, total = goal.scores[concept, target], goal.scores.sum().clamp(min=1) * len(found.logits)
     wanted = torch.zeros_like(found.logits, dtype=torch.float32); wanted[layer, concept, query] = sure
     mean = lambda each: (each * sure).sum() / total
     got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target]
     l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
     there = goal.presence.expand_as(found.presence)
-    out = {"presence": F.binary_cross_entropy_with_logits(found.presence.float(), there, reduction="none").mean(1).sum(),
+    out = {"presence": F.binary_cross_entropy_with_logits(found.presence.float(), there, reduction="none").mean(),
            "score": (soft_focal(found.logits, wanted) * there[..., None]).sum() / total,
            "l1": mean(l1), "giou": mean(generalized_box_iou_loss(got, want)),
            "mask": mean(mask_loss(found.masks[layer, concept, query], goal.masks[concept, target], valid[concept])),
            "union": mask_loss(found.semantic[:, 0], goal.union, valid).mean()}
     return {k: WEIGHTS[k] * v for k, v in out.items()}
 
-# %% ../nbs/31_concepts.ipynb #c043
+# %% ../nbs/31_concepts.ipynb #c044
 def of_rows(found: Detections, some: Tensor) -> Detections:
     "The detections (with a leading axis of layers) of some concepts."
     return Detections(found.boxes[:, some], found.logits[:, some], found.presence[:, some], found.masks[:, some], found.semantic[some], found.read[some] if found.read is not None else None)
@@ -246,7 +246,7 @@ def worth_imitating(taught: Targets, truth: Targets, known: Tensor) -> Tensor:
     "[N] bool: the teacher's presence agrees with the truth, or the truth is not known."
     return ~known | ((taught.presence > 0.5) == (truth.presence > 0.5))
 
-# %% ../nbs/31_concepts.ipynb #c046
+# %% ../nbs/31_concepts.ipynb #c047
 @torch.no_grad()
 def keep_concepts(model: Sam3, seen: Features, concepts: Concepts, image: Tensor) -> Concepts:
     "What `concepts` say in their own pictures (of `seen`), to be asked of pictures `image` [N] of other features."

@@ -214,11 +214,11 @@ def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     if (folder / "report.json").exists(): return folder
     print(f"stage 3 of {variant}: {schedule.steps} steps of {schedule.batch_size} pictures; writing to {printable(folder)}")
     torch.manual_seed(seed)
-    small, sides = EfficientSam3.from_pretrained(base).eval(), (big.image_size, 16 * big.grid)
-    sides, clock, held = (big.image_size, small.image_size), time.perf_counter(), "held_out" in recipe["splits"]
-    scores = {"teacher": kept_scores(big, recipe, shared=True), "before": all_scores(small, recipe, shared=True)} if held else {"teacher": {}, "before": {}}
+    small, held, clock = EfficientSam3.from_pretrained(base).eval(), "held_out" in recipe["splits"], time.perf_counter()
+    sides = big.image_size, small.image_size
+    scores = {who: kept_scores(m, recipe, shared=True) if held else {} for who, m in (("teacher", big), ("before", small))}
     first, task = time.perf_counter() - clock, Stage3(big, small, schedule)
-    lesson = take_map_lesson(task, recipe, sides, folder, seed, every) if schedule.encoder_lr and schedule.lesson_steps else {"seconds": 0.0}
+    lesson = take_map_lesson(task, recipe, sides, folder, seed, every) if schedule.encoder_lr and schedule.lesson_steps and distill else {"seconds": 0.0}
     groups = stage3_groups(small, schedule)
     print_groups(groups)
     timing = fit(task, mixed_source(recipe, schedule, sides, seed, asking), groups, schedule, folder, seed, every=every, mixed=pick_device().type == "cuda")
