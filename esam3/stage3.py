@@ -193,7 +193,7 @@ class MapLesson(nn.Module):
 
 def take_map_lesson(task: Stage3, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, every: int) -> dict[str, float]:
     "The lesson, in place, on the recipe's pictures with all their things. `folder/lesson` holds its state and metrics."
-    own, pictures = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr, ema=0.0, clip=5.0), open_dataset(recipe, "train", "images")
+    own, pictures = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr, batch_size=2 * task.schedule.batch_size, ema=0.0, clip=5.0), open_dataset(recipe, "train", "images")
     def batch_at(step: int, rank: int, ranks: int) -> ImageBatch:
         rng = rng_at(seed + 2, step, rank)
         samples = draw(pictures, seed + 2, step, max(1, own.batch_size // ranks), rank, ranks)
