@@ -54,7 +54,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def test_killed_run_continues(recipe, base, tmp_path):
-    folder = {name: tmp_path / name / "unjudged" / "es-ev-s" / "stage3" for name in ("whole", "cut")}
+    folder = {name: tmp_path / name / "tiny" / "es-ev-s" / "stage3" for name in ("whole", "cut")}
     whole, cut = (start(recipe, base, tmp_path / name) for name in ("whole", "cut"))
     checkpoint, until = folder["cut"] / "state" / "last.pt", time.monotonic() + 240
     while not checkpoint.exists():
@@ -79,7 +79,7 @@ def test_frozen_encoder_stays(recipe, base, tmp_path):
     "With encoder_lr=0 neither weights nor batch statistics of the encoder move, and what is trained does."
     finish(start(recipe, base, tmp_path, encoder_lr=0.0, steps=2))
     from safetensors.torch import load_file
-    old, new = (load_file(p / "model.safetensors") for p in (base, tmp_path / "unjudged" / "es-ev-s" / "stage3" / "student"))
+    old, new = (load_file(p / "model.safetensors") for p in (base, tmp_path / "tiny" / "es-ev-s" / "stage3" / "student"))
     moved = {k for k in new if not torch.equal(old[k], new[k])}
     assert not any(k.startswith(("detector_model.vision_encoder", "detector_model.text_")) for k in moved)
     assert {"detector_model.mask_decoder", "detector_model.dot_product_scoring", "tracker_model.mask_decoder"} <= {".".join(k.split(".")[:2]) for k in moved}
