@@ -20,7 +20,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .concept_video import Kernels, follow
+from .concept_video import Kernels, follow_concepts
 from .concepts import keep_concepts
 from .core import cache_dir, fingerprint, nearest, write_json
 from .data import ImageBatch, collate_images, open_dataset
@@ -131,7 +131,7 @@ def _masklets(model: Sam3, reader: Any, i: int) -> list[dict]:
     number = {p["noun_phrase"]: p["category_id"] for p in pairs}
     code = lambda m: rle(m) if m.any() else None
     return [{"video_id": reader.videos[i]["id"], "category_id": number[f.concept], "score": f.score, "segmentations": [code(m) for m in f.masks]}
-            for f in follow(model, clip.frames, list(number))]
+            for f in follow_concepts(model, clip.frames, list(number))]
 
 
 def video_scores(model: Sam3, reader: Any, count: int = 0, shared: bool = False) -> dict[str, float]:

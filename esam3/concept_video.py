@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kernels', 'post_processing', 'history_of', 'alike', 'frame_features', 'Exemplar', 'ConceptSession', 'of_one_picture',
-           'Followed', 'claim', 'follow']
+           'Followed', 'claim', 'follow_concepts']
 
 # %% ../nbs/32_concept_video.ipynb #c003
 from collections import defaultdict
@@ -208,7 +208,7 @@ def claim(masks: Tensor,   # [N, H, W] bool
 
 # %% ../nbs/32_concept_video.ipynb #c024
 @torch.no_grad()
-def follow(model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H, W, 3], of one size
+def follow_concepts(model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H, W, 3], of one size
            concepts: Sequence[str | Exemplar],
            mend: bool = True                            # mask NMS, hole filling, sprinkle removal
            ) -> list[Followed]:
