@@ -152,10 +152,13 @@ def concept_terms(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
 
 # %% ../nbs/30_stage3.ipynb #c027
 def stage3_groups(student: EfficientSam3, schedule: Schedule) -> list[dict]:
-    "AdamW's groups: stage 3's own, what the schedule thaws, and the encoder with its own rate."
+    "AdamW's groups: stage 3's own, what the schedule thaws, and the encoder with its own rate, but for its batch norms."
     thawed = {k: THAW[k] for k in (*schedule.thaw, *(["encoder"] if schedule.encoder_lr else []))}
     groups = parameter_groups(student, present({**TRAINS[3], **thawed}, student), schedule.lr, schedule.inherited)
-    return [{**g, "lr": schedule.encoder_lr} if g["name"].startswith("encoder") else g for g in groups]
+    for m in student.detector_model.vision_encoder.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.requires_grad_(False)  # `train_mode` leaves it in eval mode then
+    rates = {"encoder": schedule.encoder_lr, "encoder (no decay)": schedule.encoder_lr}
+    return [{**g, "lr": rates.get(g["name"], g["lr"]), "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
 
 # %% ../nbs/30_stage3.ipynb #c029
 class Stage3(nn.Module):
