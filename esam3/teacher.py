@@ -81,6 +81,7 @@ class Concepts:
     attention_mask: Tensor       # [N, L]
     boxes: Tensor | None = None  # [N, E, 4] cx, cy, w, h as fractions of the model's square
     labels: Tensor | None = None  # [N, E] 1 positive, 0 negative, -10 padding
+    encoded: Tensor | None = None  # [N, L, C] tokens of the prompt where they are known already; `attention_mask` says which count, `input_ids` are not read
 
 
 @dataclass
@@ -91,6 +92,7 @@ class Detections:
     presence: Tensor  # [N] logit: the concept is in the picture
     masks: Tensor     # [N, Q, 4g, 4g] logits
     semantic: Tensor | None = None  # [N, 1, 4g, 4g] logits of the union
+    read: Tensor | None = None  # [N, C, g, g] the coarse map after it has read the prompt; one, whatever the layers
 
     def scores(self) -> Tensor: return self.logits.sigmoid() * self.presence.sigmoid()[..., None]
 
@@ -175,7 +177,8 @@ Sam3.encode = _encode
 def _prompt_tokens(self: Sam3, seen: Features, concepts: Concepts) -> tuple[Tensor, Tensor]:
     "Text and exemplar tokens [N, T, C] and which of them count [N, T]."
     d = self.detector_model
-    tokens = d.get_text_features(input_ids=concepts.input_ids, attention_mask=concepts.attention_mask, return_dict=True).pooler_output
+    tokens = concepts.encoded
+    if tokens is None: tokens = d.get_text_features(input_ids=concepts.input_ids, attention_mask=concepts.attention_mask, return_dict=True).pooler_output
     mask = concepts.attention_mask.bool()
     if concepts.boxes is None: return tokens, mask
     known = concepts.labels != -10
@@ -200,8 +203,9 @@ def _detect(self: Sam3, features: Features, concepts: Concepts, all_layers: bool
     m = d.mask_decoder(decoder_queries=states.transpose(0, 1).flatten(1, 2), backbone_features=list(seen.detector), encoder_hidden_states=e.last_hidden_state,
                        prompt_features=prompt, prompt_mask=mask)
     masks = m.pred_masks.unflatten(1, (layers, q)).transpose(0, 1)
-    out = Detections(boxes, logits, o.presence_logits[keep].flatten(1), masks, m.semantic_seg)
-    return out if all_layers else Detections(out.boxes[-1], out.logits[-1], out.presence[-1], out.masks[-1], out.semantic)
+    read = e.last_hidden_state.mT.unflatten(2, seen.detector[-1].shape[-2:])
+    out = Detections(boxes, logits, o.presence_logits[keep].flatten(1), masks, m.semantic_seg, read)
+    return out if all_layers else Detections(out.boxes[-1], out.logits[-1], out.presence[-1], out.masks[-1], out.semantic, read)
 
 
 Sam3._prompt_tokens, Sam3.detect = _prompt_tokens, _detect
