@@ -24,7 +24,7 @@ from .data import ImageBatch, collate_images
 from .heldout import look
 from .predictions import rle
 from .prompts import CORNERS, PADDING, POSITIVE, append, corrective_points, disagreement
-from .samples import ClipSample, ImageSample, boxes_of
+from .samples import ClipSample, ImageSample
 from .teacher import NO_OBJECT, Concepts, Features, Prompts, Sam3, gate
 from .tracker import History, see  # chapter 2's tracker, frame by frame
 
@@ -92,8 +92,10 @@ def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
     draw = torch.Generator(batch.image.device).manual_seed(seed)
     truth, valid = batch.frames.rasterise(batch.masks, frame, size), batch.frames.valid(frame, size, batch.image)
     prompts = opening(model, batch, start)
-    for k in range(more + 1):
-        if k: prompts = append(prompts, *corrective_points(*disagreement(truth - 0.5, logits, valid), model.image_size, "deepest", min_pixels=0, generator=draw))
+    logits = answers(model, seen, prompts)
+    yield prompts, logits
+    for _ in range(more):
+        prompts = append(prompts, *corrective_points(*disagreement(truth - 0.5, logits, valid), model.image_size, "deepest", min_pixels=0, generator=draw))
         logits = answers(model, seen, prompts)
         yield prompts, logits
 
@@ -184,7 +186,7 @@ def without_doubles(masks: Tensor, scores: Tensor  # [Q, h, w] bool, [Q]
         if all(iou[k, j] < 0.5 for j in kept): kept.append(k)
     return kept
 
-
+# %% ../nbs/43_protocols.ipynb #c026
 @torch.no_grad()
 def detections(model: Sam3, seen: Features, frames: Frames, queries: Sequence[Query], image: Tensor  # [N]
                ) -> list[tuple[Tensor, Tensor]]:  # for each query: scores [q], logits [q, 4g, 4g]
@@ -198,7 +200,7 @@ def detections(model: Sam3, seen: Features, frames: Frames, queries: Sequence[Qu
             out.append((scores[some][kept], masks[some][kept]))
     return out
 
-# %% ../nbs/43_protocols.ipynb #c026
+# %% ../nbs/43_protocols.ipynb #c027
 @torch.no_grad()
 def answer_queries(model: Sam3, samples: Sequence[ImageSample], queries: Sequence[Sequence[Query]]  # of each picture
                    ) -> list[list[tuple[np.ndarray, np.ndarray]]]:  # scores [q], bool [q, H, W] for each query of each picture
@@ -209,16 +211,16 @@ def answer_queries(model: Sam3, samples: Sequence[ImageSample], queries: Sequenc
     back = lambda b, scores, logits: (scores.numpy(force=True), (batch.frames.to_source(logits, model.frame, b) > 0).numpy(force=True))
     return [[back(b, *next(found)) for _ in some] for b, some in enumerate(queries)]
 
-# %% ../nbs/43_protocols.ipynb #c030
+# %% ../nbs/43_protocols.ipynb #c031
 @dataclass
 class Found:
     "A masklet that answers query `query`."
     query: int
-    confirmed: list[float] = field(default_factory=list)    # in the frames that show it and were asked: score of its detection, or 0
+    confirmed: list[float] = field(default_factory=list)    # scores of its detection in the frames that show it and were asked, the first being where it begins; 0 where there is none
     codes: list[dict | None] = field(default_factory=list)  # T run lengths in the frame's own pixels
 
     @property
-    def score(self) -> float: return float(np.mean(self.confirmed)) if self.confirmed else 0.0
+    def score(self) -> float: return self.confirmed[0] * min(1.0, 2 * float(np.mean(np.array(self.confirmed) > 0)))
 
 
 def confirm(shown: Mapping[int, Tensor],         # masklet → logits [4g, 4g] in this frame
@@ -232,7 +234,7 @@ def confirm(shown: Mapping[int, Tensor],         # masklet → logits [4g, 4g] i
     for m in there: found[m].confirmed.append(hits.get(m, 0.0))
     return [d for d in range(len(masks)) if scores[d] >= 0.5 and not (iou[d] >= 0.5).any()]
 
-# %% ../nbs/43_protocols.ipynb #c032
+# %% ../nbs/43_protocols.ipynb #c033
 def beginning(model: Sam3, logits: Tensor  # [n, 4g, 4g]
               ) -> Prompts:
     "Detected masks as the prompts that begin masklets."
@@ -241,7 +243,7 @@ def beginning(model: Sam3, logits: Tensor  # [n, 4g, 4g]
     image = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
     return Prompts(image, masks.new_zeros(len(logits), 0, 2), image.new_zeros(len(logits), 0, dtype=torch.int32), masks)
 
-# %% ../nbs/43_protocols.ipynb #c034
+# %% ../nbs/43_protocols.ipynb #c035
 @torch.no_grad()
 def masklets(model: Sam3, pictures: Sequence[np.ndarray],  # T × uint8 [H, W, 3]
              queries: Sequence[Query]) -> list[Found]:

@@ -7,7 +7,6 @@ __all__ = ['NumberedSample', 'polygon_mask', 'Coco', 'Vos', 'SaVFolders', 'frame
 
 # %% ../nbs/01c_public_sets.ipynb #c003
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
