@@ -193,7 +193,7 @@ def _imagenet(name: str, **options) -> nn.Module | None:
 
 # %% ../nbs/11_backbones.ipynb #c052
 def fuse(encoder: Encoder) -> Encoder:
-    "A copy for inference with RepViT's branches folded by `timm`; outputs equal to 1e-4."
+    "A copy for inference with RepViT's branches folded by `timm`, and weights in channels-last order, which convolutions on a CPU prefer; outputs equal to 1e-4."
     fused = deepcopy(encoder).eval()
     fused.backbone = reparameterize_model(fused.backbone)
-    return fused
+    return fused.to(memory_format=torch.channels_last)
