@@ -127,7 +127,7 @@ class Exemplar:
     labels: Sequence[int] = (1,)  # of each box: 1 positive, 0 negative
     phrase: str | None = None
 
-    def __str__(self) -> str: return f"{self.phrase or 'exemplar'} @ {self.frame}"
+    def __str__(self) -> str: return f"{self.phrase or 'exemplar'} @ {self.frame} {np.round(self.boxes).astype(int).tolist()}"
 
 
 class ConceptSession(Sam3VideoInferenceSession):

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from .concept_video import Exemplar, follow_concepts
 from .core import atomically, machine, nearest, open_run, pick_device, runs_folder, seed_at, write_json
 from .costs import costs, load_model, model_label
 from .data import load_recipe, open_dataset
 from .metrics import davis, pcs_image, pcs_video, prompt_miou, ytvos
-from .predictions import instances, link_sequences, masklet_answer, phrase_answers, prompt_answers, some_pairs, some_phrases, write_labels, write_objects
-from .protocols import LEAST, Query, answer_pictures, answer_queries, chosen_protocols, follow, masklets
+from .predictions import instances, link_sequences, masklet_answer, phrase_answers, prompt_answers, rle, some_pairs, some_phrases, write_labels, write_objects
+from .protocols import Query, answer_pictures, answer_queries, chosen_protocols, follow
 from .public_sets import NumberedSample, SaVFolders, clip_stems
 from .readers import Davis, SaCoImages
 from .samples import BadSample, boxes_of
@@ -107,11 +108,11 @@ def of_concepts(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict
     return out
 
 # %% ../nbs/40_evaluate.ipynb #c015
-def exemplar(sample: Any, tracks: Sequence[int]) -> Query:
+def exemplar(sample: Any, tracks: Sequence[int]) -> Exemplar:
     "The box of the first of some tracks that is seen, in the frame that shows it first."
     t = int(sample.visible[list(tracks)].any(0).argmax())
     one = next(k for k in tracks if sample.visible[k, t])
-    return Query(None, boxes_of(sample.masks[one, t][None])[0], at=t)
+    return Exemplar(t, boxes_of(sample.masks[one, t][None]))
 
 
 def of_concept_clip(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
@@ -120,12 +121,13 @@ def of_concept_clip(task: Task, unit: range, names: Sequence[str]) -> dict[str, 
     out = {n: {"predictions": [], "asked": [], "samples": numbers, "skipped": skipped} for n in names}
     for i, sample in zip(numbers, samples):
         video = task.reader.videos[i]["id"]
-        rows = [(n, pair["category_id"], p) for n in names for pair, p in zip(task.reader.pairs[video], sample.phrases) if n == "phrase" or p.instances]
-        found = masklets(task.model, sample.frames, [Query(p.text) if n == "phrase" else exemplar(sample, p.instances) for n, _, p in rows]) if rows else []
-        for n, category, _ in rows: out[n]["asked"].append([video, category])
-        for m in found:
-            n, category, _ = rows[m.query]
-            if m.score >= LEAST and any(m.codes): out[n]["predictions"].append(masklet_answer(video, category, m.score, m.codes))
+        concepts = [(n, pair["category_id"], p.text if n == "phrase" else exemplar(sample, p.instances))
+                    for n in names for pair, p in zip(task.reader.pairs[video], sample.phrases) if n == "phrase" or p.instances]
+        asked = {str(concept): (n, category) for n, category, concept in concepts}
+        for n, category in asked.values(): out[n]["asked"].append([video, category])
+        for f in follow_concepts(task.model, sample.frames, [c for *_, c in concepts]) if concepts else ():
+            n, category = asked[f.concept]
+            out[n]["predictions"].append(masklet_answer(video, category, f.score, [rle(m) if m.any() else None for m in f.masks]))
     return out
 
 # %% ../nbs/40_evaluate.ipynb #c016

@@ -5,24 +5,21 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'CLICKS', 'LEAST', 'Protocol', 'chosen_protocols', 'as_batch', 'opening', 'answers', 'clicking',
            'answer_pictures', 'Follower', 'follow', 'Query', 'concepts_of', 'mask_ious', 'without_doubles',
-           'detections', 'answer_queries', 'Found', 'confirm', 'beginning', 'masklets']
+           'detections', 'answer_queries']
 
 # %% ../nbs/43_protocols.ipynb #c003
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from .core import Frames, nearest
 from .data import ImageBatch, collate_images
 from .heldout import look
-from .predictions import rle
 from .prompts import CORNERS, PADDING, POSITIVE, append, corrective_points, disagreement
 from .samples import ClipSample, ImageSample
 from .teacher import NO_OBJECT, Concepts, Features, Prompts, Sam3, gate
@@ -153,7 +150,6 @@ class Query(NamedTuple):
     "A concept that is asked for."
     text: str | None                 # noun phrase; None: the exemplar alone
     box: np.ndarray | None = None    # [4] exemplar, xyxy in px of its picture
-    at: int = -1                     # in a clip: the frame in which it is asked for; -1: in all
 
 
 def concepts_of(model: Sam3, frames: Frames, queries: Sequence[Query], image: Tensor  # [N]
@@ -210,59 +206,3 @@ def answer_queries(model: Sam3, samples: Sequence[ImageSample], queries: Sequenc
     found = iter(detections(model, look(model, batch), batch.frames, [q for some in queries for q in some], image))
     back = lambda b, scores, logits: (scores.numpy(force=True), (batch.frames.to_source(logits, model.frame, b) > 0).numpy(force=True))
     return [[back(b, *next(found)) for _ in some] for b, some in enumerate(queries)]
-
-# %% ../nbs/43_protocols.ipynb #c031
-@dataclass
-class Found:
-    "A masklet that answers query `query`."
-    query: int
-    confirmed: list[float] = field(default_factory=list)    # scores of its detection in the frames that show it and were asked, the first being where it begins; 0 where there is none
-    codes: list[dict | None] = field(default_factory=list)  # T run lengths in the frame's own pixels
-
-    @property
-    def score(self) -> float: return self.confirmed[0] * min(1.0, 2 * float(np.mean(np.array(self.confirmed) > 0)))
-
-
-def confirm(shown: Mapping[int, Tensor],         # masklet → logits [4g, 4g] in this frame
-            scores: Tensor, masks: Tensor,       # [q], [q, 4g, 4g] what is detected in it
-            found: Sequence[Found]) -> list[int]:  # detections that nobody follows
-    "Match the masklets of one query with what is detected (one to one, IoU from ½), and write down their scores."
-    there = [m for m, logits in shown.items() if (logits > 0).any()]
-    iou = mask_ious(masks > 0, torch.stack([shown[m] for m in there]) > 0).cpu() if there else torch.zeros(len(masks), 0)
-    rows, columns = linear_sum_assignment(iou.numpy(), maximize=True)
-    hits = {there[c]: float(scores[r]) for r, c in zip(rows, columns) if iou[r, c] >= 0.5}
-    for m in there: found[m].confirmed.append(hits.get(m, 0.0))
-    return [d for d in range(len(masks)) if scores[d] >= 0.5 and not (iou[d] >= 0.5).any()]
-
-# %% ../nbs/43_protocols.ipynb #c033
-def beginning(model: Sam3, logits: Tensor  # [n, 4g, 4g]
-              ) -> Prompts:
-    "Detected masks as the prompts that begin masklets."
-    side = model.image_size
-    masks = (F.interpolate(logits[:, None].float(), (side, side), mode="bilinear", align_corners=False) > 0).float()
-    image = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return Prompts(image, masks.new_zeros(len(logits), 0, 2), image.new_zeros(len(logits), 0, dtype=torch.int32), masks)
-
-# %% ../nbs/43_protocols.ipynb #c035
-@torch.no_grad()
-def masklets(model: Sam3, pictures: Sequence[np.ndarray],  # T × uint8 [H, W, 3]
-             queries: Sequence[Query]) -> list[Found]:
-    "Masklets of all concepts that are asked for in a clip: detected, followed, confirmed."
-    found, groups = [], []   # groups: masklets that begin together, and their follower
-    for t, picture in enumerate(pictures):
-        batch = as_batch(model, [ImageSample("", picture, np.zeros((0, *picture.shape[:2]), bool))])
-        seen = look(model, batch)
-        shown = {m: one for members, follower in groups for m, one in zip(members, follower.step(seen))}
-        asked = [k for k, q in enumerate(queries) if q.at in (-1, t)]
-        detected, fresh = detections(model, seen, batch.frames, [queries[k] for k in asked], batch.image.new_zeros(len(asked))), []
-        for k, (scores, masks) in zip(asked, detected):
-            new = confirm({m: one for m, one in shown.items() if found[m].query == k}, scores, masks, found)
-            for d in new: fresh.append((Found(k, [float(scores[d])], [None] * t), masks[d]))
-        if fresh:
-            members = range(len(found), len(found) + len(fresh))
-            found += [one for one, _ in fresh]
-            groups.append((members, Follower(model, beginning(model, torch.stack([logits for _, logits in fresh])))))
-            shown |= dict(zip(members, groups[-1][1].step(seen)))
-        back = batch.frames.to_source(torch.stack([*shown.values()]), model.frame, 0).numpy(force=True) > 0 if shown else ()
-        for m, mask in zip(shown, back): found[m].codes.append(rle(mask) if mask.any() else None)
-    return found
