@@ -86,7 +86,7 @@ def frame_features(model: Sam3, session: Sam3VideoInferenceSession, t: int) -> F
 
 def _propagate(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_idx: int, reverse: bool) -> tuple[Tensor, Tensor]:
     "Masks [N, 4g, 4g] (gated, mended) and object logits [N] of all objects in a frame, read from their memories."
-    if reverse: raise NotImplementedError("concepts are followed forwards in time: reverse the frames")
+    if reverse: raise ValueError("concepts are followed forwards in time: reverse the frames")
     session, n = inference_session, len(inference_session.obj_ids)
     seen = frame_features(self, session, frame_idx)
     masks, logits = seen.tracker[0].new_zeros(n, 4 * self.grid, 4 * self.grid), seen.tracker[0].new_zeros(n)

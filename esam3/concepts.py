@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 
-from .core import Frames, atomically, cache_dir
+from .core import Frames, atomically, cache_dir, weights_digest
 from .data import ImageBatch
 from .losses import mask_loss
 from .teacher import Concepts, Detections, Features, Sam3
@@ -31,10 +31,7 @@ from .teacher import Concepts, Detections, Features, Sam3
 # %% ../nbs/31_concepts.ipynb #c006
 def text_digest(model: Sam3) -> str:
     "16 hexadecimal digits of the weights of a model's text encoder."
-    digest = blake2b(digest_size=8)
-    for name, t in model.detector_model.state_dict().items():
-        if name.startswith("text_"): digest.update(name.encode()); digest.update(t.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_digest({name: t for name, t in model.detector_model.state_dict().items() if name.startswith("text_")})
 
 # %% ../nbs/31_concepts.ipynb #c008
 class PhraseBook:

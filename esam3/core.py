@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VARIANTS', 'Variant', 'nearest', 'find_variant', 'Frames', 'seed_at', 'seed_everything', 'pick_device',
            'pick_precision', 'check_parameters', 'declared_in', 'guard', 'atomically', 'write_json', 'fingerprint',
-           'open_run', 'runs_folder', 'printable', 'cache_dir', 'versions', 'machine', 'peak_memory']
+           'weights_digest', 'open_run', 'runs_folder', 'printable', 'cache_dir', 'versions', 'machine', 'peak_memory']
 
 # %% ../nbs/00_core.ipynb #c002
 import ast, contextlib, difflib, hashlib, json, os, platform, random, resource, shutil, sys, tempfile, typing
@@ -254,6 +254,15 @@ def write_json(path: str | Path, value: object) -> None:
 def fingerprint(settings: Mapping[str, object]) -> str:
     "16 hexadecimal digits of the settings that change a result."
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    "16 hexadecimal digits of tensors by name, such as a `state_dict`."
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:

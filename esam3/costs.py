@@ -6,13 +6,13 @@
 __all__ = ['load_model', 'model_label', 'median_seconds', 'latency', 'measure', 'costs']
 
 # %% ../nbs/44_costs.ipynb #c003
-import hashlib, json, os, resource, statistics, subprocess, sys, time
+import json, os, statistics, subprocess, sys, time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from .core import nearest, runs_folder
+from .core import nearest, peak_memory, runs_folder, weights_digest
 from .student import EfficientSam3, count_parts
 from .teacher import Prompts, Sam3, load_teacher
 from .tracker import History, see
@@ -31,11 +31,9 @@ def load_model(name: str) -> Sam3:
 
 def model_label(name: str, model: Sam3) -> str:
     "A short name for folders: variant and stage, or the teacher's name; and eight digits of its weights, so that another training has another folder."
-    digest = hashlib.blake2b(digest_size=4)
-    for key, p in model.state_dict().items(): digest.update(key.encode()); digest.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     path = Path(name)
     short = f"{model.config.variant}-{path.parent.name}" if isinstance(model, EfficientSam3) and path.name == "student" else path.name
-    return f"{short}-{digest.hexdigest()}"
+    return f"{short}-{weights_digest(model.state_dict())[:8]}"
 
 # %% ../nbs/44_costs.ipynb #c008
 def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
@@ -66,13 +64,11 @@ def latency(model: Sam3, repeats: int = 5) -> dict[str, float]:
 
 # %% ../nbs/44_costs.ipynb #c011
 def measure(name: str, repeats: int = 5) -> dict:
-    "Latency (s), parameters by part and peak resident memory (bytes) of a model in this process."
+    "Latency (s), parameters by part and peak memory (bytes) of a model in this process."
     model = load_model(name)
     if torch.cuda.is_available(): model = model.cuda()
     times = latency(model, repeats)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KB
-    gpu = {"peak_gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {}
-    return {"latency": times, "params": count_parts(model), "peak_memory": peak, "threads": torch.get_num_threads(), "size": model.image_size, **gpu}
+    return {"latency": times, "params": count_parts(model), "peak_memory": peak_memory(), "threads": torch.get_num_threads(), "size": model.image_size}
 
 
 def costs(name: str, repeats: int = 5) -> dict:

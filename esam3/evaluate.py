@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
+from .concept_scores import answers, exemplars_of
 from .concept_video import Exemplar, follow_concepts
 from .core import atomically, machine, nearest, open_run, pick_device, runs_folder, seed_at, write_json
 from .costs import costs, load_model, model_label
 from .data import load_recipe, open_dataset
+from .heldout import as_batch, look
 from .metrics import davis, pcs_image, pcs_video, prompt_miou, ytvos
 from .predictions import instances, link_sequences, masklet_answer, phrase_answers, prompt_answers, rle, some_pairs, some_phrases, write_labels, write_objects
-from .protocols import Query, answer_pictures, answer_queries, chosen_protocols, follow
+from .protocols import answer_pictures, chosen_protocols, follow
 from .public_sets import NumberedSample, SaVFolders, clip_stems
 from .readers import Davis, SaCoImages
 from .samples import BadSample, boxes_of
@@ -94,17 +97,22 @@ def of_clip(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
     return {n: {"clips": [s.name for s in samples], "samples": numbers, "skipped": skipped} for n in names}
 
 # %% ../nbs/40_evaluate.ipynb #c014
+@torch.no_grad()
 def of_concepts(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
-    "What phrases and exemplars gave on some pictures."
+    "What phrases and exemplars gave on some pictures, asked sixteen at a time."
     numbers, samples, skipped = task.read(unit)
-    pairs = [[(pair["id"], p, s) for pair in task.reader.pairs[s.name] for p in s.phrases if p.text == pair["text_input"]] for s in samples]
-    out = {}
+    out = {name: {"predictions": [], "asked": [], "samples": numbers, "skipped": skipped} for name in names}
+    if not samples: return out
+    batch = as_batch(task.model, samples)
+    seen = look(task.model, batch)
+    pairs = [(b, pair["id"], p) for b, s in enumerate(samples) for pair in task.reader.pairs[s.name] for p in batch.phrases[b] if p.text == pair["text_input"]]
     for name in names:
-        asked = [[x for x in some if name == "phrase" or x[1].instances] for some in pairs]
-        queries = [[Query(p.text) if name == "phrase" else Query(None, s.boxes[p.instances[0]]) for _, p, s in some] for some in asked]
-        found = answer_queries(task.model, samples, queries) if samples else []
-        said = [a for some, of in zip(asked, found) for (pair, _, _), answer in zip(some, of) for a in phrase_answers(pair, *answer)]
-        out[name] = {"predictions": said, "asked": [pair for some in asked for pair, _, _ in some], "samples": numbers, "skipped": skipped}
+        asked = [x for x in pairs if name == "phrase" or x[2].instances]
+        out[name]["asked"] = [pair for _, pair, _ in asked]
+        for some in (asked[k:k + 16] for k in range(0, len(asked), 16)):
+            image = torch.tensor([b for b, *_ in some], device=task.model.device)
+            found = task.model.detect(seen, task.model.concepts([p.text for *_, p in some], image) if name == "phrase" else exemplars_of(task.model, batch, [p.instances[0] for *_, p in some]))
+            for n, (b, pair, _) in enumerate(some): out[name]["predictions"] += phrase_answers(pair, answers(task.model, found, n, batch, b))
     return out
 
 # %% ../nbs/40_evaluate.ipynb #c015
@@ -149,16 +157,17 @@ def truth_of(reader: Any) -> dict:
     return {"videos": reader.videos, "annotations": [a for m in reader.marks.values() for a in m], "video_np_pairs": [p for some in reader.pairs.values() for p in some], "categories": []}
 
 
-def score_clips(task: Task, name: str, clips: Sequence[str]) -> dict[str, Any]:
-    "J, F, J&F (or G); nothing where the truth is not public."
+def score_clips(task: Task, name: str, clips: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    "J, F, J&F (or G), none where the truth is not public; and which sequences (SA-V: objects) cannot be scored, and why."
     with tempfile.TemporaryDirectory() as place:
         sides = [Path(place) / side for side in ("truth", "masks")]
         for root, into in zip((task.folder / "truth", task.folder / name / "masks"), sides): link_sequences(root, clips, into)
-        for one in list(sides[0].iterdir()):  # with fewer than three masks nothing is left between first and last; an object that is never seen has no answer
-            if len(list(one.glob("*.png"))) < 3 or not (sides[1] / one.name).exists(): one.unlink()
-        if not any(sides[0].iterdir()): return {}
+        unfit = {one: f"{one.name}: fewer than three masks, so none is left between first and last" if len(list(one.glob("*.png"))) < 3 else f"{one.name}: never seen, so nobody was asked"
+                 for one in sorted(sides[0].iterdir()) if len(list(one.glob("*.png"))) < 3 or not (sides[1] / one.name).exists()}
+        for one in unfit: one.unlink()
+        if not any(sides[0].iterdir()): return {}, [*unfit.values()]
         meta = getattr(task.reader, "meta", None)
-        return ytvos(*sides, meta) if meta else davis(*sides)
+        return ytvos(*sides, meta) if meta else davis(*sides), [*unfit.values()]
 
 # %% ../nbs/40_evaluate.ipynb #c020
 def score(task: Task, name: str, limit: int = 0) -> dict[str, Any]:
@@ -166,7 +175,9 @@ def score(task: Task, name: str, limit: int = 0) -> dict[str, Any]:
     parts, folder = [json.loads(task.part(name, unit).read_text()) for unit in task.units(limit)], task.folder / name
     out = {"samples": sum(len(p["samples"]) for p in parts), "skipped": sum(len(p["skipped"]) for p in parts), "why": [w for p in parts for w in p["skipped"]]}
     if not out["samples"]: return out
-    if task.kind == "clips": return out | score_clips(task, name, [c for p in parts for c in p["clips"]])
+    if task.kind == "clips":
+        found, unfit = score_clips(task, name, [c for p in parts for c in p["clips"]])
+        return out | found | {"unscored": len(unfit), "why": out["why"] + unfit}
     write_json(folder / "predictions.json", [x for p in parts for x in p["predictions"]])
     if task.kind == "images":
         truth = [t for p in parts for t in p["truth"]]
@@ -203,9 +214,9 @@ def as_table(rows: Sequence[Mapping], kind: str) -> str:
     "Markdown of the rows of one kind of data: scores × 100."
     rows = [r for r in rows if r["kind"] == kind]
     keys = list(dict.fromkeys(k for r in rows for k, v in r["scores"].items() if isinstance(v, float) and v == v))
-    lines = [f"| {kind} | protocol | " + " | ".join(keys) + " | samples | skipped |", "| --- | --- |" + " ---: |" * (len(keys) + 2)]
+    lines = [f"| {kind} | protocol | " + " | ".join(keys) + " | samples | skipped | not scored |", "| --- | --- |" + " ---: |" * (len(keys) + 3)]
     shown = lambda v: "–" if v is None or v != v else f"{100 * v:.1f}"
-    lines += [f"| {r['model']} | {r['protocol']} | " + " | ".join(shown(r["scores"].get(k)) for k in keys) + f" | {r['samples']} | {r['skipped']} |" for r in rows]
+    lines += [f"| {r['model']} | {r['protocol']} | " + " | ".join(shown(r["scores"].get(k)) for k in keys) + f" | {r['samples']} | {r['skipped']} | {r.get('unscored', 0)} |" for r in rows]
     return "\n".join(lines)
 
 # %% ../nbs/40_evaluate.ipynb #c026
@@ -237,9 +248,9 @@ def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split
         for name in names:
             result = score(task, name, limit)
             write_json(folder / kind / name / "scores.json", result)
-            numbers = {k: v for k, v in result.items() if isinstance(v, int | float) and v == v and k not in ("samples", "skipped")}
+            numbers = {k: v for k, v in result.items() if isinstance(v, int | float) and v == v and k not in ("samples", "skipped", "unscored")}
             rows.append({"run": run, "model": model, "data": found["name"], "split": split, "kind": kind, "protocol": name, "scores": numbers,
-                         "samples": result["samples"], "skipped": result["skipped"]})
+                         "samples": result["samples"], "skipped": result["skipped"], "unscored": result.get("unscored", 0)})
     if not (folder / "costs.json").exists(): write_json(folder / "costs.json", costs(model, repeats))
     rows = [r | json.loads((folder / "costs.json").read_text()) | {"date": time.strftime("%Y-%m-%d"), "machine": machine()} for r in rows]
     append_rows(runs_folder(runs) / "results.jsonl", rows)

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.models.sam3.modeling_sam3 import Sam3VisionEncoderOutput
 
-from .core import pick_precision, printable, seed_at
+from .core import pick_precision, printable, seed_at, weights_digest
 from .data import augment, rng_at, teacher_pixels
 from .packing import DONE, PARTS, Packed, checksum, pack, record_type  # the next notebook: this one says what is kept, that one in which bytes
 from .samples import BadSample, ImageSample, Reported
@@ -81,11 +81,7 @@ class Replays:
 # %% ../nbs/14_feature_cache.ipynb #c033
 def vit_digest(teacher: Sam3) -> str:
     "16 hexadecimal digits of the weights that make a trunk map."
-    digest = blake2b(digest_size=8)
-    for name, value in sorted(teacher.detector_model.vision_encoder.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return weights_digest(teacher.detector_model.vision_encoder.backbone.state_dict())
 
 
 def preprocessing(size: int) -> dict[str, list[float]]:

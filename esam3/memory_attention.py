@@ -25,7 +25,7 @@ def attention_weights(model: Sam3, features: Features, image: Tensor, bank: Bank
         with torch.no_grad(): model.recall(features, image, bank)
     finally:
         for hook in hooks: hook.remove()
-    q, k = (x.unflatten(-1, (reader.num_attention_heads, -1)).transpose(1, 2) for x in caught)
+    q, k = (torch.cat(caught[n::2]).unflatten(-1, (reader.num_attention_heads, -1)).transpose(1, 2) for n in (0, 1))  # of a few objects at a time
     places, bias = [model.memory_xy()] * len(bank.memories), model.memory_bias()
     xy = torch.cat([*places, places[0].new_full((k.shape[2] - sum(map(len, places)), 2), torch.nan)])
     logits = _rotate(q, *_rotation(attention, attention.position_ids.float())) @ _rotate(k, *_rotation(attention, xy)).mT * reader.scaling

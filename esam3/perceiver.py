@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['spans', 'windows', 'squarest', 'sine_encoding', 'LatentAttention', 'PerceiverMLP', 'PerceiverLayer', 'Stream',
-           'GlobalLatents', 'LocalLatents', 'SpatialPerceiver', 'DenseMemory', 'AveragePooling']
+           'GlobalLatents', 'LocalLatents', 'MemoryTokens', 'SpatialPerceiver', 'DenseMemory', 'AveragePooling']
 
 # %% ../nbs/21_perceiver.ipynb #c002
 import math
@@ -158,8 +158,15 @@ class LocalLatents(nn.Module):
         height, width = (height, width) if self.centred else self.grid
         return (self.xy(height, width) + 1) / torch.tensor([width, height])
 
+# %% ../nbs/21_perceiver.ipynb #c031b
+class MemoryTokens(nn.Module):
+    "What turns a memory map into tokens, and says where each stands (`latent_xy`) and for how many cells it counts."
+    def log_count(self, height: int, width: int) -> Tensor:
+        "Bias of each token's attention logit [K]: zero, a token speaks for itself."
+        return torch.zeros(len(self.latent_xy(height, width)))
+
 # %% ../nbs/21_perceiver.ipynb #c031
-class SpatialPerceiver(nn.Module):
+class SpatialPerceiver(MemoryTokens):
     """2D Spatial Perceiver: a memory map in K = num_global + num_local latents (§3.2, eq. 5; EdgeTAM §3.2).
 
     `num_local=0` is the plain global Perceiver, `num_global=0` keeps windows only. Raises ValueError if `grid` has not `num_local` windows.
@@ -204,13 +211,12 @@ class SpatialPerceiver(nn.Module):
         at = torch.cat([kind.encoded_at(*x.shape[-2:]) for kind, _ in self.kinds()])
         return latents, sine_encoding(at, x.shape[1]).nan_to_num(0).to(latents).expand_as(latents)
 
-    def latent_xy(self, height: int, width: int) -> Tensor:
-        "Place of each latent on an H x W map [K, 2]: x, y of its window's centre in cell indices 0..size-1; NaN for a global latent (not rotated)."
-        return torch.cat([kind.xy(height, width) for kind, _ in self.kinds()])
+# %% ../nbs/21_perceiver.ipynb #c031x
+def _latent_xy(self: SpatialPerceiver, height: int, width: int) -> Tensor:
+    "Place of each latent on an H x W map [K, 2]: x, y of its window's centre in cell indices 0..size-1; NaN for a global latent (not rotated)."
+    return torch.cat([kind.xy(height, width) for kind, _ in self.kinds()])
 
-    def log_count(self, height: int, width: int) -> Tensor:
-        "Bias of each latent's attention logit [K]: none, a latent speaks for itself."
-        return torch.zeros(len(self.latent_xy(height, width)))
+SpatialPerceiver.latent_xy = _latent_xy
 
 # %% ../nbs/21_perceiver.ipynb #c039
 @torch.no_grad()
@@ -257,7 +263,7 @@ def _attention(self: SpatialPerceiver, x: Tensor, pos: Tensor, layer: int = -1) 
 SpatialPerceiver.attention = _attention
 
 # %% ../nbs/21_perceiver.ipynb #c049
-class DenseMemory(nn.Module):
+class DenseMemory(MemoryTokens):
     "Every cell of the map is a token, row by row: the teacher's memory."
     def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         "[B, dim, H, W], [B or 1, dim, H, W] -> tokens [B, H*W, dim], encodings [B, H*W, dim]."
@@ -267,15 +273,12 @@ class DenseMemory(nn.Module):
         "x, y of each token [H*W, 2] in cell indices."
         return windows(height, width, (height, width))[2]
 
-    def log_count(self, height: int, width: int) -> Tensor:
-        "Bias of each token's attention logit [H*W]: zero."
-        return torch.zeros(height * width)
     def attention(self, x: Tensor, pos: Tensor) -> Tensor:
         "What each token is made of, as maps [B, H*W, H, W]: its own cell."
         return torch.eye(x[0, 0].numel(), device=x.device).unflatten(1, x.shape[-2:]).expand(len(x), -1, -1, -1)
 
 # %% ../nbs/21_perceiver.ipynb #c050
-class AveragePooling(nn.Module):
+class AveragePooling(MemoryTokens):
     "Mean of each window; `grid` (rows, columns) or, with None, windows of 2 x 2 cells (EfficientTAM)."
     def __init__(self, grid: tuple[int, int] | None = None):
         super().__init__()

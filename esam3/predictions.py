@@ -102,10 +102,10 @@ def instances(number: int, ids: Sequence[int], name: str,
 
 # %% ../nbs/42_predictions.ipynb #c020
 def phrase_answers(pair: int,                    # id of the (picture, phrase) pair: SA-Co calls it image_id
-                   scores: Sequence[float], masks: np.ndarray  # Q; [Q, H, W] bool
+                   found: Sequence[tuple[float, np.ndarray]]  # scores and masks (bool [H, W])
                    ) -> list[dict]:
     "Answers to a phrase, as `metrics.pcs_image` reads them; without those that are empty."
-    codes = [(float(s), rle(m)) for s, m in zip(scores, masks) if m.any()]
+    codes = [(float(s), rle(m)) for s, m in found if m.any()]
     return [{"image_id": pair, "category_id": 1, "score": s, "segmentation": c, "bbox": [float(b) for b in coco.toBbox(c)]} for s, c in codes]
 
 

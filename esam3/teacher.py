@@ -97,9 +97,6 @@ class Detections:
     def scores(self) -> Tensor: return self.logits.sigmoid() * self.presence.sigmoid()[..., None]
 
 # %% ../nbs/03_teacher.ipynb #c008
-FEW_TOKENS = 4096  # of maps that a CPU reads memory with at a time
-
-
 def _rotation(attention: nn.Module, xy: Tensor) -> tuple[Tensor, Tensor]:
     "Cosine and sine [1, K, C] for tokens at grid coordinates `xy` [K, 2]; NaN: identity."
     cos, sin = attention.rotary_emb(xy, xy.nan_to_num(0.0))
@@ -117,6 +114,9 @@ def _cross_attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, q_
     drop = attn.dropout_p if attn.training else 0.0
     out = F.scaled_dot_product_attention(_rotate(q, *q_rope), _rotate(k, *k_rope), v, bias, drop, scale=attn.scaling)
     return attn.o_proj(out.transpose(1, 2).flatten(2))
+
+# %% ../nbs/03_teacher.ipynb #c008r
+FEW_TOKENS = 4096  # of maps that a CPU reads memory with at a time
 
 
 def read_memory(attention: nn.Module,  # the tracker's memory attention

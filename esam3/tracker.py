@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CERTAIN', 'own_time', 'clip_time', 'use_multimask', 'mask_as_output', 'unprompted', 'see', 'History', 'Track',
-           'collect', 'track', 'copy_first', 'first_box', 'follow']
+           'collect', 'track', 'copy_first', 'first_box', 'Follower', 'follow']
 
 # %% ../nbs/22_tracker.ipynb #c002
 from collections.abc import Iterable, Iterator, Mapping
@@ -165,17 +165,29 @@ def first_box(model: Sam3, features: Features, frame_index: Tensor, boxes: Tenso
     return collect([MaskSet(*frame(t)) for t in range(frames)])
 
 # %% ../nbs/22_tracker.ipynb #c050
+class Follower:
+    "N objects of one film, followed frame by frame, in memory that does not grow with it."
+    def __init__(self, model: Sam3, store: torch.dtype | None = None):  # type memories are kept in; None: as computed
+        self.model, self.history, self.frame, self.image = model, History(model.tracker_model.config, store=store), 0, None
+
+    def step(self, seen: Features,                   # of the next picture alone
+             prompts: Prompts | None = None          # for all objects, on frame 0 at least; their `image` is not read
+             ) -> MaskSet:
+        "The answer in the next frame. `ValueError` without a prompt on frame 0."
+        if prompts is None and not self.frame: raise ValueError("frame 0 needs a prompt")
+        if self.image is None: self.image = torch.zeros_like(prompts.image)
+        out, memory = see(self.model, seen, self.image, prompts, self.history.bank(self.frame) if prompts is None else None)
+        self.history.add(self.frame, memory, prompted=prompts is not None)
+        self.frame += 1
+        return out
+
+
 @torch.no_grad()
 def follow(model: Sam3,
            pictures: Iterable[Tensor],                 # [1, 3, S, S] each, as the model's `encode` wants them; may be endless
-           prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once); their `image` is not read
-           store: torch.dtype | None = None,           # type memories are kept in; None: as computed
+           prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once)
+           store: torch.dtype | None = None,           # as `Follower`'s
            ) -> Iterator[MaskSet]:
-    "Track N objects through a film, one answer a frame, in memory that does not grow with it. Raises ValueError without a prompt on frame 0."
-    prompts = {0: prompts} if isinstance(prompts, Prompts) else prompts
-    if 0 not in prompts: raise ValueError(f"frame 0 needs a prompt, got prompts on {sorted(prompts)}")
-    history, image = History(model.tracker_model.config, store=store), torch.zeros_like(prompts[0].image)
-    for t, pixels in enumerate(pictures):
-        out, seen = see(model, model.encode(pixels), image, prompts.get(t), None if t in prompts else history.bank(t))
-        history.add(t, seen, prompted=t in prompts)
-        yield out
+    "Track N objects through a film, one answer a frame. Raises ValueError without a prompt on frame 0."
+    prompts, follower = {0: prompts} if isinstance(prompts, Prompts) else prompts, Follower(model, store)
+    for t, pixels in enumerate(pictures): yield follower.step(model.encode(pixels), prompts.get(t))

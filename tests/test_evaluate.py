@@ -64,7 +64,7 @@ def test_coco_and_gold_json_are_read_back(disks, tmp_path):
     assert [(a["image_id"], a["annotation_id"]) for a in said] == [(5, 50), (5, 51), (5, 52)]
     assert all((decode_rle(a["segmentation"], (24, 32)) == m).all() for a, m in zip(said, masks))
     assert prompt_miou(tmp_path / "truth.json", tmp_path / "said.json")["mIoU"] == 1
-    answers = json.loads(json.dumps(phrase_answers(7, [0.9, 0.2, 0.6], np.stack([masks[0], masks[1], masks[0] & False]))))
+    answers = json.loads(json.dumps(phrase_answers(7, [(0.9, masks[0]), (0.2, masks[1]), (0.6, masks[0] & False)])))
     assert [(a["image_id"], a["score"]) for a in answers] == [(7, 0.9), (7, 0.2)], "an empty mask is no answer"
     x, y, w, h = map(int, answers[0]["bbox"])
     assert masks[0][y:y + h, x:x + w].sum() == masks[0].sum()

@@ -86,9 +86,9 @@ def test_frozen_encoder_stays(recipe, base, tmp_path):
 
 
 def test_missing_stage2_prints_the_command(tmp_path):
-    from esam3.stage3 import stage2_student
+    from esam3.stage2 import earlier_student, run_stage2
     with pytest.raises(FileNotFoundError, match=r"papermill nbs/20_stage2.ipynb .* -p variant es-tv-s -p recipe sav"):
-        stage2_student("es-tv-s", {"name": "sav", "after": "", "root": "/data/sav"}, "", str(tmp_path))
+        earlier_student(2, run_stage2, "es-tv-s", {"name": "sav", "after": "", "root": "/data/sav"}, "", str(tmp_path))
 
 
 def test_all_scores_have_the_keys_of_the_report():
