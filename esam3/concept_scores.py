@@ -178,10 +178,10 @@ def confusion(model: Sam3, reader: Any, words: Sequence[str], single: Sequence[i
     return np.divide(sums, counts[:, None], out=np.full_like(sums, np.nan), where=counts[:, None] > 0)
 
 # %% ../nbs/33_concept_scores.ipynb #c027
-def all_scores(model: Sam3, recipe: Mapping, shared: bool = False) -> dict[str, float]:
-    "`cgF1 IL_MCC pmF1`, `exemplar_pmF1`, `video_cgF1 pHOTA DetA AssA`, and stage 1's and 2's figures, on the held-out split of a recipe; of those parts that it has."
+def all_scores(model: Sam3, recipe: Mapping, shared: bool = False, kinds: Sequence[str] = ()) -> dict[str, float]:
+    "`cgF1 IL_MCC pmF1`, `exemplar_pmF1`, `video_cgF1 pHOTA DetA AssA`, and stage 1's and 2's figures, on the held-out split of a recipe; of those parts that it has, or of some `kinds` of them."
     parts = recipe["splits"]["held_out"]
-    held = {kind: open_dataset(recipe, "held_out", kind) for kind in parts}
+    held = {kind: open_dataset(recipe, "held_out", kind) for kind in parts if not kinds or kind in kinds}
     out: dict[str, float] = {}
     if "concept_images" in held: out |= image_scores(model, held["concept_images"], shared=shared)
     if "concept_images" in held: out |= {"exemplar_pmF1": image_scores(model, held["concept_images"], shared=shared, shown="own")["pmF1"]}

@@ -56,10 +56,8 @@ def latency(model: Sam3, repeats: int = 5) -> dict[str, float]:
     memory = see(model, seen, image, point)[1]
     full = max(history.slots, history.most)
     for t in range(full): history.add(t, memory, prompted=t == 0)
-    calls = {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(seen, point), "recall": lambda: model.recall(seen, image, history.bank(full))}
-    if model.tokenizer is not None:  # random weights have none
-        concepts = model.concepts(["a red disk"], image)
-        calls["detect"] = lambda: model.detect(seen, concepts)
+    concepts = model.concepts(["a red disk"], image)
+    calls = {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(seen, point), "recall": lambda: model.recall(seen, image, history.bank(full)), "detect": lambda: model.detect(seen, concepts)}
     return {name: median_seconds(call, repeats) for name, call in calls.items()}
 
 # %% ../nbs/44_costs.ipynb #c011

@@ -10,7 +10,7 @@ __all__ = ['check_cache', 'picture_source', 'ranks', 'encode_rate', 'keep_featur
 # %% ../nbs/10_stage1.ipynb #c005
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 
@@ -147,10 +147,7 @@ class Stage1(nn.Module):
 # %% ../nbs/10_stage1.ipynb #c020s
 def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str, object] | None = None, **given: float) -> Schedule:
     "Stage 1's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or when there is nothing to learn from."
-    names = [f.name for f in fields(Schedule)]
-    for k in options or {}:
-        if k not in names: raise ValueError(nearest(k, names, "field of the schedule"))
-    s = replace(schedule_for(1, recipe, **given), **{**(options or {}), **({"refinements": refinements} if refinements >= 0 else {})})
+    s = schedule_for(1, recipe, {**(options or {}), **({"refinements": refinements} if refinements >= 0 else {})}, **given)
     for k in s.map_terms:
         if k not in MAP_LOSSES: raise ValueError(nearest(k, MAP_LOSSES, "feature loss"))
     if s.corrective not in ("uniform", "deepest"): raise ValueError(nearest(s.corrective, ("uniform", "deepest"), "place of a corrective point"))

@@ -13,7 +13,7 @@ __all__ = ['MEMORIES', 'EIGHT', 'KINDS', 'FADES', 'LESSON', 'earlier_student', '
 import json, math, time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -320,10 +320,7 @@ def ablations(variant: str) -> dict[str, dict]:
 
 def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None, distill: bool = True, **given: float | str) -> Schedule:
     "Stage 2's schedule. `options`: fields of it, where 0 counts. `distill=False`: the truth alone teaches. `ValueError` for an unknown word."
-    names = [f.name for f in fields(Schedule)]
-    for k in options or {}:
-        if k not in names: raise ValueError(nearest(k, names, "field of the schedule"))
-    s = replace(schedule_for(2, recipe, **given), **{**(options or {}), **({} if distill else {"lambda2": 0.0})})
+    s = schedule_for(2, recipe, {**(options or {}), **({} if distill else {"lambda2": 0.0})}, **given)
     if s.read_decay not in FADES: raise ValueError(nearest(s.read_decay, FADES, "read_decay"))
     return s
 

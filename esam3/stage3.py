@@ -10,6 +10,7 @@ __all__ = ['PICTURES_A_CLIP', 'MAPS', 'MIXED', 'stage3_schedule', 'Mixed', 'flip
 # %% ../nbs/30_stage3.ipynb #c005
 import json, time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .concept_scores import all_scores, kept_scores
 from .concepts import Asking, PhraseBook, Questions, ask, concept_losses, concepts_of, of_rows, taught_targets, true_targets, vocabulary, worth_imitating
-from .core import find_variant, fingerprint, pick_device, printable, versions
+from .core import find_variant, fingerprint, pick_device, pick_precision, printable, versions
 from .data import ClipBatch, ImageBatch, collate_images, draw, load_recipe, open_dataset, rng_at
 from .losses import feature_errors
 from .samples import ImageSample
@@ -31,10 +32,9 @@ from .teacher import Features, Sam3, load_teacher
 from .training import THAW, TRAINS, Schedule, fit, parameter_groups, schedule_for
 
 # %% ../nbs/30_stage3.ipynb #c008
-def stage3_schedule(recipe: Mapping, encoder_lr: float = -1.0, distill: bool = True, **given: float) -> Schedule:
-    "Stage 3's schedule. `ValueError` where the recipe thaws what there is not."
-    s = schedule_for(3, recipe, **given)
-    s = replace(s, **({} if encoder_lr < 0 else {"encoder_lr": encoder_lr}), **({} if distill else {"lambda2": 0.0}))
+def stage3_schedule(recipe: Mapping, encoder_lr: float = -1.0, distill: bool = True, options: Mapping[str, object] | None = None, **given: float) -> Schedule:
+    "Stage 3's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or where the recipe thaws what there is not."
+    s = schedule_for(3, recipe, {**(options or {}), **({} if encoder_lr < 0 else {"encoder_lr": encoder_lr}), **({} if distill else {"lambda2": 0.0})}, **given)
     if odd := [k for k in s.thaw if k not in THAW or k == "encoder"]: raise ValueError(f"{recipe['name']}, stage 3: cannot thaw {odd}; valid: detr, tracking (the encoder by encoder_lr)")
     return s
 
@@ -47,11 +47,11 @@ class Mixed:
     "Pictures, the questions asked of them, and clips."
     images: ImageBatch
     asked: Questions
-    clips: ClipBatch
+    clips: ClipBatch | None  # None: a step of pictures alone
 
     def to(self, device: torch.device | str) -> "Mixed":
         moved = {k: getattr(self.asked, k).to(device) for k in ("image", "known", "boxes", "labels")}
-        return Mixed(self.images.to(device), replace(self.asked, **moved), self.clips.to(device))
+        return Mixed(self.images.to(device), replace(self.asked, **moved), self.clips and self.clips.to(device))
 
 
 def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
@@ -60,7 +60,7 @@ def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
 
 
 def mixed_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int, asking: Asking) -> Callable[[int, int, int], Mixed]:
-    "A function (step, rank, ranks) → the pictures, questions and clips of this rank at this step."
+    "A function (step, rank, ranks) → the pictures and questions of this rank at this step, and every `clip_every` steps its clips."
     pictures = open_dataset(recipe, "train", "concept_images")
     clips = clip_source(recipe, replace(schedule, batch_size=max(1, schedule.batch_size // PICTURES_A_CLIP)), sides, seed)
     words = vocabulary(pictures)
@@ -68,7 +68,7 @@ def mixed_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], se
         rng = rng_at(seed + 1, step, rank)
         samples = draw(pictures, seed, step, max(1, schedule.batch_size // ranks), rank, ranks, limit=recipe["sampling"]["phrases"])
         batch = collate_images([flipped(s, rng) for s in samples], *sides, max_instances=0)
-        return Mixed(batch, ask(batch, rng, asking, words), clips(step, rank, ranks))
+        return Mixed(batch, ask(batch, rng, asking, words), None if step % schedule.clip_every else clips(step, rank, ranks))
     return batch_at
 
 # %% ../nbs/30_stage3.ipynb #c019
@@ -126,6 +126,9 @@ def stage3_groups(student: EfficientSam3, schedule: Schedule) -> list[dict]:
     return [{**g, "lr": rates.get(g["name"], g["lr"]), "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
 
 # %% ../nbs/30_stage3.ipynb #c029
+MIXED = pick_device().type == "cuda"  # RoIAlign, which reads exemplars, has no bf16 on a CPU; and what is kept must not depend on who saw it first
+
+
 class Stage3(nn.Module):
     "Losses of stage 3 (§4.4): concepts on pictures, stage 2's terms on clips, and what keeps a thawed encoder near the teacher's maps."
 
@@ -136,15 +139,17 @@ class Stage3(nn.Module):
         self.narrow = self.tracking.narrow = self.live if schedule.encoder_lr else EncodeOnce(student, detector=True)
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
-        "What the student sees with the weights of now."
-        return self.student.encode(batch.student_pixels.to(self.student.device))
+        "What the student sees with the weights of now; on a CPU that has bf16, this much is in mixed precision."
+        device = self.student.device
+        with nullcontext() if MIXED else torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(device) == "bf16"): seen = self.student.encode(batch.student_pixels.to(device))
+        return seen if MIXED else Features(*(tuple(m.float() for m in maps) for maps in (seen.detector, seen.tracker)))
 
     def forward(self, batch: Mixed) -> dict[str, Tensor]:
         batch, s = batch.to(self.student.device), self.schedule
         wide, narrow = self.wide(batch.images), self.narrow(batch.images)
         out = map_losses(wide, narrow, batch.images, s) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
         out |= concept_terms(self.teacher, self.student, wide, narrow, batch.images, batch.asked, self.book, s.lambda2)
-        return out | {f"clip {k}": v for k, v in self.tracking(batch.clips).items()}
+        return out | ({f"clip {k}": v for k, v in self.tracking(batch.clips).items()} if batch.clips else {})
 
 # %% ../nbs/30_stage3.ipynb #c032
 class MapLesson(nn.Module):
@@ -152,19 +157,16 @@ class MapLesson(nn.Module):
 
     def __init__(self, stage: Stage3):
         super().__init__()
-        self.student, self.wide, self.schedule = stage.student, stage.wide, stage.schedule
+        self.student, self.wide, self.narrow, self.schedule = stage.student, stage.wide, stage.live, stage.schedule
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         batch = batch.to(self.student.device)
-        return map_losses(self.wide(batch), self.student.encode(batch.student_pixels), batch, self.schedule)
-
-
-MIXED = pick_device().type == "cuda"  # RoIAlign, which reads exemplars, has no bf16 on a CPU; and what is kept must not depend on who saw it first
+        return map_losses(self.wide(batch), self.narrow(batch), batch, self.schedule)
 
 
 def take_map_lesson(task: Stage3, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, every: int) -> dict[str, float]:
     "The lesson, in place, on the recipe's pictures with all their things. `folder/lesson` holds its state and metrics."
-    own, pictures = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr, batch_size=2 * task.schedule.batch_size, ema=0.0, clip=5.0), open_dataset(recipe, "train", "images")
+    own, pictures = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr, batch_size=2 * task.schedule.batch_size, ema=0.0, clip=5.0, floor=0.5), open_dataset(recipe, "train", "images")
     def batch_at(step: int, rank: int, ranks: int) -> ImageBatch:
         rng = rng_at(seed + 2, step, rank)
         samples = draw(pictures, seed + 2, step, max(1, own.batch_size // ranks), rank, ranks)
@@ -173,10 +175,13 @@ def take_map_lesson(task: Stage3, recipe: Mapping, sides: tuple[int, int], folde
 
 # %% ../nbs/30_stage3.ipynb #c035
 def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, lr: float = 0.0, encoder_lr: float = -1.0,
-               student: str = "", easy: float = 0.15, hard: float = 0.3, exemplar: float = 0.35, distill: bool = True, seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50) -> Path:
-    "Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished run is returned as it is."
+               student: str = "", easy: float = 0.15, hard: float = 0.3, exemplar: float = 0.35, distill: bool = True, seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,
+               options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+    """Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished run is returned as it is.
+
+    `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student on pictures."""
     recipe, asking = load_recipe(recipe), Asking(easy=easy, hard=hard, exemplar=exemplar)
-    schedule = stage3_schedule(recipe, encoder_lr, distill, steps=steps, batch_size=batch_size, lr=lr)
+    schedule = stage3_schedule(recipe, encoder_lr, distill, options, steps=steps, batch_size=batch_size, lr=lr)
     name = teacher or recipe["teacher"]
     big, find = load_teacher(name), find_variant(variant)
     base = earlier_student(2, run_stage2, variant, recipe, student, runs, teacher=teacher, seed=seed, resume=resume)
@@ -185,16 +190,18 @@ def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     if (folder / "report.json").exists(): return folder
     print(f"stage 3 of {variant}: {schedule.steps} steps of {schedule.batch_size} pictures; writing to {printable(folder)}")
     torch.manual_seed(seed)
-    small, held, clock = EfficientSam3.from_pretrained(base).eval(), "held_out" in recipe["splits"], time.perf_counter()
+    small, clock = EfficientSam3.from_pretrained(base).eval(), time.perf_counter()
+    held = "held_out" in recipe["splits"] and name != "random-sam3"  # random weights have seen nothing
+    small.detector_model.vision_encoder.to(memory_format=torch.channels_last)  # quicker, above all on a CPU
     sides = big.image_size, small.image_size
-    scores = {who: kept_scores(m, recipe, shared=True) if held else {} for who, m in (("teacher", big), ("before", small))}
+    scores = {who: kept_scores(m, recipe, shared=True) if held and not brief else {} for who, m in (("teacher", big), ("before", small))}
     first, task = time.perf_counter() - clock, Stage3(big, small, schedule)
     lesson = take_map_lesson(task, recipe, sides, folder, seed, every) if schedule.encoder_lr and schedule.lesson_steps and distill else {"seconds": 0.0}
     groups = stage3_groups(small, schedule)
     print_groups(groups)
     timing = fit(task, mixed_source(recipe, schedule, sides, seed, asking), groups, schedule, folder, seed, every=every, mixed=MIXED)
     clock = time.perf_counter()
-    scores["student"] = all_scores(small.eval(), recipe, shared=True) if held else {}
+    scores["student"] = all_scores(small.eval(), recipe, shared=True, kinds=("concept_images", "images") if brief else ()) if held else {}
     timing |= {"lesson": lesson["seconds"], "evaluation": first + time.perf_counter() - clock}
     finish(folder, small, {"stage": 3, "variant": variant, "recipe": recipe["name"], "settings": settings, "versions": versions(), "fingerprint": fingerprint(settings),
                            "params": parameter_counts(small, big), "data": {"train": schedule.steps * schedule.batch_size, "held_out": held_counts(recipe) if held else {}, "seeds": [seed]},

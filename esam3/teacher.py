@@ -350,8 +350,12 @@ def load_teacher(name: str = "toy") -> Sam3:
     """SAM3 in eval mode, frozen: `"toy"`, a hub id such as `"facebook/sam3"`, a folder, or `"random-sam3"`.
 
     Raises `OSError` that says how to get the weights when they cannot be had, `ValueError` when they do not fit."""
-    if name == "random-sam3": return Sam3(without_dropout(Sam3VideoConfig())).eval().requires_grad_(False)
-    place = ASSETS / "toy_teacher" if name == "toy" else Path(name) if Path(name).exists() else name
+    toy = ASSETS / "toy_teacher"
+    if name == "random-sam3":
+        model = Sam3(without_dropout(Sam3VideoConfig())).eval().requires_grad_(False)
+        model.tokenizer = AutoTokenizer.from_pretrained(toy)  # any will do for weights that know no words
+        return model
+    place = toy if name == "toy" else Path(name) if Path(name).exists() else name
     try:
         config = without_dropout(Sam3VideoConfig.from_pretrained(place))
         model = load_strictly(Sam3, place, config=config).requires_grad_(False)

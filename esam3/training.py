@@ -96,6 +96,7 @@ class Schedule:
     local_latents: int = 64    # a square number: an 8 × 8 grid of windows
     thaw: tuple[str, ...] = () # stage 3: what is trained beside its own groups, of `THAW` without the encoder; open
     encoder_lr: float = 0.0    # stage 3: of the encoder; 0: it is frozen, its statistics too
+    clip_every: int = 1        # stage 3: clips in every so many steps
 
     @property
     def warmup_steps(self) -> int: return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
@@ -114,13 +115,17 @@ PAPER: Mapping[int, Schedule] = {
 }
 
 
-def schedule_for(stage: int, recipe: Mapping, **given: float) -> Schedule:
-    "The paper's schedule, changed by the recipe's `stages`, changed by what is given (0: not given). `ValueError` for an unknown word or a missing number of steps."
+def schedule_for(stage: int, recipe: Mapping, options: Mapping[str, object] | None = None, **given: float | str) -> Schedule:
+    """The paper's schedule, changed by the recipe's `stages`, by what is given (0: not given), by `options` (fields of it, where 0 counts).
+
+    `ValueError` for an unknown word or a missing number of steps."""
     own = recipe.get("stages", {}).get(stage, {})
     names = [f.name for f in fields(Schedule)]
     for k in own:
         if k not in names: raise ValueError(f"{recipe['name']}, stage {stage}: {nearest(k, names, 'setting')}")
-    schedule = replace(PAPER[stage], **{**own, **{k: v for k, v in given.items() if v}})
+    for k in options or {}:
+        if k not in names: raise ValueError(nearest(k, names, "field of the schedule"))
+    schedule = replace(PAPER[stage], **{**own, **{k: v for k, v in given.items() if v}, **(options or {})})
     if schedule.steps < 1: raise ValueError(f"the recipe {recipe['name']} gives no steps for stage {stage}: pass -p steps N")
     return schedule
 

@@ -81,7 +81,7 @@ def test_readme_holds_what_index_shows():
     "The tables of README.md are those that nbs/index.ipynb keeps: `bash .ci/readme > README.md` after running it."
     readme = (ROOT / "README.md").read_text()
     tables = ["".join(o["data"]["text/markdown"]) for c in cells(ROOT / "nbs" / "index.ipynb") for o in c["outputs"] if "text/markdown" in o.get("data", {})]
-    assert len(tables) == 8
+    assert len(tables) == 11
     for table in tables: assert re.sub(r"\]\((\d\w+\.ipynb)\)", r"](nbs/\1)", table).strip() in readme
     for link in re.findall(r"\]\(([^)#:]+)\)", readme): assert (ROOT / link).exists(), f"README.md points to {link}"
 
