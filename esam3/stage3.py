@@ -140,9 +140,12 @@ class Stage3(nn.Module):
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
         "What the student sees with the weights of now; on a CPU that has bf16, this much is in mixed precision."
-        device = self.student.device
-        with nullcontext() if MIXED else torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(device) == "bf16"): seen = self.student.encode(batch.student_pixels.to(device))
-        return seen if MIXED else Features(*(tuple(m.float() for m in maps) for maps in (seen.detector, seen.tracker)))
+        device, number = self.student.device, {}
+        image = torch.tensor([number.setdefault(i.tobytes(), len(number)) for i in batch.images])  # a clip there and back has its pictures twice
+        some = [image.tolist().index(n) for n in range(len(number))]
+        with nullcontext() if MIXED else torch.autocast(device.type, torch.bfloat16, enabled=pick_precision(device) == "bf16"): seen = self.student.encode(batch.student_pixels[some].to(device))
+        seen = seen if MIXED else Features(*(tuple(m.float() for m in maps) for maps in (seen.detector, seen.tracker)))
+        return seen if len(some) == len(image) else seen.pick(image.to(device))
 
     def forward(self, batch: Mixed) -> dict[str, Tensor]:
         batch, s = batch.to(self.student.device), self.schedule

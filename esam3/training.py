@@ -86,6 +86,7 @@ class Schedule:
     corrective: str = "uniform"  # stage 1: where in the disagreement a corrective point lies; or "deepest"
     inherited: float = 1.0     # part of lr for what starts from the teacher's weights; open
     refinements: int = 1       # M of the prompt loop (§4.2)
+    back: float = 0.0          # stages 2 and 3: part of the steps whose clips are played there and back; open
     lesson_steps: int = 0      # stage 2: steps of a first lesson on single frames with the teacher's memory; open
     lesson_lr: float = 1e-3    # and its learning rate
     lambda_read: float = 1.0   # stage 2: weight of the read-out terms (§4.3), within lambda2; 0: left out
