@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .core import fingerprint, find_variant, nearest, printable, runs_folder, versions
+from .core import fingerprint, find_variant, nearest, printable, runs_folder, versions, weights_digest
 from .data import ClipBatch, ImageBatch, collate_clips, draw, load_recipe, open_dataset, rng_at
 from .heldout import clip_scores, first_frame, look
 from .samples import ClipSample
@@ -99,15 +99,20 @@ class Kept:
 
 
 class EncodeOnce:
-    "Maps of a frozen encoder, kept by the content of the picture: the tracker's, and the detector's if asked for."
+    "Maps of a frozen encoder, kept by the content of the picture: the tracker's, and the detector's if asked for. Runs in one process share those of the same weights."
+    shared: dict[tuple[str, bool], Kept] = {}
 
-    def __init__(self, model: Sam3, detector: bool = False, budget: float = 4e9): self.model, self.detector, self.kept = model, detector, Kept(budget)
+    def __init__(self, model: Sam3, detector: bool = False, budget: float = 4e9):
+        encoder = {name: t for name, t in model.state_dict().items() if "vision_encoder" in name or "neck" in name}
+        self.model, self.detector, self.kept = model, detector, self.shared.setdefault((weights_digest(encoder), detector), Kept(budget))
 
     @torch.no_grad()
     def __call__(self, batch: ImageBatch | ClipBatch) -> Features:
         "Features of a batch, without the maps that are not kept."
         pixels = batch.teacher_pixels if self.model.frame == "teacher" else batch.student_pixels
-        keys = [blake2b(image.tobytes()).digest() for image in batch.images]
+        kind = self.model.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        keys = [blake2b(image.tobytes(), salt=str(precision).encode()).digest() for image in batch.images]
         found = {k: self.kept[k] for k in keys if k in self.kept}
         missing = [i for k, i in {k: i for i, k in enumerate(keys)}.items() if k not in found]
         for i in range(0, len(missing), EIGHT): found |= self._encode(keys, pixels, missing[i:i + EIGHT])
