@@ -68,7 +68,7 @@ def mixed_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], se
         rng = rng_at(seed + 1, step, rank)
         samples = draw(pictures, seed, step, max(1, schedule.batch_size // ranks), rank, ranks, limit=recipe["sampling"]["phrases"])
         batch = collate_images([flipped(s, rng) for s in samples], *sides, max_instances=0)
-        return Mixed(batch, ask(batch, rng, asking, words), None if step % schedule.clip_every else clips(step, rank, ranks))
+        return Mixed(batch, ask(batch, rng, asking, words), clips(step, rank, ranks) if schedule.clip_every and step % schedule.clip_every == 0 else None)
     return batch_at
 
 # %% ../nbs/30_stage3.ipynb #c019

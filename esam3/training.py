@@ -97,7 +97,7 @@ class Schedule:
     local_latents: int = 64    # a square number: an 8 × 8 grid of windows
     thaw: tuple[str, ...] = () # stage 3: what is trained beside its own groups, of `THAW` without the encoder; open
     encoder_lr: float = 0.0    # stage 3: of the encoder; 0: it is frozen, its statistics too
-    clip_every: int = 1        # stage 3: clips in every so many steps
+    clip_every: int = 1        # stage 3: clips in every so many steps; 0: none
 
     @property
     def warmup_steps(self) -> int: return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
