@@ -102,10 +102,10 @@ class EncodeOnce:
     "Maps of a frozen encoder, kept by the content of the picture: the tracker's, and the detector's if asked for. Runs in one process share those of the same weights."
     shared: dict[tuple[str, bool], Kept] = {}
 
-    def __init__(self, model: Sam3, detector: bool = False, budget: float = 4e9):
+    def __init__(self, model: Sam3, detector: bool = False):
         encoder = {name: t for name, t in model.state_dict().items() if "vision_encoder" in name or "neck" in name}
         self.group = EIGHT if model.image_size < LARGE else 1
-        self.model, self.detector, self.kept = model, detector, self.shared.setdefault((weights_digest(encoder), detector), Kept(budget))
+        self.model, self.detector, self.kept = model, detector, self.shared.setdefault((weights_digest(encoder), detector), Kept())
 
     @torch.no_grad()
     def __call__(self, batch: ImageBatch | ClipBatch) -> Features:
