@@ -178,12 +178,12 @@ def take_map_lesson(task: Stage3, recipe: Mapping, sides: tuple[int, int], folde
 
 # %% ../nbs/30_stage3.ipynb #c035
 def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, lr: float = 0.0, encoder_lr: float = -1.0,
-               student: str = "", easy: float = 0.15, hard: float = 0.3, exemplar: float = 0.35, distill: bool = True, seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,
+               student: str = "", each: int = 4, easy: float = 0.15, hard: float = 0.3, exemplar: float = 0.35, distill: bool = True, seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,
                options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
     """Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student on pictures."""
-    recipe, asking = load_recipe(recipe), Asking(easy=easy, hard=hard, exemplar=exemplar)
+    recipe, asking = load_recipe(recipe), Asking(each, easy, hard=hard, exemplar=exemplar)
     schedule = stage3_schedule(recipe, encoder_lr, distill, options, steps=steps, batch_size=batch_size, lr=lr)
     name = teacher or recipe["teacher"]
     big, find = load_teacher(name), find_variant(variant)
