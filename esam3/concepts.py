@@ -85,6 +85,12 @@ class Asking:
     alone: float = 0.5       # part of those without the phrase
     against: float = 0.25    # part of those with a negative box, where the picture has another instance
 
+    def __post_init__(self) -> None:
+        "`ValueError` for what cannot be asked."
+        if self.each < 1: raise ValueError(f"each={self.each}: a picture is asked at least 1 question")
+        if min(self.easy, self.hard) < 0 or self.easy + self.hard > 1: raise ValueError(f"easy={self.easy}, hard={self.hard}: parts of the questions, from 0, together at most 1")
+        if not 0 <= self.exemplar <= 1: raise ValueError(f"exemplar={self.exemplar}: a part, 0 to 1")
+
 
 @dataclass
 class Questions:

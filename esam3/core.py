@@ -227,10 +227,9 @@ def guard(namespace: Mapping[str, object],  # the notebook's `globals()`, which 
 
 
 def _declares(cell: str) -> bool:
-    "Whether a cell is nothing but annotated assignments of literals."
-    try: body = ast.parse(cell).body
-    except SyntaxError: return False
-    return bool(body) and all(isinstance(n, ast.AnnAssign) and isinstance(n.value, ast.Constant) for n in body)
+    "Whether a cell is nothing but annotated assignments of literals, negative numbers among them."
+    try: return bool(declared_in(cell)) and all(isinstance(n, ast.AnnAssign) for n in ast.parse(cell).body)
+    except (SyntaxError, ValueError, KeyError, AttributeError): return False
 
 # %% ../nbs/00_core.ipynb #c033
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ GIVEN = {  # case → (notebook, parameters, environment, words that the message
     "right words": ("20_stage2.ipynb", {"variant": "es-ev-s", "recipe": "tiny"}, {}, []),
     "misspelt name": ("20_stage2.ipynb", {"varient": "es-tv-s"}, {}, ["unknown parameter 'varient'", "did you mean 'variant'?"]),
     "unknown variant": ("10_stage1.ipynb", {"variant": "es-xx-s"}, {}, ["unknown variant 'es-xx-s'", "es-tv-s"]),
-    "wrong type": ("20_stage2.ipynb", {"steps": "many"}, {}, ["parameter 'steps' must be int", "'many'"]),
+    "wrong type": ("20_stage2.ipynb", {"steps": "many"}, {}, ["parameter 'steps' must be int (for instance 0)", "'many'"]),
     "teacher out of reach": ("20_stage2.ipynb", {"teacher": "facebook/sam3"}, {"HF_HUB_OFFLINE": "1"}, ["cannot load the teacher 'facebook/sam3'", "ask for access", "hf auth login"]),
 }
 REFUSED = [case for case, (*_, words) in GIVEN.items() if words]
