@@ -25,7 +25,7 @@ from .core import find_variant, fingerprint, pick_device, pick_precision, printa
 from .data import ClipBatch, ImageBatch, collate_images, draw, load_recipe, open_dataset, rng_at
 from .losses import feature_errors
 from .samples import ImageSample
-from .stage1 import finish, open_stage, parameter_counts, print_groups
+from .stage1 import finish, open_stage, parameter_counts, print_groups, prompt_losses
 from .stage2 import EncodeOnce, Stage2, clip_source, earlier_student, present, run_stage2
 from .student import EfficientSam3
 from .teacher import Features, Sam3, load_teacher
@@ -130,7 +130,7 @@ MIXED = pick_device().type == "cuda"  # RoIAlign, which reads exemplars, has no 
 
 
 class Stage3(nn.Module):
-    "Losses of stage 3 (§4.4): concepts on pictures, stage 2's terms on clips, and what keeps a thawed encoder near the teacher's maps."
+    "Losses of stage 3 (§4.4): concepts and stage 1's prompts on pictures, stage 2's terms on clips, and what keeps a thawed encoder near the teacher's maps."
 
     def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule):
         super().__init__()
@@ -152,6 +152,7 @@ class Stage3(nn.Module):
         wide, narrow = self.wide(batch.images), self.narrow(batch.images)
         out = map_losses(wide, narrow, batch.images, s) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
         out |= concept_terms(self.teacher, self.student, wide, narrow, batch.images, batch.asked, self.book, s.lambda2)
+        if s.lambda_prompts: out |= {f"prompt {k}": s.lambda_prompts * v for k, v in prompt_losses(self.teacher, self.student, wide, narrow, batch.images, s).items()}
         return out | ({f"clip {k}": v for k, v in self.tracking(batch.clips).items()} if batch.clips else {})
 
 # %% ../nbs/30_stage3.ipynb #c032

@@ -78,12 +78,12 @@ class Schedule:
     floor: float = 0.02        # the cosine ends at this part of lr; open
     lambda1: float = 1.0       # weight of eq. 3 (features); 0: left out; open
     lambda2: float = 1.0       # weight of eq. 4 (masks); 0: left out; open
-    task: float = 1.0          # stage 1: weight of L_task; 0: left out
+    task: float = 1.0          # of prompts, stages 1 and 3: weight of L_task; 0: left out
     map_weights: tuple[float, ...] = ()  # stage 1: of eq. 3's six maps, the detector's and the tracker's, fine to coarse; none: equal
     map_terms: tuple[str, ...] = ()      # stage 1: feature losses beside eq. 3: relational, attention, contrastive
     lambda_maps: float = 1.0   # stage 1: weight of each of these
-    temperature: float = 1.0   # stage 1: of the masks in eq. 4; 0: the teacher's are cut at ½
-    corrective: str = "uniform"  # stage 1: where in the disagreement a corrective point lies; or "deepest"
+    temperature: float = 1.0   # of prompts: of the masks in eq. 4; 0: the teacher's are cut at ½
+    corrective: str = "uniform"  # of prompts: where in the disagreement a corrective point lies; or "deepest"
     inherited: float = 1.0     # part of lr for what starts from the teacher's weights; open
     refinements: int = 1       # M of the prompt loop (§4.2)
     back: float = 0.0          # stages 2 and 3: part of the steps whose clips are played there and back; open
@@ -98,6 +98,7 @@ class Schedule:
     thaw: tuple[str, ...] = () # stage 3: what is trained beside its own groups, of `THAW` without the encoder; open
     encoder_lr: float = 0.0    # stage 3: of the encoder; 0: it is frozen, its statistics too
     clip_every: int = 1        # stage 3: clips in every so many steps; 0: none
+    lambda_prompts: float = 1.0  # stage 3: weight of stage 1's prompt terms on its pictures; 0: left out; open
 
     @property
     def warmup_steps(self) -> int: return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
