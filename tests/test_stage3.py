@@ -72,7 +72,7 @@ def test_killed_run_continues(recipe, base, tmp_path):
         assert (folder["cut"] / name).read_bytes() == (folder["whole"] / name).read_bytes(), name
     assert set(reports["whole"]) >= {"stage", "variant", "recipe", "settings", "fingerprint", "params", "data", "teacher", "before", "student", "controls"}
     lines = [json.loads(line) for line in (folder["whole"] / "metrics.jsonl").read_text().splitlines()]
-    assert {"task presence", "task score", "task mask", "distill read", "features", "clip task mask"} <= set(lines[0]) and all(np.isfinite(r["loss"]) for r in lines)
+    assert {"task presence", "task score", "task mask", "distill read", "features", "prompt distill", "prompt task mask", "clip task mask"} <= set(lines[0]) and all(np.isfinite(r["loss"]) for r in lines)
 
 
 def test_frozen_encoder_stays(recipe, base, tmp_path):
@@ -83,6 +83,33 @@ def test_frozen_encoder_stays(recipe, base, tmp_path):
     moved = {k for k in new if not torch.equal(old[k], new[k])}
     assert not any(k.startswith(("detector_model.vision_encoder", "detector_model.text_")) for k in moved)
     assert {"detector_model.mask_decoder", "detector_model.dot_product_scoring", "tracker_model.mask_decoder"} <= {".".join(k.split(".")[:2]) for k in moved}
+
+
+def test_prompt_terms_are_weighed(recipe, base):
+    "Stage 1's prompt terms on the pictures: twice the weight, twice the loss; without them the other terms stay as they are, and gradients reach the encoder through them alone."
+    from dataclasses import replace
+
+    from esam3.concepts import Asking
+    from esam3.core import seed_everything
+    from esam3.data import load_recipe
+    from esam3.stage3 import Stage3, mixed_source, stage3_groups, stage3_schedule
+    from esam3.student import EfficientSam3
+    from esam3.teacher import load_teacher
+    teacher, student = load_teacher("toy"), EfficientSam3.from_pretrained(base).eval()
+    schedule = stage3_schedule(load_recipe(recipe), options={"clip_every": 0})
+    batch = mixed_source(load_recipe(recipe), schedule, (teacher.image_size, student.image_size), 0, Asking())(0, 0, 1)
+    stage3_groups(student, schedule)
+    def terms(weight: float) -> dict[str, torch.Tensor]:
+        seed_everything(0)
+        return Stage3(teacher, student, replace(schedule, lambda_prompts=weight))(batch)
+    none, once, twice = (terms(w) for w in (0.0, 1.0, 2.0))
+    prompts = {k for k in once if k.startswith("prompt ")}
+    assert prompts >= {"prompt distill", "prompt task mask"} and none.keys() == once.keys() - prompts
+    for k in none: torch.testing.assert_close(none[k], once[k])
+    for k in prompts: torch.testing.assert_close(2 * once[k], twice[k])
+    sum(once[k] for k in prompts).backward()
+    reached = {".".join(n.split(".")[:2]) for n, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {"detector_model.vision_encoder", "tracker_model.mask_decoder"} <= reached and not any(n.startswith("perceiver") for n in reached)
 
 
 def test_missing_stage2_prints_the_command(tmp_path):
