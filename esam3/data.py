@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'READERS', 'ALIASES', 'KINDS', 'DEFAULTS', 'STARTS', 'SAMPLING', 'rng_at', 'sample_indices', 'draw',
-           'augment', 'teacher_pixels', 'student_pixels', 'ImageBatch', 'collate_images', 'ClipBatch', 'collate_clips',
-           'Steps', 'load_recipe', 'open_dataset']
+           'augment', 'teacher_pixels', 'student_pixels', 'ImageBatch', 'collate_images', 'some_instances', 'ClipBatch',
+           'collate_clips', 'Steps', 'load_recipe', 'open_dataset']
 
 # %% ../nbs/02_data.ipynb #c003
 import inspect, os
@@ -165,6 +165,15 @@ def collate_images(samples: Sequence[ImageSample],
         [torch.from_numpy(s.masks) for s in samples],
         [[p._replace(instances=tuple(int(a) + i for i in p.instances)) for p in s.phrases] for s, a in zip(samples, starts)],
         [n for s in samples for n in s.notes])
+
+# %% ../nbs/02_data.ipynb #c031s
+def some_instances(batch: ImageBatch,
+                   rows: torch.Tensor  # [n] int64, ascending
+                   ) -> ImageBatch:
+    "The same pictures with some of their instances, and without phrases."
+    own = [rows[batch.image[rows] == b] - int((batch.image < b).sum()) for b in range(len(batch.names))]
+    return replace(batch, image=batch.image[rows], boxes=batch.boxes[rows], points=batch.points[rows],
+                   masks=[m[i] for m, i in zip(batch.masks, own)], phrases=[[] for _ in batch.names])
 
 # %% ../nbs/02_data.ipynb #c037
 @dataclass

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from .concept_scores import all_scores, kept_scores
 from .concepts import Asking, PhraseBook, Questions, ask, concept_losses, concepts_of, of_rows, taught_targets, true_targets, vocabulary, worth_imitating
 from .core import find_variant, fingerprint, pick_device, pick_precision, printable, versions
-from .data import ClipBatch, ImageBatch, collate_images, draw, load_recipe, open_dataset, rng_at
+from .data import ClipBatch, ImageBatch, collate_images, draw, load_recipe, open_dataset, rng_at, some_instances
 from .losses import feature_errors
+from .readers import choose
 from .samples import ImageSample
 from .stage1 import finish, open_stage, parameter_counts, print_groups, prompt_losses
 from .stage2 import EncodeOnce, Stage2, clip_source, earlier_student, present, run_stage2
@@ -44,14 +45,15 @@ PICTURES_A_CLIP = 4
 
 @dataclass
 class Mixed:
-    "Pictures, the questions asked of them, and clips."
+    "Pictures, the questions asked of them, prompted instances, and clips."
     images: ImageBatch
     asked: Questions
+    pointed: Tensor          # [n] long, the instances that are pointed at
     clips: ClipBatch | None  # None: a step of pictures alone
 
     def to(self, device: torch.device | str) -> "Mixed":
         moved = {k: getattr(self.asked, k).to(device) for k in ("image", "known", "boxes", "labels")}
-        return Mixed(self.images.to(device), replace(self.asked, **moved), self.clips and self.clips.to(device))
+        return Mixed(self.images.to(device), replace(self.asked, **moved), self.pointed.to(device), self.clips and self.clips.to(device))
 
 
 def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
@@ -68,7 +70,9 @@ def mixed_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], se
         rng = rng_at(seed + 1, step, rank)
         samples = draw(pictures, seed, step, max(1, schedule.batch_size // ranks), rank, ranks, limit=recipe["sampling"]["phrases"])
         batch = collate_images([flipped(s, rng) for s in samples], *sides, max_instances=0)
-        return Mixed(batch, ask(batch, rng, asking, words), clips(step, rank, ranks) if schedule.clip_every and step % schedule.clip_every == 0 else None)
+        asked, starts = ask(batch, rng, asking, words), np.cumsum([0, *map(len, batch.masks)])
+        pointed = [int(a) + k for a, m in zip(starts, batch.masks) for k in choose(len(m), recipe["sampling"]["instances"], rng)]  # at most so many in a picture, as in stage 1
+        return Mixed(batch, asked, torch.tensor(pointed, dtype=torch.long), clips(step, rank, ranks) if schedule.clip_every and step % schedule.clip_every == 0 else None)
     return batch_at
 
 # %% ../nbs/30_stage3.ipynb #c019
@@ -152,7 +156,7 @@ class Stage3(nn.Module):
         wide, narrow = self.wide(batch.images), self.narrow(batch.images)
         out = map_losses(wide, narrow, batch.images, s) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
         out |= concept_terms(self.teacher, self.student, wide, narrow, batch.images, batch.asked, self.book, s.lambda2)
-        if s.lambda_prompts: out |= {f"prompt {k}": s.lambda_prompts * v for k, v in prompt_losses(self.teacher, self.student, wide, narrow, batch.images, s).items()}
+        if s.lambda_prompts: out |= {f"prompt {k}": s.lambda_prompts * v for k, v in prompt_losses(self.teacher, self.student, wide, narrow, some_instances(batch.images, batch.pointed), s).items()}
         return out | ({f"clip {k}": v for k, v in self.tracking(batch.clips).items()} if batch.clips else {})
 
 # %% ../nbs/30_stage3.ipynb #c032
