@@ -86,7 +86,7 @@ def test_frozen_encoder_stays(recipe, base, tmp_path):
 
 
 def test_prompt_terms_are_weighed(recipe, base):
-    "Stage 1's prompt terms on the pictures: twice the weight, twice the loss; without them the other terms stay as they are, and gradients reach the encoder through them alone."
+    "Stage 1's prompt terms on the pictures: twice the weight, twice the loss; without them the other terms stay as they are. Their gradients reach the encoder and the mask decoder, and no memory."
     from dataclasses import replace
 
     from esam3.concepts import Asking
