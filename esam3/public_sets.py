@@ -8,14 +8,15 @@ __all__ = ['NumberedSample', 'polygon_mask', 'Coco', 'Vos', 'SaVFolders', 'frame
 # %% ../nbs/01c_public_sets.ipynb #c003
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
 
-from .readers import Davis, choose, places
-from .readers import _load, _tracks, _window  # what the readers of the chapter before share
+from .readers import Davis, Where, choose, digest_of, places, sizes_of
+from .readers import _load, _tracks, _unseen, _window  # what the readers of the chapter before share
 from .samples import BadSample, ClipSample, ImageSample, decode_rle, palette_mask, read_picture
 
 # %% ../nbs/01c_public_sets.ipynb #c005
@@ -40,9 +41,10 @@ class Coco:
     "COCO or LVIS instances: one JSON, and the folder its `file_name`s (LVIS: the last two parts of its `coco_url`s) start from."
     kind = "images"
 
-    def __init__(self, annotations: str | Path, media: str | Path):
-        path = places(annotations)[0]
-        self.media, self.notes, record = Path(media), [], _load(path, path.name)
+    def __init__(self, annotations: Where, media: str | Path):
+        self.media, self.notes, self.files = Path(media), [], places(annotations)
+        path = self.files[0]
+        record = _load(path, path.name)
         try: self.pictures, found = record["images"], record["annotations"]
         except (KeyError, TypeError) as e: raise ValueError(f"{path}: no COCO annotations ({e!r}); is it the file of instances?") from e
         self.marks, shown = defaultdict(list), (a for a in found if not a.get("iscrowd"))
@@ -50,6 +52,11 @@ class Coco:
         self.names = [p.get("file_name") or "/".join(p["coco_url"].split("/")[-2:]) for p in self.pictures]
 
     def __len__(self) -> int: return len(self.pictures)
+
+    @cached_property
+    def digest(self) -> str:
+        "16 hexadecimal digits of the annotation file and of the pictures' names and sizes."
+        return digest_of(self.names, sizes_of(self.media / n for n in self.names), self.files)
 
     def read(self, i: int, rng: np.random.Generator | None = None,
              limit: int = 0  # at most so many instances, drawn by `rng`
@@ -75,6 +82,11 @@ class Vos(Davis):
             if not needed.exists(): raise FileNotFoundError(f"no {needed}")
         self.names = sorted(p.name for p in (self.path / "Annotations").iterdir() if p.is_dir())
 
+    @cached_property
+    def digest(self) -> str:
+        "16 hexadecimal digits of the names and sizes of pictures and masks, and of `meta.json`."
+        return digest_of([super().digest], sizes_of([]), [self.meta] if self.meta else [])
+
 # %% ../nbs/01c_public_sets.ipynb #c015
 class SaVFolders:
     "SA-V val or test: `JPEGImages_24fps/CLIP/*.jpg`, `Annotations_6fps/CLIP/OBJECT/*.png`."
@@ -88,18 +100,26 @@ class SaVFolders:
 
     def __len__(self) -> int: return len(self.names)
 
-    def read(self, i: int, rng: np.random.Generator | None = None, frames: int = 0, limit: int = 0, start: int | None = None) -> ClipSample:
-        "A clip (arguments as in `SaV.read`, but `frames` counts all of them); a drawn window starts at a frame that has a mask."
+    @cached_property
+    def digest(self) -> str:
+        "16 hexadecimal digits of the names and sizes of pictures and masks."
+        masks = (f for n in self.names for f in sorted((self.path / "Annotations_6fps" / n).glob("*/*.png")))
+        files = [*(f for i in range(len(self)) for f in frame_files(self, i)), *masks]
+        return digest_of((str(f.relative_to(self.path)) for f in files), sizes_of(files))
+
+    def read(self, i: int, rng: np.random.Generator | None = None, frames: int = 0, limit: int = 0,
+             start: int | None = None, most: int = 0) -> ClipSample:
+        "A clip (arguments as in `SaV.read`, but `frames` and `most` count all of them); a drawn window starts at a frame that has a mask."
         name, notes, files = self.names[i], [], frame_files(self, i)
         objects = sorted(p for p in (self.path / "Annotations_6fps" / name).iterdir() if p.is_dir())
         drawn = [{f.stem: f for f in p.glob("*.png")} for p in objects]
         if not files or not any(drawn): raise BadSample(f"{name}: {len(files)} pictures and {len(objects)} objects below {self.path}; download the clip again")
-        window = _window(len(files), frames, start, rng, lambda k: any(files[k].stem in d for d in drawn), name)
+        window = _window(len(files), frames, start, rng, lambda k: any(files[k].stem in d for d in drawn), name, most)
         pixels = np.stack([read_picture(files[k]) for k in window])
         size, stems = pixels.shape[1:3], [files[k].stem for k in window]
         masks = np.array([[palette_mask(d[s], size, notes) > 0 if s in d else np.zeros(size, bool) for s in stems] for d in drawn])
         keep = _tracks(masks.any((2, 3)), limit, rng)
-        if not keep: raise BadSample(f"{name}: no object in frames {window.start}–{window.stop - 1}; take longer clips")
+        if not keep: raise _unseen(window, len(files), name, "object")
         annotated = np.array([[s in d for s in stems] for d in drawn])
         return ClipSample(name, pixels, masks[keep], annotated[keep], [int(objects[k].name) for k in keep], list(window), notes=notes)
 
