@@ -29,6 +29,7 @@ from weakref import WeakValueDictionary
 
 import accelerate.state
 import torch
+import torchvision  # noqa: F401  its operations are registered by the import
 from torch import Tensor
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
@@ -41,7 +42,8 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor):
-        out = Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE)
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():  # a view of a normal tensor is one, there too
+            out = Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE)
         out.inner = inner
         return out
 
@@ -97,6 +99,12 @@ def kind(op) -> tuple[str, bool]:
     return name, torch.Tag.pointwise in op.tags or name in SCALARS or name.startswith("_foreach")
 
 
+@cache
+def composite(op) -> bool:
+    "Whether an operation is only made of others."
+    return torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
+
+
 def refuse_mixing(op, args: tuple, kwargs: dict) -> None:
     "CUDA's rule for the devices of an operation's arguments."
     name, numbers = kind(op)
@@ -111,12 +119,19 @@ def refuse_mixing(op, args: tuple, kwargs: dict) -> None:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! ({op})")
 
 
-def compute(op, args: tuple, kwargs: dict):
-    "An operation by the CPU's kernel; its answers are on the device, unless it was asked for the CPU."
-    if torch.Tag.inplace_view in op.tags: raise NotImplementedError(f"{op} on {DEVICE}: it would change a tensor's shape in place")
-    refuse_mixing(op, args, kwargs)
+def own_generator(kwargs: dict) -> None:
+    "CUDA's rule for generators."
     generator = kwargs.get("generator")
     if generator is not None and generator._cdata not in Generator.alive: raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+
+
+def compute(op, args: tuple, kwargs: dict):
+    "An operation by the CPU's kernel; its answers are on the device, unless it was asked for the CPU."
+    if composite(op): return op.decompose(*args, **kwargs)  # in inference mode they come whole
+    if op is torch.ops.aten.detach_.default: return args[0]  # autograd's business, done before
+    if torch.Tag.inplace_view in op.tags: raise NotImplementedError(f"{op} on {DEVICE}: it would change a tensor's shape in place")
+    refuse_mixing(op, args, kwargs)
+    own_generator(kwargs)
     known: dict[int, Tensor] = {}  # what an in-place operation returns is what it was given
     def inside(t: Tensor) -> Tensor:
         inner = t.inner if isinstance(t, Elsewhere) else t
@@ -125,6 +140,8 @@ def compute(op, args: tuple, kwargs: dict):
     stays = kwargs.get("device") is None or torch.device(kwargs["device"]).type == NAME
     if kwargs.get("device") is not None: kwargs = {**kwargs, "device": torch.device("cpu")}
     result = op(*each(args, inside), **{k: each(v, inside) for k, v in kwargs.items()})
+    for t in known.values() if op._schema.is_mutable else ():
+        if isinstance(t, Elsewhere) and t.shape != t.inner.shape: raise NotImplementedError(f"{op} on {DEVICE}: it has changed a tensor's shape in place")
     return each(result, lambda t: known[id(t)] if id(t) in known else Elsewhere(t) if stays else t)
 
 
@@ -172,25 +189,42 @@ class Module(_DummyBackendModule):
     def set_rng_state(state: Tensor, index: int = 0) -> None: torch.set_rng_state(state)
 
 
+FACTORIES = """empty.memory_format empty_strided zeros ones full eye eye.m scalar_tensor arange arange.start arange.start_step range range.step linspace logspace
+rand rand.generator randn randn.generator randint randint.generator randint.low randint.low_generator randperm randperm.generator tril_indices triu_indices hann_window"""
+
+
+def overload(name: str):
+    "An operation of aten by its full name."
+    op, _, which = name.partition(".")
+    return getattr(getattr(torch.ops.aten, op), which or "default")
+
+
+def factory(name: str) -> Callable:
+    "A kernel that makes a new tensor of the device."
+    def kernel(*args, **kwargs) -> Tensor:
+        own_generator(kwargs)
+        return Elsewhere(overload(name)(*args, **{**kwargs, "device": torch.device("cpu")}))
+    return kernel
+
+
 def register() -> tuple[torch.library.Library, ...]:
     "Give torch the label, the two factories that all others end in, and autocast. It lasts as long as the answer."
     _setup_privateuseone_for_python_backend(NAME, Module())
     library, every = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    def factory(name: str) -> None:
-        op = getattr(torch.ops.aten, name.split(".")[0])
-        make = getattr(op, name.split(".")[1]) if "." in name else op.default
-        library.impl(name, lambda *args, **kwargs: Elsewhere(make(*args, **{**kwargs, "device": torch.device("cpu")})), "PrivateUse1")
-    for name in ("empty.memory_format", "empty_strided"): factory(name)
+    for name in FACTORIES.split():
+        library.impl(name, factory(name), "PrivateUse1")
     def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:  # `torch.tensor` comes by here
         (target.inner if isinstance(target, Elsewhere) else target).copy_(source.inner if isinstance(source, Elsewhere) else source)
         return target
     library.impl("_copy_from", copy_from, "PrivateUse1")
     for policy, names in (("lower", LOWER), ("float", FLOAT), ("widest", WIDEST)):
-        for name in names.split():
-            op, _, overload = name.partition(".")
-            library.impl(name, autocast(getattr(getattr(torch.ops.aten, op), overload or "default"), policy), "AutocastPrivateUse1")
-    return library, every
+        for name in names.split(): library.impl(name, autocast(overload(name), policy), "AutocastPrivateUse1")
+    vision = torch.library.Library("torchvision", "IMPL")
+    def roi_align(maps: Tensor, rois: Tensor, *options) -> Tensor:  # as torchvision's autocast: in float32, back in the maps' type
+        with torch._C._ExcludeDispatchKeyGuard(NO_AUTOCAST): return torch.ops.torchvision.roi_align(maps.float(), rois.float(), *options).to(maps.dtype)
+    vision.impl("roi_align", roi_align, "AutocastPrivateUse1")
+    return library, every, vision
 
 
 REGISTERED = register()
@@ -217,6 +251,7 @@ def elsewhere() -> Iterator[torch.device]:
     """Within the block this machine's accelerator is `torch.device("elsewhere", 0)`, which it yields: `pick_device` picks it, accelerate starts on it.
 
     Modules keep their `Parameter` objects when they move. All is as before after the block, but for the modules that were moved."""
+    generator, load = torch.Generator, torch.load
     swap, default = torch.__future__.get_swap_module_params_on_conversion(), accelerate.state.PartialState.default_device
     picks = [m for name, m in [*sys.modules.items()] if name.split(".")[0] == "esam3" and hasattr(m, "pick_device")]
     originals = [m.pick_device for m in picks]
@@ -230,6 +265,6 @@ def elsewhere() -> Iterator[torch.device]:
     finally:
         for m, pick in zip(picks, originals): m.pick_device = pick
         accelerate.state.PartialState.default_device = default
-        torch.Generator, torch.load = _GENERATOR, _LOAD
+        torch.Generator, torch.load = generator, load
         torch.__future__.set_swap_module_params_on_conversion(swap)
         accelerate.state.AcceleratorState._reset_state(True)
