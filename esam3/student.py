@@ -36,6 +36,7 @@ class EfficientSam3Config(Sam3VideoConfig):
     model_type = "efficient_sam3"
     variant: str = "es-tv-s"
     widths: list | None = None      # of the neck's pyramid; None: `TinyFPN`'s
+    started_from: str | None = None # what its backbone was before training, as `load_backbone` tells it
     memory: str = "dense"           # or "perceiver", or "pooling"
     perceiver: dict | None = None   # options of `SpatialPerceiver`, or of `AveragePooling`
     image_mean: tuple | list = (0.485, 0.456, 0.406)  # ImageNet's, in 0…1
@@ -72,7 +73,7 @@ def student_config(variant: str, teacher: Sam3VideoConfig,
     grid = canvas // 16
     for part in (detector, tracker): part["vision_config"] = _on_grid(part["vision_config"], canvas)
     tracker |= {"image_size": canvas, "memory_attention_rope_feat_sizes": [grid, grid], "prompt_encoder_config": {**prompts, "image_size": canvas, "patch_size": 16}}
-    rest = {k: v for k, v in d.items() if k not in ("model_type", "architectures", "low_res_mask_size", "transformers_version", "dtype", "variant", "widths", "memory", "perceiver")}
+    rest = {k: v for k, v in d.items() if k not in ("model_type", "architectures", "low_res_mask_size", "transformers_version", "dtype", "variant", "widths", "started_from", "memory", "perceiver")}
     return EfficientSam3Config(**rest, low_res_mask_size=4 * grid, variant=variant, widths=list(widths) if widths else None, memory=memory,
                                perceiver=dict(perceiver) if perceiver else None)
 
@@ -196,10 +197,10 @@ def build_student(variant: str, teacher: Sam3,
                   weights: str = "",                 # of the backbone: "" random, "imagenet", or a file
                   perceiver: Mapping | None = None, canvas: int = 0, widths: Sequence[int] | None = None  # of `student_config`
                   ) -> EfficientSam3:
-    "A student of `teacher` in eval mode, every weight trainable. Its encoder is untrained: seed before calling."
+    "A student of `teacher` in eval mode, every weight trainable. Its encoder is untrained: seed before calling. What `load_backbone` raises."
     student = EfficientSam3(student_config(variant, teacher.config, memory, perceiver, canvas, widths))
     copy_weights(student, teacher)
-    load_backbone(student.detector_model.vision_encoder.encoder, find_variant(variant).backbone, weights)
+    student.config.started_from = load_backbone(student.detector_model.vision_encoder.encoder, find_variant(variant).backbone, weights)
     student.tokenizer = teacher.tokenizer
     return student
 
@@ -238,6 +239,9 @@ def student_processor(student: EfficientSam3) -> Sam3VideoProcessor:
     return Sam3VideoProcessor(Sam3ImageProcessor(**norm, mask_size=side(c.low_res_mask_size)), Sam2VideoVideoProcessor(**norm), student.tokenizer)
 
 # %% ../nbs/15_student.ipynb #c039
+from .teacher import check_weights
+
+
 def _save(self: EfficientSam3, folder: str | Path, **options) -> None:
     "Write configuration, weights, and tokenizer and processor when there are any."
     Sam3.save_pretrained(self, folder, **options)
@@ -245,10 +249,10 @@ def _save(self: EfficientSam3, folder: str | Path, **options) -> None:
 
 
 def _load(cls: type, folder: str | Path, *args, output_loading_info: bool = False, **options) -> EfficientSam3:
-    "A student from a folder or the hub. `ValueError` where weights are missing, unexpected or misshapen."
+    "A student from a folder or the hub. `ValueError` where groups of weights are missing, unknown, there twice or misshapen."
     model, info = super(EfficientSam3, cls).from_pretrained(folder, *args, output_loading_info=True, **options)
-    wrong = {k: sorted(map(str, v))[:3] for k, v in info.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
-    if wrong: raise ValueError(f"{folder} does not hold the weights of a {model.config.variant} student: {wrong}")
+    where = {k: options[k] for k in ("revision", "subfolder", "cache_dir", "token", "local_files_only") if k in options}
+    check_weights(model, folder, info, **where)
     for t in (*model.parameters(), *model.buffers()): t.data = t.data.clone()  # memory-mapped tensors are unaligned, and convolutions differ in the last bit
     try: model.tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError: pass  # saved without one
