@@ -109,7 +109,7 @@ class SaVFolders:
 
     def read(self, i: int, rng: np.random.Generator | None = None, frames: int = 0, limit: int = 0,
              start: int | None = None, most: int = 0) -> ClipSample:
-        "A clip (arguments as in `SaV.read`, but `frames` and `most` count all of them); a drawn window starts at a frame that has a mask."
+        "A clip (as `SaV.read`, but `frames` and `most` count all of them); a drawn window starts at a frame that has a mask."
         name, notes, files = self.names[i], [], frame_files(self, i)
         objects = sorted(p for p in (self.path / "Annotations_6fps" / name).iterdir() if p.is_dir())
         drawn = [{f.stem: f for f in p.glob("*.png")} for p in objects]

@@ -85,7 +85,8 @@ def folder_index(path: Path) -> dict[str, Any]:
     "The like of `tar_index` for loose files: names and sizes, and nothing to seek."
     stems = sorted({f.stem for f in path.iterdir() if f.suffix in (".jpg", ".json")})
     sizes = sizes_of(path / f"{stem}.{ext}" for stem in stems for ext in ("jpg", "json"))
-    return {"names": np.array(stems, "S"), "spans": np.stack([np.full_like(sizes, -1), sizes], 1).reshape(-1, 4), "whole": True}
+    spans = np.stack([np.full_like(sizes, -1), sizes], 1).reshape(-1, 4)
+    return {"names": np.array(stems, "S"), "spans": spans, "whole": True}
 
 # %% ../nbs/01b_readers.ipynb #c010
 def _load(data: bytes | Path, name: str) -> Any:
@@ -119,7 +120,8 @@ class Sa1b:
                  min_area: int = 1,           # px; smaller masks are left out
                  without: Where = ()):        # tars or folders to leave out; may find nothing
         self.min_area, found = min_area, places(path, without)
-        self.sources = kept_places([s for p in found for s in (sorted(p.glob("*.tar")) or [p] if p.is_dir() else [p])], without)
+        found = [s for p in found for s in (sorted(p.glob("*.tar")) or [p] if p.is_dir() else [p])]
+        self.sources = kept_places(found, without)
         if not self.sources: raise FileNotFoundError(f"nothing at {path} without {without}")
         found = [folder_index(p) if p.is_dir() else tar_index(p) for p in self.sources]
         self.notes = [("tar ends early", str(p)) for p, f in zip(self.sources, found) if not f["whole"]]
@@ -130,9 +132,10 @@ class Sa1b:
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of names and sizes, in tars or loose. It does not tell annotations of the same length apart."
+        "16 hexadecimal digits of names and sizes, in tars or loose; annotations of one length are not told apart."
         starts, sizes = self.spans[:, ::2], self.spans[:, 1::2]
-        return digest_of([*self.names.tolist(), *(kind for kind, _ in self.notes)], np.where((starts < 0) & (sizes == 0), -1, sizes))
+        sizes = np.where((starts < 0) & (sizes == 0), -1, sizes)  # missing, as `folder_index` has it
+        return digest_of([*self.names.tolist(), *(kind for kind, _ in self.notes)], sizes)
 
     def _bytes(self, i: int, ext: str) -> bytes:
         return _member(self.sources[self.source[i]], f"{self.names[i].decode()}.{ext}", *self.spans[i, 2 * (ext == "json"):][:2])
@@ -155,7 +158,7 @@ class Sa1b:
 
 # %% ../nbs/01b_readers.ipynb #c018
 class TooShort(BadSample):
-    "A clip shorter than was asked for, or with nothing to see in the window asked for. Nothing is wrong with its files."
+    "A clip shorter than was asked for, or with nothing to see in the window asked for: its files are not damaged."
 
 
 def _window(length: int, frames: int,       # annotated frames in the file; in the clip (0: all)
@@ -164,12 +167,13 @@ def _window(length: int, frames: int,       # annotated frames in the file; in t
             name: str,
             most: int = 0                   # where `frames` is 0: at most so many; 0: all
             ) -> range:
-    """Consecutive frames from `start`, or from one that shows something: a random one, or without a generator the first.
+    """Consecutive frames from `start`, or from one that shows something: a random one, without a generator the first.
 
     `most` cuts what is longer; a window that begins near the end, since nothing shows before, has fewer."""
     size = frames or min(most or length, length)
     if not 0 < size <= length:
-        raise (TooShort if length else BadSample)(f"{name}: {length} annotated frames, {frames} asked for; take shorter clips")
+        kind = TooShort if length else BadSample
+        raise kind(f"{name}: {length} annotated frames, {frames} asked for; take shorter clips")
     last = length - (1 if most and not frames and size < length else size)
     if start is None:
         starts = range(length - size + 1) if rng is None else rng.permutation(length - size + 1)
@@ -179,7 +183,7 @@ def _window(length: int, frames: int,       # annotated frames in the file; in t
 
 
 def _unseen(window: range, length: int, name: str, noun: str) -> BadSample:
-    "The error for a clip in whose window nothing is seen: of a part of the file it says little, of the whole it is damage."
+    "The error for a clip in whose window nothing is seen: damage only where that is all of the file."
     kind = TooShort if len(window) < length else BadSample
     return kind(f"{name}: no {noun} in frames {window.start}–{window.stop - 1}; take longer clips, or delete it")
 
@@ -207,12 +211,13 @@ class SaV:
     kind = "clips"
     every = 4  # video frames to an annotated one
 
-    def __init__(self, path: Where,    # folder, pattern, or several
-                 by: str = "manual",   # whose masklets: "manual" (people) or "auto" (a model)
-                 without: Where = ()):  # folders to leave out; may find nothing
+    def __init__(self, path: Where,      # folder, pattern, or several
+                 by: str = "manual",     # whose masklets: "manual" (people) or "auto" (a model)
+                 without: Where = ()):   # folders to leave out; may find nothing
         self.suffix, self.notes, tail, found = f"_{by}.json", [], len(by) + 1, places(path, without)
-        self.paths = sorted({f.with_suffix("") for p in found for f in kept_places(p.rglob("*.mp4"), without)} |
-                            {f.with_name(f.stem[:-tail]) for p in found for f in kept_places(p.rglob(f"*{self.suffix}"), without)})
+        below = lambda pattern: kept_places([f for p in found for f in p.rglob(pattern)], without)
+        notes = {f.with_name(f.stem[:-tail]) for f in below(f"*{self.suffix}")}
+        self.paths = sorted({f.with_suffix("") for f in below("*.mp4")} | notes)
         if not self.paths: raise FileNotFoundError(f"no mp4 below {path}")
 
     def __len__(self) -> int: return len(self.paths)
@@ -224,10 +229,10 @@ class SaV:
         return digest_of((p.name for p in self.paths), sizes_of(files))
 
     def read(self, i: int, rng: np.random.Generator | None = None,
-             frames: int = 0,          # annotated frames in the clip; 0: all
-             limit: int = 0,           # at most so many masklets
-             start: int | None = None,  # first annotated frame; drawn when missing
-             most: int = 0             # where `frames` is 0: at most so many annotated frames; shorter clips come whole
+             frames: int = 0,            # annotated frames in the clip; 0: all
+             limit: int = 0,             # at most so many masklets
+             start: int | None = None,   # first annotated frame; drawn when missing
+             most: int = 0               # where `frames` is 0: at most so many; shorter clips come whole
              ) -> ClipSample:
         "A clip of video i, decoded in one batch. `BadSample` when video or annotation cannot be used or show nothing."
         path, name, notes = self.paths[i], self.paths[i].name, []
@@ -351,7 +356,7 @@ def _still_files(media: Path, files: Sequence[str]) -> list[Path]:
 
 def _outline(mark: dict[str, Any]) -> tuple:
     "What makes two masklets the same object: the same masks."
-    return tuple(s and s["counts"] for s in mark["segmentations"])
+    return tuple(s and str(s["counts"]) for s in mark["segmentations"])
 
 # %% ../nbs/01b_readers.ipynb #c037
 class SaCoVideo:
@@ -371,7 +376,8 @@ class SaCoVideo:
     @cached_property
     def digest(self) -> str:
         "16 hexadecimal digits of the annotation files and of the names and sizes of pictures or mp4s."
-        return digest_of(self.names, sizes_of(f for v in self.videos for f in _still_files(self.media, v["file_names"])), self.files)
+        files = (f for v in self.videos for f in _still_files(self.media, v["file_names"]))
+        return digest_of(self.names, sizes_of(files), self.files)
 
     def read(self, i: int, rng: np.random.Generator | None = None, frames: int = 0,
              limit: int = 0,  # at most so many phrases, drawn by `rng`
@@ -412,7 +418,8 @@ class Videos:
 
     def _pictures(self, path: Path) -> list[Path]:
         "The numbered pictures of a folder, in order; none of a video file."
-        return sorted((f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".png")), key=lambda f: (len(f.stem), f.stem)) if path.is_dir() else []
+        found = (f for f in path.iterdir() if f.suffix.lower() in (".jpg", ".png")) if path.is_dir() else ()
+        return sorted(found, key=lambda f: (len(f.stem), f.stem))
 
     @cached_property
     def digest(self) -> str:

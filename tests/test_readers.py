@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from esam3.data import Steps, augment, collate_clips, collate_images, draw, load_recipe, open_dataset, rng_at
-from esam3.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV
-from esam3.samples import BadSample, Reported, Video, boxes_of, decode_rle, read_picture, rle_area, video_frames
+from esam3.data import Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at
+from esam3.public_sets import SaVFolders, Vos
+from esam3.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort, Videos
+from esam3.samples import (BadSample, ClipSample, ImageSample, Phrase, Reported, Video, boxes_of, decode_rle, read_picture, rle_area,
+                           video_frames)
 from esam3.toyworld import toyworld, write_mp4
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -348,6 +350,198 @@ def test_recipe_without_data_says_what_to_download(monkeypatch, tmp_path):
         for split, kinds in recipe["splits"].items():
             for kind in kinds:
                 with pytest.raises(FileNotFoundError, match="https://"): open_dataset(recipe, split, kind)
+
+
+# ---- clips of bounded length, and those that are too short
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    "Ten annotated frames, in which one object is to be seen from frame 6 on, in each layout of clips: reader by name."
+    at = tmp_path_factory.mktemp("layouts")
+    mask = np.zeros((48, 64), np.uint8); mask[4:24, 10] = 1
+    folders = {"davis": ("JPEGImages/480p/a", "Annotations/480p/a"), "vos": ("JPEGImages/a", "Annotations/a"),
+               "val": ("JPEGImages_24fps/a", "Annotations_6fps/a/001")}
+    for name, (pictures, masks) in folders.items():
+        for place in (pictures, masks): (at / name / place).mkdir(parents=True)
+        for t in range(10): Image.new("RGB", (64, 48)).save(at / name / pictures / f"{t:05d}.jpg")
+        for t in range(6, 10): Image.fromarray(mask).save(at / name / masks / f"{t:05d}.png")
+    (at / "davis/ImageSets/2017").mkdir(parents=True); (at / "davis/ImageSets/2017/val.txt").write_text("a\n")
+    write_mp4(at / "a.mp4", numbered(40, 48, 64))
+    found = [None] * 6 + [{"size": [48, 64], "counts": [48 * 10 + 4, 20, 48 * 64 - 48 * 10 - 24]}] * 4
+    (at / "a_manual.json").write_text(json.dumps({"masklet_id": [0], "masklet": [[f] for f in found]}))
+    files = {"videos": [{"id": 1, "file_names": [f"a/{4 * t:05d}.jpg" for t in range(10)]}],
+             "video_np_pairs": [{"video_id": 1, "category_id": 2, "noun_phrase": "it"}],
+             "annotations": [{"id": 5, "video_id": 1, "category_id": 2, "segmentations": found}]}
+    (at / "veval.json").write_text(json.dumps(files))
+    for f in ("a.mp4", "a_manual.json"): (at / "sav").mkdir(exist_ok=True); shutil.copy(at / f, at / "sav")
+    return {"sav": SaV(at / "sav"), "davis": Davis(at / "davis"), "vos": Vos(at / "vos"), "sav_folders": SaVFolders(at / "val"),
+            "saco_video": SaCoVideo(at / "veval.json", at), "videos": Videos(at / "sav")}
+
+
+@pytest.mark.parametrize("name", ["sav", "davis", "vos", "sav_folders", "saco_video", "videos"])
+def test_at_most_so_many_frames(layouts, name):
+    "From the first frame that shows something; a clip that is short enough comes whole."
+    reader, step = layouts[name], 4 if name in ("sav", "saco_video", "videos") else 1
+    numbers = lambda *given, **more: [n // step for n in reader.read(0, *given, **more).numbers]
+    begin = 0 if name == "videos" else 6
+    assert numbers(most=3) == [begin, begin + 1, begin + 2] and numbers(most=60) == numbers(most=10) == numbers() == [*range(10)]
+    assert numbers(most=6) == ([*range(6)] if name == "videos" else [6, 7, 8, 9]), "what begins late ends early"
+    assert numbers(most=2, frames=4)[-1] - numbers(most=2, frames=4)[0] == 3 and numbers(most=3, start=8) == [8, 9]
+    assert {len(numbers(rng_at(0, k), most=3)) for k in range(9)} == {3}
+
+
+@pytest.mark.parametrize("name", ["sav", "davis", "vos", "sav_folders", "saco_video", "videos"])
+def test_short_clips_are_no_damage(layouts, name):
+    with pytest.raises(TooShort, match="10 annotated frames, 11 asked for"): layouts[name].read(0, frames=11)
+    if name not in ("saco_video", "videos"):
+        with pytest.raises(TooShort, match="no (masklet|object) in frames 1–3"): layouts[name].read(0, frames=3, start=1)
+
+
+def test_what_was_drawn_is_counted_by_kind(tiny, tmp_path):
+    "Of six clips one is damaged and three are shorter than asked for; the batch tells the one kind from the other."
+    for f in (tiny / "clip").glob("toy_*"): shutil.copy(f, tmp_path)
+    (tmp_path / "toy_000000_manual.json").write_text("{")
+    for k in (1, 2, 3): edit(tmp_path / f"toy_{k:06d}_manual.json", lambda r: r.update(masklet=r["masklet"][:3]))
+    batches = [collate_clips(draw(SaV(tmp_path), 0, step, batch=3, frames=4), 144, 128) for step in range(8)]
+    kinds = {k: {d.split(":")[0] for b in batches for kind, d in b.notes if kind == k} for k in ("skipped", "too short")}
+    assert kinds == {"skipped": {"toy_000000_manual.json"}, "too short": {f"toy_{k:06d}" for k in (1, 2, 3)}}
+    assert all(len(b.names) == 3 and {*b.names} <= {"toy_000004", "toy_000005"} for b in batches)
+    with pytest.raises(BadSample, match=r"20 samples in a row .*the last \((skipped|too short)\): toy_\d+"):
+        draw(SaV(tmp_path), 0, 0, batch=1, frames=9)
+
+
+# ---- one augmentation a clip, and what becomes of tracks and phrases
+
+def clip_of(*seen: str, phrases=(), size=(40, 56)) -> ClipSample:
+    "A clip whose track k is drawn as a stripe in the frames marked 1 in `seen[k]`, its frames grey noise; `?`: not annotated."
+    n, length = len(seen), len(seen[0])
+    masks = np.zeros((n, length, *size), bool)
+    for k, row in enumerate(seen):
+        for t, c in enumerate(row): masks[k, t, 4:30, 6 * k + 2:6 * k + 7] = c == "1"
+    frames = np.random.default_rng(0).integers(0, 256, (length, *size, 3), dtype=np.uint8)
+    annotated = np.array([[c != "?" for c in row] for row in seen]).reshape(n, length)
+    return ClipSample("clip", frames, masks, annotated, [10 + k for k in range(n)], [4 * t for t in range(length)], [*phrases])
+
+
+SMALL = {"short": (40, 64), "crop": 48}
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_all_frames_of_a_clip_are_changed_alike(step):
+    "Size, crop, flip and colour: a picture that is repeated stays the same in all frames, and so do its masks."
+    clip = clip_of("1111", "1111")
+    clip.frames[:] = clip.frames[0]
+    new = augment(clip, rng_at(0, step), **SMALL, jitter=0.3, hue=0.3)
+    assert (new.frames == new.frames[0]).all() and (new.masks == new.masks[:, :1]).all()
+    assert new.frames.shape[:3] == (4, *new.masks.shape[2:])
+    assert not np.array_equal(new.frames[0][:40, :40], clip.frames[0][:40, :40])
+
+
+def test_hue_is_drawn_only_when_asked_for():
+    "Without hue: size, crop, flip and the three jitters, drawn in that order. With it colours differ."
+    from torchvision.transforms import v2
+    sample = ImageSample("a", clip_of("1").frames[0], np.ones((1, 40, 56), bool))
+    plain, coloured = augment(sample, rng_at(0, 1), **SMALL), augment(sample, rng_at(0, 1), **SMALL, hue=0.3)
+    torch.manual_seed(int(rng_at(0, 1).integers(2**63)))
+    picture = v2.RandomShortestSize(list(range(40, 65)))(torch.from_numpy(sample.image).movedim(-1, 0))
+    h, w = (min(48, n) for n in picture.shape[1:])
+    wanted = v2.Compose([v2.RandomCrop((h, w)), v2.RandomHorizontalFlip(0.5), v2.ColorJitter(0.1, 0.1, 0.1)])(picture)
+    assert np.array_equal(plain.image, wanted.movedim(0, -1).numpy())
+    assert coloured.image.shape == plain.image.shape and not np.array_equal(coloured.image, plain.image)
+
+
+def test_tracks_that_leave_take_their_phrases_to_the_negatives():
+    "What a crop leaves outside is gone; what stays keeps its id, its annotation and its phrases."
+    phrases = [Phrase("left", (0,)), Phrase("both", (0, 7)), Phrase("right", (7,)), Phrase("none", (), "hard")]
+    clip = clip_of("11", *["?1"] * 6, "1?", phrases=phrases)
+    seen = set()
+    for k in range(12):
+        new = augment(clip, rng_at(0, k), short=(40, 40), crop=24, hue=0.1)
+        place = {i: n for n, i in enumerate(new.ids)}
+        seen.add(tuple(i in place for i in (10, 17)))
+        assert new.masks.any((1, 2, 3)).all() and new.numbers == clip.numbers
+        assert (new.annotated == clip.annotated[[i - 10 for i in new.ids]]).all()
+        for old, p in zip(phrases, new.phrases):
+            assert [new.ids[n] for n in p.instances] == [10 + i for i in old.instances if 10 + i in place]
+            assert p.negative == ("" if p.instances else old.negative or "easy")
+    assert len(seen) > 1 and (False, True) in seen
+
+
+PHRASES = [Phrase("zero", (0,)), Phrase("zero and late", (0, 1)), Phrase("late", (1,)), Phrase("two and three", (2, 3)),
+           Phrase("four", (4,)), Phrase("none", (), "hard")]
+
+
+@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("late, tracks", [("drop", 0), ("drop", 2), ("keep", 3), ("keep", 0), ("drop", 1)])
+def test_phrases_of_tracks_that_were_not_chosen_are_left_out(late, tracks, step):
+    "They are still in sight: a negative would be a lie, and so would the rest of them."
+    clip = clip_of("1111", "0011", "1111", "1010", "1111", phrases=PHRASES)
+    batch = collate_clips([clip_of("1111"), clip], 144, 128, tracks=tracks, late=late, rng=rng_at(0, step))
+    mine = [i - 10 for i, b in zip(batch.ids, batch.clip) if b == 1]
+    numbers = dict(enumerate(mine, start=int((batch.clip == 0).sum())))
+    assert len(mine) == min(tracks or 9, 5 if late == "keep" else 4) and batch.phrases[0] == []
+    said = {p.text: {numbers[n] for n in p.instances} for p in batch.phrases[1]}
+    assert said == {p.text: {*p.instances} for p in PHRASES if {*p.instances} <= {*mine}}
+    assert [p.negative for p in batch.phrases[1] if not p.instances] == ["hard"]
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_whole_phrases_are_chosen_first(step):
+    "Of two phrases with three tracks each, three tracks are one phrase's; three by chance would hardly ever be."
+    clip = clip_of(*["11"] * 6, phrases=[Phrase("a", (0, 2, 4)), Phrase("b", (1, 3, 5))])
+    batch = collate_clips([clip], 144, 128, tracks=3, rng=rng_at(0, step))
+    assert batch.phrases[0] in ([Phrase("a", (0, 1, 2))], [Phrase("b", (0, 1, 2))]) and len(batch.ids) == 3
+
+
+def test_pictures_with_phrases_keep_all_instances():
+    masks = clip_of(*["1"] * 5).masks[:, 0]
+    talking, silent = (ImageSample(str(k), np.zeros((40, 56, 3), np.uint8), masks, ps) for k, ps in enumerate((PHRASES, [])))
+    batch = collate_images([silent, talking], 144, 128, max_instances=2, rng=rng_at(0, 0))
+    assert batch.image.tolist() == [0, 0] + [1] * 5
+    assert batch.phrases == [[], [p._replace(instances=tuple(i + 2 for i in p.instances)) for p in PHRASES]]
+
+
+def test_one_frame_of_each_clip():
+    "Instances visible there, numbered anew; what is not visible is a negative, what nobody looked at is not spoken of."
+    clip = clip_of("1111", "0011", "1111", "1?10", "11?1", phrases=PHRASES)
+    batch = collate_clips([clip, clip], 144, 128, tracks=0, late="keep").to("cpu")
+    one = frame_batch(batch, [1, 2])
+    assert one.image.tolist() == [0] * 3 + [1] * 4 and [len(m) for m in one.masks] == [3, 4]
+    for b, t, seen in ((0, 1, [0, 2, 4]), (1, 2, [0, 1, 2, 3])):
+        assert (one.masks[b].numpy() == clip.masks[seen, t]).all() and (one.images[b] == clip.frames[t]).all()
+        assert np.array_equal(one.boxes[one.image == b], boxes_of(clip.masks[seen, t]))
+        for pixels in ("student_pixels", "teacher_pixels"): assert getattr(one, pixels)[b].equal(getattr(batch, pixels)[4 * b + t])
+    assert one.frames.sizes.tolist() == [[40, 56]] * 2 and one.points.shape == (7, 2)
+    assert one.points.dtype == one.boxes.dtype == torch.float32
+    assert one.phrases[0] == [Phrase("zero", (0,)), Phrase("zero and late", (0,)), Phrase("late", (), "easy"),
+                              Phrase("four", (2,)), Phrase("none", (), "hard")]
+    assert one.phrases[1] == [Phrase("zero", (3,)), Phrase("zero and late", (3, 4)), Phrase("late", (4,)),
+                              Phrase("two and three", (5, 6)), Phrase("none", (), "hard")]
+    for wrong in ([0], [0, 4], [-1, 0]):
+        with pytest.raises(ValueError, match="2 clips of 4 frames"): frame_batch(batch, wrong)
+
+
+def test_batches_of_nothing_are_float32(tiny):
+    "Pictures without instances and clips without tracks: the same types and trailing sizes, and their notes are kept."
+    picture = ImageSample("a", np.zeros((40, 56, 3), np.uint8), np.zeros((0, 40, 56), bool),
+                          notes=[("skipped", "x.jpg: gone"), ("skipped", "y.jpg: gone")])
+    clip = clip_of("00", phrases=[Phrase("none", (), "easy")])
+    clip.notes.append(("too short", "z: 1 frame"))
+    images, clips = collate_images([picture, picture], 144, 128), collate_clips([clip, clip], 144, 128)
+    single = frame_batch(clips, [0, 1])
+    assert images.notes == picture.notes * 2 and clips.notes == clip.notes * 2 and len(images.names) == len(clips.names) == 2
+    for b in (images, clips, single):
+        assert {x.dtype for x in (b.boxes, b.points, b.teacher_pixels, b.student_pixels)} == {torch.float32}
+        assert {m.dtype for m in b.masks} == {torch.bool}
+        assert b.boxes.shape in ((0, 4), (0, 2, 4)) and b.points.shape == (0, 2)
+    assert clips.visible.shape == (0, 2) and clips.first.dtype == clips.clip.dtype == images.image.dtype == torch.int64
+    full = collate_images([Sa1b(tiny / "images.tar").read(0)], 144, 128)
+    assert full.boxes.dtype == full.points.dtype == full.student_pixels.dtype == full.teacher_pixels.dtype == torch.float32
+
+
+def test_videos_without_annotation_are_augmented(tiny):
+    sample = augment(Videos(tiny / "clip").read(0, frames=4), rng_at(0, 0), **SMALL, hue=0.02)
+    assert sample.masks.shape == (0, *sample.frames.shape[:3]) and sample.ids == [] and sample.annotated.shape == (0, 4)
 
 
 @real
