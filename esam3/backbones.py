@@ -7,7 +7,6 @@ __all__ = ['count_parameters', 'counted', 'gflops', 'Separable', 'project', 'Tin
            'flops_by_part', 'load_backbone', 'fuse']
 
 # %% ../nbs/11_backbones.ipynb #c003
-import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import get_session
 from safetensors.torch import load_file
+from timm.layers import DropPath
 from timm.models import reparameterize_model
 from timm.models.tiny_vit import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Sam3VideoConfig
 
-from .core import VARIANTS
+from .core import VARIANTS, weights_digest
 from .teacher import Bank, Prompts, Sam3
 
 # %% ../nbs/11_backbones.ipynb #c004
@@ -100,6 +100,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.windows = windows(backbone, side)
         self.backbone = timm.create_model(backbone, features_only=True, pretrained=False, **self.windows)
+        for m in self.backbone.modules():  # TinyViT-11M and -21M come with 0.1 and 0.2; the paper has no drop path
+            if isinstance(m, DropPath): m.drop_prob = 0.0
         info = self.backbone.feature_info
         if info.reduction()[-4:] != [4, 8, 16, 32]: raise ValueError(f"{backbone} has maps at strides {info.reduction()}; strides 4, 8, 16, 32 are needed")
         self.fpn = TinyFPN(info.channels()[-4:], hidden, widths)
@@ -154,22 +156,22 @@ def flops_by_part(kind: type[Sam3], config: Sam3VideoConfig,  # a teacher's or s
 # %% ../nbs/11_backbones.ipynb #c041
 def load_backbone(encoder: Encoder, name: str,  # `timm` name of its backbone
                   weights: str = ""             # "" leaves them random; "imagenet"; or a .safetensors, .pth or .pt file
-                  ) -> bool:
-    """Initialise an encoder's backbone; False when ImageNet weights were asked for and cannot be had (a warning says so).
+                  ) -> str:               # what it starts from now: "random", "imagenet HUB_ID" or the file's name, and a digest of the weights
+    """Initialise an encoder's backbone.
 
-    Raises `FileNotFoundError` for a path that is not there, `ValueError` for a file of other weights, or of none."""
-    if not weights: return True
+    Raises `OSError` when ImageNet weights cannot be had, `FileNotFoundError` for a path that is not there, `ValueError` for a file of other weights, or of none."""
+    told = lambda source: f"{source}, {weights_digest(encoder.backbone.state_dict())}"
+    if not weights: return told("random")
     if weights == "imagenet":
-        model = _imagenet(name, **encoder.windows)
-        if model is not None: encoder.backbone.load_state_dict(model.state_dict())
-        return model is not None
+        encoder.backbone.load_state_dict(_imagenet(name, **encoder.windows).state_dict())
+        return told(f"imagenet {timm.get_pretrained_cfg(name).hf_hub_id}")
     path, own = Path(weights), encoder.backbone.state_dict()
     found = {k if k in own else k.replace(".", "_", 1): v for k, v in _tensors(path).items() if not k.startswith("head.")}
     if encoder.windows and found.keys() == own.keys(): found = checkpoint_filter_fn(found, encoder.backbone)  # attention biases of other windows
     wrong = sorted(found.keys() ^ own.keys()) + [k for k in found.keys() & own.keys() if found[k].shape != own[k].shape]
     if wrong: raise ValueError(f"{path.name} does not hold the weights of {name}: {len(wrong)} tensors differ, for instance {wrong[0]}")
     encoder.backbone.load_state_dict(found)
-    return True
+    return told(path.name)
 
 # %% ../nbs/11_backbones.ipynb #c042
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -182,14 +184,15 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _imagenet(name: str, **options) -> nn.Module | None:
-    "`timm`'s pretrained feature extractor from the cache or the hub, or None and a warning."
+def _imagenet(name: str, **options) -> nn.Module:
+    "`timm`'s pretrained feature extractor from the cache or the hub. `OSError` where it cannot be had."
     repository = timm.get_pretrained_cfg(name).hf_hub_id
     try:
         if not isinstance(try_to_load_from_cache(repository, "model.safetensors"), str): get_session().head(constants.ENDPOINT, timeout=5)
         return timm.create_model(name, features_only=True, pretrained=True, **options)
-    except Exception as e:  # whatever keeps the hub out of reach, training can go on
-        warnings.warn(f"no ImageNet weights for {name} ({type(e).__name__}): the backbone starts from random ones", stacklevel=3)
+    except Exception as e:  # whatever keeps the hub out of reach
+        raise OSError(f"no ImageNet weights for {name} ({type(e).__name__}): run once with a network (they are cached), pass -p weights FILE, "
+                      "or -p weights random to start from nothing") from e
 
 # %% ../nbs/11_backbones.ipynb #c052
 def fuse(encoder: Encoder) -> Encoder:

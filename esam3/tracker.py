@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CERTAIN', 'own_time', 'clip_time', 'use_multimask', 'mask_as_output', 'unprompted', 'see', 'History', 'Track',
-           'collect', 'track', 'copy_first', 'first_box', 'Follower', 'follow']
+           'collect', 'track', 'Follower', 'follow']
 
 # %% ../nbs/22_tracker.ipynb #c002
 from collections.abc import Iterable, Iterator, Mapping
@@ -149,26 +149,13 @@ def track(model: Sam3,
         history.add(t, seen, prompted=t in prompts)
     return collect([sets[t] for t in range(frame_index.shape[1])])
 
-# %% ../nbs/22_tracker.ipynb #c043
-def copy_first(track: Track) -> Track:
-    "Control: what was said of the first frame, said of all."
-    return collect(track.sets[:1] * len(track.sets))
-
-# %% ../nbs/22_tracker.ipynb #c044
-def first_box(model: Sam3, features: Features, frame_index: Tensor, boxes: Tensor) -> Track:
-    "Control: boxes [N, 4] of frame 0 (xyxy in continuous px of the model's frame) prompted on each of the frames [N, T], without memory."
-    n, frames = frame_index.shape
-    corners = boxes.view(n, 1, 2, 2).expand(-1, frames, -1, -1).flatten(0, 1)
-    labels = torch.tensor([2, 3], dtype=torch.int32, device=boxes.device).expand(len(corners), -1)
-    out = model.decode(features, Prompts(frame_index.flatten(), corners, labels, multimask=use_multimask(model.tracker_model.config, 2, True)))
-    frame = lambda t: (part.unflatten(0, (n, frames))[:, t] for part in (out.masks, out.iou, out.object_logits, out.pointers))
-    return collect([MaskSet(*frame(t)) for t in range(frames)])
-
 # %% ../nbs/22_tracker.ipynb #c050
 class Follower:
     "N objects of one film, followed frame by frame, in memory that does not grow with it."
-    def __init__(self, model: Sam3, store: torch.dtype | None = None):  # type memories are kept in; None: as computed
-        self.model, self.history, self.frame, self.image = model, History(model.tracker_model.config, store=store), 0, None
+    def __init__(self, model: Sam3, store: torch.dtype | None = None,  # type memories are kept in; None: as computed
+                 maps: bool = True):                                   # False: memory maps are dropped, pointers kept
+        self.model, self.history, self.maps = model, History(model.tracker_model.config, store=store), maps
+        self.frame, self.image = 0, None
 
     def step(self, seen: Features,                   # of the next picture alone
              prompts: Prompts | None = None          # for all objects, on frame 0 at least; their `image` is not read
@@ -176,7 +163,7 @@ class Follower:
         "The answer in the next frame. `ValueError` without a prompt on frame 0."
         if prompts is None and not self.frame: raise ValueError("frame 0 needs a prompt")
         if self.image is None: self.image = torch.zeros_like(prompts.image)
-        out, memory = see(self.model, seen, self.image, prompts, self.history.bank(self.frame) if prompts is None else None)
+        out, memory = see(self.model, seen, self.image, prompts, self.history.bank(self.frame, self.maps) if prompts is None else None)
         self.history.add(self.frame, memory, prompted=prompts is not None)
         self.frame += 1
         return out
