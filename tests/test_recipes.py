@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from esam3.data import RECIPES, data_digest, load_recipe, open_dataset
-from esam3.readers import places
+from esam3.readers import Sa1b, SaV, places
 from esam3.toyworld import toyworld
 
 SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml"))
@@ -118,6 +118,9 @@ def test_folders_inside_a_folder_are_left_out(written, tmp_path):
     part = "splits: {train: {clips: {format: videos, path: ., without: %s}}}"
     films = lambda without: [p.parent.name for p in open_dataset(written("root: films\n" + part % without)).paths]
     assert films("b") == ["a", "d"] and films('["b/*", a, none]') == ["d"]
+    assert [p.parent.name for p in SaV(tmp_path / "films", without=[tmp_path / "films/a", tmp_path / "films/b"]).paths] == ["d"]
+    for k in range(3): tarfile.open(tmp_path / "films" / f"{k}.tar", "w").close()
+    assert [p.stem for p in Sa1b(tmp_path / "films", without=tmp_path / "films/1.tar").sources] == ["0", "2"]
     with pytest.raises(FileNotFoundError, match="nothing at"): places(tmp_path / "films/a", tmp_path / "films/*")
 
 
