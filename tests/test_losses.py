@@ -1,6 +1,7 @@
 "Every loss against numbers worked out by hand or the slow way; padding and teacher stay out of all of them."
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esam3.losses import (MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss, focal_loss, iou_head_loss,
-                          mask_iou, mask_loss, match_masks, pick_cells, relational_loss, score_loss, soft_target, task_terms)
+from esam3.concepts import Targets, concept_losses, soft_focal
+from esam3.losses import (MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss,
+                          focal_factor, focal_loss, iou_head_loss, map_terms, mask_iou, mask_loss, match_masks, pick_cells,
+                          relational_loss, score_loss, soft_target, task_terms)
+from esam3.teacher import Detections
 
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
 softplus = lambda x: math.log1p(math.exp(-abs(x))) + max(x, 0)
@@ -209,3 +213,125 @@ def test_float32_under_amp(name):
     valid = torch.ones(2, 6, 6, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16): mixed = loss(student, teacher, valid)
     assert mixed.dtype == torch.float32 and torch.equal(mixed, loss(student, teacher, valid))
+
+
+@dataclass
+class Case:
+    "What losses are given, for N prompts of three masks: a model's answers, the teacher's and the truth."
+    masks: Tensor    # [N, 3, h, w] logits
+    iou: Tensor      # [N, 3]
+    score: Tensor    # [N] logits
+    teacher: Tensor  # [N, 3, h, w] logits
+    target: Tensor   # [N, 3, h, w] in 0…1
+    valid: Tensor    # [N, h, w] bool
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        return Case(*(x if x.dtype == torch.bool else x.to(dtype) for x in vars(self).values()))
+
+
+def asked(c: Case, there: float) -> dict[str, Tensor]:
+    "`concept_losses` of N concepts with three candidates and three targets; `there` 0: nothing is to be found."
+    w, goal = c.iou, torch.tensor([0.03, 0.1, 0.61, 0.77]).bfloat16().to(c.target)
+    boxes = torch.stack([w * 0, w * 0, w, w / 2], -1)
+    found = Detections(boxes[None], c.masks.amax((2, 3))[None], c.score[None], c.masks[None], c.masks.amax(1, keepdim=True))
+    scores = c.target.new_full((len(w), 3), there)
+    return concept_losses(found, Targets(goal.expand(len(w), 3, 4), c.target, scores, scores[:, 0], c.target.amax(1)), c.valid)
+
+
+LOSSES = {  # name → f(case) → a tensor, or a dictionary of them
+    "dice": lambda c: dice_loss(c.masks, c.target, c.valid[:, None]),
+    "mask": lambda c: mask_loss(c.masks, c.target, c.valid[:, None]),
+    **{f"focal {g}": lambda c, g=g: focal_loss(c.masks, c.target, c.valid[:, None], gamma=g) for g in (0, 0.5, 1, 2)},
+    **{f"soft focal {g}": lambda c, g=g: soft_focal(c.masks, c.target, gamma=g) for g in (0, 0.5, 1, 2)},
+    **{f"distill at {k}": lambda c, k=k: distill_loss(c.masks, c.teacher, c.valid, k) for k in (0, 1, 3)},
+    "features": lambda c: feature_loss([c.masks, c.masks], [c.target, c.teacher], [c.valid, c.valid]),
+    "task": lambda c: task_terms(c.masks, c.iou, c.score, c.target[:, 0], c.valid),
+    "absent": lambda c: task_terms(c.masks, c.iou, c.score, c.target[:, 0], c.valid, c.valid.flatten(1).any(1) & False),
+    "iou": lambda c: iou_head_loss(c.iou, c.masks, c.target[:, 0], c.valid),
+    "score": lambda c: score_loss(c.score, c.target.amax((1, 2, 3))),
+    "concepts": lambda c: asked(c, 1.0), "no concepts": lambda c: asked(c, 0.0),
+    **{name: lambda c, name=name: map_terms([name], [c.masks], [c.teacher], [c.valid]) for name in MAP_LOSSES}}
+CASES = ["any", "empty masks", "full masks", "100", "-100", "sure and right", "sure and wrong", "right", "constant", "no valid cell", "empty batch"]
+
+
+def case(word: str) -> Case:
+    "The inputs of one kind of trouble."
+    g = torch.Generator().manual_seed(0)
+    x, s = (3 * torch.randn(2, 3, 8, 8, generator=g) for _ in range(2))
+    t, v = torch.rand(2, 3, 8, 8, generator=g), torch.rand(2, 8, 8, generator=g) > 0.2
+    if word == "empty masks": t, s = 0 * t, 0 * s - 100
+    if word == "full masks": t, s = 0 * t + 1, 0 * s + 100
+    if word in ("100", "-100"): x, t = 0 * x + float(word), t.round()
+    if word.startswith("sure"): x = s = 200 * (t := t.round()) - 100
+    if word == "sure and wrong": s = -x
+    if word == "right": s, t = x, x.sigmoid()
+    if word == "constant": x, s, t = 0 * x, 0 * s, 0 * t + 0.5
+    if word == "no valid cell": v = v & False
+    some = slice(0, 0 if word == "empty batch" else 2)
+    return Case(*(y[some] for y in (x, x.mean((2, 3)).sigmoid(), x.mean((1, 2, 3)), s, t, v)))
+
+
+def values(name: str, c: Case, mixed: bool = False) -> list[Tensor]:
+    "What a loss says, with the same chance each time."
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed): said = LOSSES[name](c)
+    return list(said.values()) if isinstance(said, dict) else [said]
+
+
+def slopes(said: list[Tensor], c: Case) -> list[Tensor]:
+    "Gradients of all that a model answers; those that a loss does not read are left out."
+    given = torch.autograd.grad(sum(y.sum() for y in said), (c.masks, c.iou, c.score), allow_unused=True)
+    return [x for x in given if x is not None]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("word", CASES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_are_finite(name, word, mixed):
+    "In float32, and in bfloat16 under autocast, whatever a model says and whatever there is to learn from."
+    c = case(word).to(torch.bfloat16 if mixed else torch.float32)
+    for x in (c.masks, c.iou, c.score): x.requires_grad_()
+    said = values(name, c, mixed)
+    assert all(y.dtype == torch.float32 and y.isfinite().all() for y in said), said
+    grads = slopes(said, c)
+    assert grads and all(x.isfinite().all() for x in grads)
+
+
+@pytest.mark.parametrize("word", ["any", "sure and right"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_changes_no_loss(name, word):
+    """Values and gradients of float32 inputs are the same to the bit; values of bfloat16 inputs are those of the same
+    numbers in float32."""
+    c = case(word)
+    for x in (c.masks, c.iou, c.score): x.requires_grad_()
+    plain, mixed = values(name, c), values(name, c, mixed=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(slopes(plain, c), slopes(mixed, c), strict=True))
+    half = case(word).to(torch.bfloat16)
+    wide = values(name, half.to(torch.float32))
+    for mixed in (True, False): assert all(torch.equal(a, b) for a, b in zip(values(name, half, mixed), wide, strict=True))
+
+
+@pytest.mark.parametrize("gamma", [0, 0.5, 0.9, 1, 1.5, 2])
+def test_focal_factor(gamma):
+    "The power of the distance: to the bit from gamma 1 on, below it but for the last millionth. Gamma 0: no factor."
+    d = torch.cat([torch.zeros(1), torch.logspace(-6, 0, 50)[1:]])
+    got = focal_factor(d, gamma)
+    torch.testing.assert_close(got[1:], d[1:] ** gamma, rtol=0 if gamma >= 1 else 1e-6, atol=0)
+    assert got[0] == (gamma == 0)
+
+
+@pytest.mark.parametrize("name", ["distill at 1", "concepts"])
+def test_a_broken_network_shows_in_the_loss(name):
+    "Matching survives masks that are not numbers, so that the loss can say so."
+    c = case("any")
+    c.masks[0, 1] = math.nan
+    assert torch.cat([y.flatten() for y in values(name, c)]).isnan().any()
+
+
+def test_many_prompts_in_half_precision():
+    "Sums over prompts are taken in float32: 514 prompts are more than bfloat16 can count."
+    c = case("any").to(torch.bfloat16)
+    many = lambda c: task_terms(*(x.repeat(257, *[1] * (x.ndim - 1)) for x in (c.masks, c.iou, c.score, c.target[:, 0])))
+    half, full = many(c), many(c.to(torch.float32))
+    assert all(torch.equal(half[k], full[k]) for k in full)

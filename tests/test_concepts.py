@@ -1,0 +1,199 @@
+"Concepts: the index of confusable phrases, questions for nobody, and targets and matching in float32 whatever autocast does."
+import random
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import esam3.concepts
+from esam3.concepts import (Asking, Confusables, PhraseBook, Targets, ask, concept_losses, concepts_of, content_words, head_noun,
+                            match, match_cost, of_rows, taught_targets, true_targets, vocabulary, worth_imitating)
+from esam3.data import collate_images, load_recipe, open_dataset
+from esam3.samples import Phrase
+from esam3.teacher import Detections, load_teacher
+from esam3.toyworld import COLORS, PATTERNS, SHAPES
+
+
+@pytest.fixture(scope="module")
+def teacher(): return load_teacher("toy")
+
+
+@pytest.fixture(scope="module")
+def reader(): return open_dataset(load_recipe("tiny"), "train", "concept_images")
+
+
+@pytest.fixture(scope="module")
+def batch(reader, teacher): return collate_images([reader.read(i) for i in range(4)], teacher.image_size, 128, max_instances=0)
+
+
+def one_word_apart(phrase: str, words: list[str]) -> list[str]:
+    "The slow way: phrases as long as this one that differ from it in exactly one word."
+    own = phrase.split()
+    return [p for p in words if len(w := p.split()) == len(own) and sum(a != b for a, b in zip(w, own)) == 1]
+
+
+TOY = sorted({*(f"{c} {s}" for c in COLORS for s in SHAPES), *(f"{p} {c} {s}" for p in PATTERNS for c in COLORS for s in SHAPES),
+              *SHAPES, *(f"{c} thing" for c in COLORS)})
+
+
+@pytest.mark.parametrize("model", ["toy", None])
+def test_the_toy_world_is_asked_as_ever(model, teacher):
+    "Its whole vocabulary, in the same order: a seed draws the same questions as from the slow search."
+    index = Confusables(TOY, teacher if model else None)
+    assert all(list(index(p)) == one_word_apart(p, TOY) for p in TOY)
+    slow = lambda phrase: one_word_apart(phrase.lower(), TOY)
+    batch = SimpleNamespace(phrases=[[Phrase("Red star", (0,), ""), Phrase("ring", (), "hard-shape"), Phrase("blue thing", (), "easy")]] * 8,
+                            boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+    a, b = (ask(batch, np.random.default_rng(3), Asking(each=20), kin) for kin in (index, slow))
+    assert a.phrases == b.phrases and a.kinds == b.kinds and torch.equal(a.boxes, b.boxes) and a.kinds.count("proposed") > 3
+
+
+@pytest.mark.parametrize(("phrase", "head"), [("a curtain", "curtain"), ("The white shower curtains", "curtain"), ("woman in a red dress", "woman"),
+                                              ("a person's hair", "hair"), ("a red and white barrier", "barrier"), ("the lower body of the person", "body"),
+                                              ("the glass", "glass"), ("people wearing hats", "people"), ("a small, white machine", "machine"), ("", "")])
+def test_head_nouns(phrase, head): assert head_noun(content_words(phrase)) == head
+
+
+NOUNS = ("curtain", "chair", "cup", "dog", "window", "rope", "star", "jacket", "bird", "wheel", "lamp", "plate")
+
+
+def large_vocabulary(count: int = 51155) -> tuple[str, ...]:
+    "So many different phrases like SA-Co's."
+    rng = random.Random(0)
+    word = lambda: "".join(rng.choice("bdfgklmnprt") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+    adjectives, nouns, out = [word() for _ in range(400)], [*NOUNS, *(word() for _ in range(2000))], set()
+    while len(out) < count:
+        noun = rng.choice(nouns)
+        form = rng.random()
+        one, two = rng.sample(adjectives, 2)
+        out.add(f"a {noun}" if form < 0.1 else f"{one} {noun}" if form < 0.5 else f"a {one} {two} {noun}" if form < 0.8 else
+                f"{noun} on the {one} {rng.choice(nouns)}")
+    return tuple(sorted(out))
+
+
+def test_a_large_vocabulary_is_not_gone_through(monkeypatch):
+    "51,155 phrases: few answers to a phrase, and a batch of 128 questions in a fraction of a second."
+    words = large_vocabulary()
+    index = Confusables(words)
+    kin = index("a curtain")
+    assert 4 <= len(kin) <= 16 and all("curtain" in p for p in kin) and not {*map(content_words, kin)} & {("curtain",)}
+    pick = random.Random(1)
+    phrases = [[Phrase(pick.choice(words), (0,) if k < 3 else (), "" if k < 3 else "hard-other") for k in range(6)] for _ in range(32)]
+    batch = SimpleNamespace(phrases=phrases, boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+    looked = []
+    monkeypatch.setattr(esam3.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
+    start = time.perf_counter()
+    asked = ask(batch, np.random.default_rng(0), Asking(), index)
+    assert time.perf_counter() - start < 1 and len(looked) < 10000 and asked.kinds.count("proposed") > 5
+    assert {p for p, k in zip(asked.phrases, asked.kinds) if k == "proposed"} <= {*words}
+
+
+def nearest_first(table: torch.Tensor, words: list[str]) -> SimpleNamespace:
+    "A model whose text encoder has one token a word, with these embeddings."
+    number = {w: i for i, w in enumerate(words)}
+    tokenizer = lambda phrases, **_: {"input_ids": [[number[w] for w in p.split() if w in number] for p in phrases]}
+    encoder = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding.from_pretrained(table))
+    return SimpleNamespace(tokenizer=tokenizer, detector_model=SimpleNamespace(text_encoder=encoder))
+
+
+def test_the_nearest_of_many_are_taken():
+    "Of 40 things that a lone noun could be exchanged for, those with the next angles; where nothing is akin, the nearest of all."
+    words = [f"w{i:02d}x" for i in range(40)]
+    angle = torch.arange(40) / 40
+    model = nearest_first(torch.stack([angle.cos(), angle.sin()], 1), words)
+    index = Confusables(words, model, k=4)
+    assert index("w20x") == ("w18x", "w19x", "w21x", "w22x") and index("w00x") == ("w01x", "w02x", "w03x", "w04x")
+    assert Confusables(words, k=4)("w20x") == (), "without a model a mask that 39 phrases fit is no kinship"
+    long = Confusables([*words, "w30x of w33x"], model, k=4)
+    assert long("w30x of w33x") == ("w29x", "w31x", "w32x", "w34x"), "nor what it is anyway, nor a word of it"
+
+
+def test_no_phrase_is_proposed_that_is_labelled():
+    "Not even in other words."
+    index = Confusables(("blue curtain", "red curtain", "the red curtains", "green curtain"))
+    labelled = [Phrase("a blue curtain", (0,), ""), Phrase("red curtains", (), "hard-other")]
+    batch = SimpleNamespace(phrases=[labelled], boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+    asked = ask(batch, np.random.default_rng(0), Asking(each=200, proposed=1.0), index)
+    assert {p for p, k in zip(asked.phrases, asked.kinds) if k == "proposed"} == {"green curtain"}
+
+
+def test_vocabulary_of_videos():
+    assert vocabulary(SimpleNamespace(pairs={0: [{"noun_phrase": "The Dog"}], 1: [{"noun_phrase": "a cat"}, {"noun_phrase": "the dog"}]})) == ("a cat", "the dog")
+    assert vocabulary(SimpleNamespace(pairs={"x.jpg": [{"text_input": "Star"}]})) == ("star",)
+
+
+def test_no_questions_at_all(batch, teacher):
+    "A rank whose pictures have no phrases: every tensor has its shape and type, and everything up to the losses goes through."
+    some = ask(batch, np.random.default_rng(0), Asking())
+    none = ask(replace(batch, phrases=[[]] * 4), np.random.default_rng(0), Asking())
+    assert none.phrases == none.kinds == none.members == []
+    for k in ("image", "known", "boxes", "labels"):
+        a, b = getattr(some, k), getattr(none, k)
+        assert a.dtype == b.dtype and b.shape == (0, *a.shape[1:])
+    book = PhraseBook(teacher)
+    tokens, counted = book([])
+    assert tokens.shape[::2] == (0, book(["red star"])[0].shape[2]) and counted.dtype == torch.bool and counted.shape == tokens.shape[:2]
+    asked = concepts_of(teacher, book, none, batch.frames)
+    assert len(asked.image) == len(asked.encoded) == len(asked.attention_mask) == 0
+    truth, valid = true_targets(none, batch, "student", 32), batch.frames.valid("student", 32, none.image)
+    assert truth.masks.shape[0] == truth.boxes.shape[0] == 0 and truth.masks.shape[2:] == (32, 32) and truth.union.shape == (0, 32, 32)
+    shape = lambda *size: torch.zeros(2, 0, *size, requires_grad=True)
+    found = Detections(shape(5, 4), shape(5), shape(), shape(5, 32, 32), torch.zeros(0, 1, 32, 32, requires_grad=True), torch.zeros(0, 8, 4, 4))
+    last = Detections(found.boxes[-1], found.logits[-1], found.presence[-1], found.masks[-1], found.semantic, found.read)
+    taught = taught_targets(last, none.image, batch.frames, "student", "student", 32)
+    assert match(found, truth).shape == match(found, taught).shape == (0, 4)
+    good = worth_imitating(taught, truth, none.known)
+    for goal in (truth, taught):
+        losses = concept_losses(of_rows(found, good), goal.rows(good), valid[good])
+        assert all(v == 0 for v in losses.values())
+        sum(losses.values()).backward()
+
+
+@pytest.mark.parametrize("surer", [0, 1])
+def test_sure_masks_are_told_apart(surer):
+    "Of two candidates that differ only in how sure they are of a mask the surer one is taken; bfloat16 has 1 for both probabilities."
+    logits = torch.tensor([9.0 + 0.125 * (k == surer) for k in range(2)]).bfloat16().view(1, 1, 2, 1, 1).expand(1, 1, 2, 4, 4)
+    found = Detections(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2), torch.zeros(1, 1), logits, logits[0, :, :1])
+    goal = Targets(torch.zeros(1, 1, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1), torch.ones(1), torch.ones(1, 4, 4))
+    assert match(found, goal).tolist() == [[0, 0, surer, 0]]
+
+
+def some_answers(n: int, dtype: torch.dtype) -> Detections:
+    "Answers of two layers to n concepts, six candidates each."
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *size: torch.randn(*size, generator=g).to(dtype)
+    corner = torch.rand(2, n, 6, 2, generator=g) / 2
+    boxes = torch.cat([corner, corner + 0.1 + 0.4 * torch.rand(2, n, 6, 2, generator=g)], -1).to(dtype)
+    return Detections(boxes, rand(2, n, 6), rand(2, n), 3 * rand(2, n, 6, 32, 32), rand(n, 1, 32, 32))
+
+
+def last_layer(found: Detections) -> Detections:
+    return Detections(found.boxes[-1], found.logits[-1], found.presence[-1], found.masks[-1], found.semantic)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_and_matching_in_float32(dtype, batch):
+    """What a step of stage 3 computes is under autocast the same as without, to the bit, and from bfloat16 answers the same
+    as from the same numbers in float32."""
+    asked = ask(batch, np.random.default_rng(0), Asking(easy=0.0, hard=0.2))
+    found, valid = some_answers(len(asked.image), dtype), batch.frames.valid("student", 32, asked.image)
+    frames = replace(batch.frames, teacher=99)  # a side whose multiples bfloat16 rounds
+    wide = Detections(*(x.float() for x in vars(found).values() if x is not None))
+    def all_of(found: Detections) -> list[torch.Tensor]:
+        truth = true_targets(asked, batch, "student", 32)
+        taught = taught_targets(last_layer(found), asked.image, frames, "teacher", "student", 32)
+        said = [x for goal in (truth, taught) for x in (*vars(goal).values(), match(found, goal), *concept_losses(found, goal, valid).values())]
+        return [*said, match_cost(found.logits[0, 0], found.boxes[0, 0], found.masks[0, 0], found.boxes[1, 0], found.masks[1, 0])]
+    plain = all_of(wide)
+    with torch.autocast("cpu", torch.bfloat16): mixed = all_of(found)
+    for a, b in zip(plain, mixed, strict=True): assert b.dtype in (torch.float32, torch.long) and torch.equal(a, b)
+
+
+def test_matching_boxes_without_an_area():
+    "Two boxes of width 0 have no IoU; that costs as much as boxes that do not meet, and matching goes on."
+    flat, mask = torch.tensor([[0.5, 0.25, 0.5, 0.75]]), torch.zeros(1, 4, 4)
+    cost = match_cost(torch.ones(1), flat, mask, flat, mask)
+    assert cost.isfinite().all() and cost.item() == pytest.approx(-2 + 2)
