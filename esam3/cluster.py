@@ -41,27 +41,32 @@ def end_process(rank: int, words: str, host: str, pid: int) -> None:
     "Print a rank's last words, wake it if it is stopped on this machine, and end this process."
     text = f"rank {rank}: {words}\n"
     with contextlib.suppress(Exception): sys.stderr.write(text); sys.stderr.flush()
-    terminal = getattr(sys.stderr, "_original_stdstream_copy", None)  # a kernel's stderr goes to its notebook only
-    with contextlib.suppress(Exception): terminal is not None and os.write(terminal, text.encode())
+    if sys.stderr is not sys.__stderr__:  # a kernel's goes to its notebook only
+        with contextlib.suppress(Exception): os.write(getattr(sys.stderr, "_original_stdstream_copy", 2), text.encode())
     with contextlib.suppress(OSError): host == socket.gethostname() and os.kill(pid, signal.SIGCONT)
     os._exit(1)
 
 # %% ../nbs/08_cluster.ipynb #c813
 class Watch(threading.Thread):
-    "The thread by which a rank shows that it lives, watches the next one, and learns of an error. `end(rank, words, host, pid)` is called with the first one."
+    """The thread by which a rank shows that it lives, watches the next one, and learns of an error.
 
-    def __init__(self, store: dist.Store, rank: int, world: int, limit: float, end: Callable[[int, str, str, int], None] = end_process):
+    `limit`: seconds of silence. `end(rank, words, host, pid)` is called with the first rank that failed."""
+
+    def __init__(self, store: dist.Store, rank: int, world: int, limit: float,
+                 end: Callable[[int, str, str, int], None] = end_process):
         super().__init__(name=f"watch of rank {rank}", daemon=True)
         self.store, self.rank, self.world, self.limit, self.end = store, rank, world, limit, end
         self.next, self.every = (rank + 1) % world, min(3.0, limit / 5)
-        self.heard, self.silent, self.last = 0, 0.0, time.monotonic()  # the next rank's beat, seconds since it changed, time of the last look
-        self.over, self.failed, self.said = threading.Event(), threading.Event(), False  # the block has ended; badly; the others know
+        self.heard, self.silent = 0, 0.0  # the next rank's last beat, and seconds without another
+        self.last = time.monotonic()      # time of the last look
+        self.over, self.failed = threading.Event(), threading.Event()  # the block has ended well; badly
+        self.said = False                 # the others know of a good end
         store.set(f"place {rank}", json.dumps([socket.gethostname(), os.getpid()]))
 
     def run(self) -> None:
         while not self.failed.is_set():
             try: news = in_time(self.look, self.limit)
-            except Exception as e: news = [0, f"the store that all ranks share is lost ({type(e).__name__}: {e})", "", 0]
+            except Exception as e: news = [0, f"the store that all share is lost ({type(e).__name__}: {e})", "", 0]
             if news == "all done" or self.failed.is_set(): return
             if news: return self.end(*news)
             time.sleep(min(0.1, self.every)) if self.over.is_set() else self.over.wait(self.every)
@@ -102,7 +107,8 @@ _BLOCKS = count()  # of this process; all ranks open them in one order
 def _watch(limit: float) -> Watch:
     "The watcher of this rank, with a connection of its own."
     if not dist.is_initialized(): PartialState(cpu=pick_device().type == "cpu")  # the ranks meet
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=limit))
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*where, is_master=False, timeout=timedelta(seconds=limit))
     name = f"together/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_BLOCKS)}"
     return Watch(dist.PrefixStore(name, store), dist.get_rank(), dist.get_world_size(), limit)
 
@@ -110,10 +116,10 @@ def _watch(limit: float) -> Watch:
 @contextlib.contextmanager
 def together(limit: float = 45.0  # seconds without a sign of life after which a rank counts as dead
              ) -> Iterator[None]:
-    """All ranks end when one of them does: its error is raised there, printed by the others as `rank K: …`, and ends their processes with status 1.
+    """All ranks end when one of them does: its error is raised there, the others print it (`rank K: …`).
 
-    Put around what all ranks do; at the end they wait for each other. Does nothing in a single process. A main thread that waits for ever beside a living watcher (a file system that
-    does not answer) is not noticed: for that the collectives have their timeout."""
+    Put it around what all ranks do; at its end they wait for each other. Does nothing in a single process. A thread
+    that waits for ever in a living process (for a file system, say) goes unnoticed: collectives have their timeout."""
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         yield
         return
@@ -124,6 +130,7 @@ def together(limit: float = 45.0  # seconds without a sign of life after which a
         words = last_words(e)
         watch.failed.set()
         with contextlib.suppress(Exception): in_time(lambda: watch.publish(watch.rank, words), 5)
-        if watch.rank == 0 and not os.environ.get("TORCHELASTIC_USE_AGENT_STORE"): time.sleep(2 * watch.every)  # its store goes with it: time to read
+        serves = watch.rank == 0 and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
+        if serves: time.sleep(2 * watch.every)  # time for the others to read
         raise
     watch.over.set(); watch.join()

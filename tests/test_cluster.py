@@ -1,4 +1,4 @@
-"A rank that raises, freezes or is killed ends the job within seconds; without `together` the others wait. Two ranks, started by torchrun."
+"A rank that raises, freezes or is killed ends the job within seconds; without `together` the others wait."
 import os
 import re
 import shutil
@@ -52,7 +52,8 @@ class Job:
         book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata={"kernelspec": python})
         nbformat.write(book, self.place / "job.ipynb")
         program = shutil.which("papermill", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
-        return ["--no-python", program, "--no-progress-bar", str(self.place / "job.ipynb"), str(self.place / "out_${local_rank}.ipynb")]
+        books = [str(self.place / name) for name in ("job.ipynb", "out_${local_rank}.ipynb")]
+        return ["--no-python", program, "--no-progress-bar", *books]
 
     def pid(self, rank: int) -> int:
         "A rank's process, once it is in the block."
