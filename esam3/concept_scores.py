@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'answers', 'lending', 'exemplars_of', 'shown_instance', 'len
            'score_pairs', 'confusion']
 
 # %% ../nbs/33_concept_scores.ipynb #c003
-import json, tempfile
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

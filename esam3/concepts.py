@@ -28,7 +28,7 @@ from torchvision.ops import box_convert, generalized_box_iou, generalized_box_io
 
 from .core import Frames, atomically, cache_dir, weights_digest
 from .data import ImageBatch
-from .losses import focal_factor, mask_loss, mean_of
+from .losses import focal_factor, mask_loss, mean_of, soft_target
 from .teacher import Concepts, Detections, Features, Sam3
 
 # %% ../nbs/31_concepts.ipynb #c006
@@ -263,7 +263,8 @@ def true_targets(asked: Questions, batch: ImageBatch, frame: str, size: int) -> 
 @torch.no_grad()
 def taught_targets(found: Detections,  # the teacher's, of its last layer
                    image: Tensor, frames: Frames, src: str, dst: str, size: int,
-                   least: float = 0.3  # candidates below this class score are left out
+                   least: float = 0.3,  # candidates below this class score are left out
+                   temperature: float = 1.0  # of `losses.soft_target`
                    ) -> Targets:
     "A teacher's answer, moved from its frame to another: what it finds with its scores, presence and masks as probabilities."
     p = found.logits.float().sigmoid()
@@ -271,8 +272,8 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
     best, query = p.topk(most, 1)
     row = torch.arange(len(p), device=p.device)[:, None]
     boxes = frames.boxes(found.boxes[row, query].float() * frames.side(src), image, src, dst) / frames.side(dst)
-    masks = frames.maps(found.masks[row, query], src, dst, size, image).sigmoid()
-    union = frames.maps(found.semantic, src, dst, size, image)[:, 0].sigmoid()
+    masks = soft_target(frames.maps(found.masks[row, query], src, dst, size, image), temperature)
+    union = soft_target(frames.maps(found.semantic, src, dst, size, image)[:, 0], temperature)
     return Targets(boxes, masks, best * (best > least), found.presence.float().sigmoid(), union)
 
 # %% ../nbs/31_concepts.ipynb #c028
@@ -319,7 +320,8 @@ def soft_focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
 # %% ../nbs/31_concepts.ipynb #c036
 def concept_losses(found: Detections,  # with a leading axis of layers
                    goal: Targets,
-                   valid: Tensor       # [N, h, w] bool: the picture, not its padding
+                   valid: Tensor,      # [N, h, w] bool: the image, not its padding
+                   focal: float = 20.0  # of `losses.mask_loss`
                    ) -> dict[str, Tensor]:
     """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts. Means over layers:
     of boxes and masks over targets (weighted by their scores), of presence over concepts."""
@@ -334,8 +336,8 @@ def concept_losses(found: Detections,  # with a leading axis of layers
     out = {"presence": mean_of(F.binary_cross_entropy_with_logits(found.presence.float(), there, reduction="none")),
            "score": (soft_focal(found.logits, wanted) * there[..., None]).sum() / total,
            "l1": mean(l1), "giou": mean(generalized_box_iou_loss(got, want)),
-           "mask": mean(mask_loss(found.masks[layer, concept, query], goal.masks[concept, target], valid[concept])),
-           "union": mean_of(mask_loss(found.semantic[:, 0], goal.union, valid))}
+           "mask": mean(mask_loss(found.masks[layer, concept, query], goal.masks[concept, target], valid[concept], focal=focal)),
+           "union": mean_of(mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal))}
     return {k: WEIGHTS[k] * v for k, v in out.items()}
 
 # %% ../nbs/31_concepts.ipynb #c044

@@ -35,7 +35,7 @@ def pictures(count: int = 6, replays: int = 2) -> Replays:
 
 def write(folder: Path, **options) -> dict:
     "Write what is missing in a cache of five records a file."
-    return write_cache(folder, toy(), pictures(), batch=2, records=5, mixed=False, **options)
+    return write_cache(folder, toy(), pictures(), batch=2, records=5, **options)
 
 
 def opened(folder: Path) -> FeatureCache: return FeatureCache(folder, cache_settings(toy(), pictures(), records=5))
@@ -187,7 +187,7 @@ def test_writer_refuses_another_teacher(copy, whole):
     other = load_teacher("toy")
     other.detector_model.vision_encoder.backbone.layers[0].mlp.fc1.weight[0, 0] += 1e-4
     with pytest.raises(ValueError, match="teacher: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now"):
-        write_cache(copy, other, pictures(), records=5, mixed=False)
+        write_cache(copy, other, pictures(), records=5)
     assert content(copy) == content(whole)
 
 
@@ -197,7 +197,7 @@ def test_writer_refuses_another_preprocessing(copy, monkeypatch):
 
 
 def test_other_data_and_dtype(copy):
-    with pytest.raises(ValueError, match="pictures: 6 there, 5 now"): write_cache(copy, toy(), pictures(5), records=5, mixed=False)
+    with pytest.raises(ValueError, match="pictures: 6 there, 5 now"): write_cache(copy, toy(), pictures(5), records=5)
     with pytest.raises(ValueError, match="dtype: 'int8' there, 'fp16' now"): write(copy, dtype="fp16")
     with pytest.raises(ValueError, match="int4.*int8"): write(copy, dtype="int4")
 
@@ -214,7 +214,7 @@ def test_ranks_write_their_own_files(whole, tmp_path):
 
 
 def test_more_replays_are_added(whole, tmp_path):
-    write_cache(tmp_path, toy(), pictures(replays=1), batch=2, records=5, mixed=False)
+    write_cache(tmp_path, toy(), pictures(replays=1), batch=2, records=5)
     assert write(tmp_path)["there"] == 6
     assert [opened(tmp_path).holds(i, verify=True) for i in range(12)] == [True] * 12 and content(tmp_path).keys() == content(whole).keys()
 

@@ -55,14 +55,14 @@ def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
         for rows, prompts in ask_first(batch):
             for round in range(schedule.refinements + 1):
                 t, s = ask_both(teacher, student, wide, narrow, batch, prompts)
-                terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows]).mean()}
-                for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows]).items(): terms[f"task {k}"] = v
+                terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows], schedule.temperature, schedule.focal).mean()}
+                for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows], focal=schedule.focal).items(): terms[f"task {k}"] = v
                 for k, v in terms.items(): out[k] = out.get(k, 0) + len(rows) / len(truth) * v
                 if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.frames)
     return out
 
 
-@pytest.mark.parametrize("schedule", [Schedule(), Schedule(lambda1=4.0, lambda2=0.5, refinements=2)], ids=["default", "other weights"])
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(lambda1=4.0, lambda2=0.5, refinements=2, temperature=1.0, focal=20.0), Schedule(checkpoint=True)], ids=["default", "other weights", "recomputed"])
 def test_default_losses_are_the_method_alone(batch, schedule):
     found, expected = losses(batch, schedule), by_hand(batch, schedule)
     assert list(found) == list(expected) == ["features", "distill", "task mask", "task iou", "task score"]
@@ -124,6 +124,7 @@ def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
     class Built(Exception): pass
     def build(*_, weights, **__): raise Built(weights)
     monkeypatch.setattr(stage1, "build_student", build)
+    monkeypatch.setattr(stage1, "open_stage", lambda *_, **__: (tmp_path, {}))  # without the data
     with pytest.raises(Built) as e: run_stage1("es-ev-s", recipe, teacher="toy", steps=1, weights=given, runs=str(tmp_path))
     assert e.value.args == (used,)
 
