@@ -88,7 +88,7 @@ def _look(self: Watch) -> list | str | None:
 def _leave(self: Watch) -> str:
     "All have ended. Rank 0 waits until the others have read that."
     self.store.add("left", 1)
-    until = time.monotonic() + self.limit
+    until = time.monotonic() + self.limit / 2  # `look` has `limit` in all
     while self.rank == 0 and self.store.add("left", 0) < self.world and time.monotonic() < until: time.sleep(0.02)
     return "all done"
 
