@@ -4,22 +4,25 @@
 
     def test_step_follows_the_model():
         with elsewhere() as device:                  # torch.device("elsewhere", 0)
-            model = load_teacher("toy").to(device)   # the same Parameter objects, as on CUDA: optimizers and groups made before still hold
+            model = load_teacher("toy").to(device)   # the same Parameter objects: groups made before hold
             batch = batch.to(device)
-            ...                                      # a tensor left on the CPU: RuntimeError "Expected all tensors to be on the same device"
+            ...                                      # a tensor left on the CPU: RuntimeError
 
-What runs on it is computed by the CPU's kernels, with the CPU's values and its default generator; only the rules are CUDA's:
+What runs on it is computed by the CPU's kernels, with the CPU's values and its generator; only the rules are CUDA's:
 
-- An operation that mixes the two devices raises. Free to mix are `copy_` and `to`; 0-dim CPU tensors as numbers in element-wise operations; CPU indices
-  into tensors of the device, but not indices of the device into CPU tensors; a CPU generator is refused.
-- `numpy()`, `np.asarray` raise `TypeError`; `numpy(force=True)`, `cpu()`, `item()`, `tolist()` and `bool` copy to the CPU.
+- An operation that mixes the two devices raises. Free to mix are `copy_` and `to`; 0-dim CPU tensors as numbers in
+  element-wise operations; CPU indices into tensors of the device, but not indices of the device into CPU tensors.
+  A CPU generator is refused.
+- `numpy()`, `np.asarray` raise `TypeError`; `numpy(force=True)`, `cpu()`, `item()`, `tolist()`, `bool` copy to the CPU.
 - `torch.autocast("elsewhere", dtype)` casts what CUDA's autocast casts (bf16 and fp16).
-- Inside `elsewhere()`, `pick_device` of every loaded module of esam3 and accelerate's default device are this one; `torch.Generator(device)` and
-  `torch.load(map_location=device)` work, `torch.save` writes what a CPU tensor would (loaded without `map_location` it is on the CPU, unlike CUDA).
+- Inside `elsewhere()`, `pick_device` of every loaded module of esam3 and accelerate's default device are this one;
+  `torch.Generator(device)` and `torch.load(map_location=device)` work. `torch.save` writes what a CPU tensor would:
+  loaded without `map_location` it is on the CPU, unlike CUDA.
 
-Not modelled: streams and asynchrony, memory, in-place changes of shape (`resize_`, `unsqueeze_`), fp16 in accelerate (it knows its own list of devices).
-The label is torch's PrivateUse1, renamed; it is registered when this module is imported and cannot be taken back. Import it at the top of a test module,
-before any `backward` of the process: the autograd engine counts devices once.
+Not modelled: streams and asynchrony, memory, in-place changes of shape (`resize_`, `unsqueeze_`; they raise), a device
+generator in a CPU operation, fp16 in accelerate (it knows its own list of devices).
+The label is torch's PrivateUse1, renamed; it is registered when this module is imported and cannot be taken back.
+Import it at the top of a test module, before any `backward` of the process: the autograd engine counts devices once.
 """
 import contextlib
 import sys
@@ -42,8 +45,10 @@ class Elsewhere(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor):
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():  # a view of a normal tensor is one, there too
-            out = Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=DEVICE)
+        shape = {"size": inner.shape, "strides": inner.stride(), "storage_offset": inner.storage_offset()}
+        normal = torch.is_inference_mode_enabled()  # a view of a normal tensor must be a normal tensor, there too
+        with torch.inference_mode(False) if normal else contextlib.nullcontext():
+            out = Tensor._make_wrapper_subclass(cls, **shape, dtype=inner.dtype, device=DEVICE)
         out.inner = inner
         return out
 
@@ -52,7 +57,8 @@ class Elsewhere(Tensor):
         return compute(op, args, kwargs or {})
 
     def numpy(self, *, force: bool = False):
-        if not force: raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        if not force:
+            raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first.")
         return self.detach().cpu().numpy()
 
     def tolist(self) -> list: return self.detach().cpu().tolist()
@@ -75,8 +81,8 @@ class Elsewhere(Tensor):
 
 # what may mix devices, and where the CPU's part may be
 COPIES = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize", "_foreach_copy_"}
-INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}  # (self, indices, …)
-SCALARS = {"fill_", "fill", "masked_fill", "masked_fill_", "index_fill", "index_fill_", "item", "_local_scalar_dense", "clamp_", "_fused_adamw_", "_fused_adam_"}
+INDEXED = {"index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"}
+SCALARS = {"fill_", "fill", "masked_fill", "masked_fill_", "index_fill", "index_fill_", "_fused_adamw_", "_fused_adam_"}
 
 
 def each(x, change: Callable[[Tensor], object]):
@@ -111,25 +117,27 @@ def refuse_mixing(op, args: tuple, kwargs: dict) -> None:
     if name in COPIES: return
     if name in INDEXED:
         if not isinstance(args[0], Elsewhere) and any(isinstance(t, Elsewhere) for t in tensors(args[1])):
-            raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor (cpu) ({op})")
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         args, numbers = (args[0], *args[2:]), True
     found = tensors(args, list(kwargs.values()))
     here = [t for t in found if not isinstance(t, Elsewhere)]
     if here and len(here) < len(found) and not (numbers and all(t.ndim == 0 for t in here)):
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! ({op})")
+        raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, "
+                           f"{DEVICE} and cpu! ({op})")
 
 
 def own_generator(kwargs: dict) -> None:
     "CUDA's rule for generators."
     generator = kwargs.get("generator")
-    if generator is not None and generator._cdata not in Generator.alive: raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
+    if generator is not None and generator._cdata not in Generator.alive:
+        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
 
 
 def compute(op, args: tuple, kwargs: dict):
     "An operation by the CPU's kernel; its answers are on the device, unless it was asked for the CPU."
     if composite(op): return op.decompose(*args, **kwargs)  # in inference mode they come whole
     if op is torch.ops.aten.detach_.default: return args[0]  # autograd's business, done before
-    if torch.Tag.inplace_view in op.tags: raise NotImplementedError(f"{op} on {DEVICE}: it would change a tensor's shape in place")
+    if torch.Tag.inplace_view in op.tags: raise NotImplementedError(f"{op} on {DEVICE}: a shape is changed in place")
     refuse_mixing(op, args, kwargs)
     own_generator(kwargs)
     known: dict[int, Tensor] = {}  # what an in-place operation returns is what it was given
@@ -140,27 +148,35 @@ def compute(op, args: tuple, kwargs: dict):
     stays = kwargs.get("device") is None or torch.device(kwargs["device"]).type == NAME
     if kwargs.get("device") is not None: kwargs = {**kwargs, "device": torch.device("cpu")}
     result = op(*each(args, inside), **{k: each(v, inside) for k, v in kwargs.items()})
-    for t in known.values() if op._schema.is_mutable else ():
-        if isinstance(t, Elsewhere) and t.shape != t.inner.shape: raise NotImplementedError(f"{op} on {DEVICE}: it has changed a tensor's shape in place")
+    if op._schema.is_mutable and any(t.shape != t.inner.shape for t in known.values() if isinstance(t, Elsewhere)):
+        raise NotImplementedError(f"{op} on {DEVICE}: a shape is changed in place")
     return each(result, lambda t: known[id(t)] if id(t) in known else Elsewhere(t) if stays else t)
 
 
 class Generator(torch.Generator):
     "A generator that is said to be of the device."
     device = property(lambda self: DEVICE)
-    alive: WeakValueDictionary[int, torch.Generator] = WeakValueDictionary()  # an operation is handed another Python object of the same generator
+    alive: WeakValueDictionary[int, torch.Generator] = WeakValueDictionary()  # torch hands on other objects
 
     def __init__(self): self.alive[self._cdata] = self
 
 
-# autocast as CUDA's: what is cast to the lower precision, what to float32, and what to the widest among its arguments (ATen/autocast_mode.h)
-LOWER = """_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input conv_transpose3d.input convolution prelu addmm addmv addr matmul einsum mm mv
-linalg_vecdot linear addbmm baddbmm bmm chain_matmul linalg_multi_dot scaled_dot_product_attention"""
-FLOAT = """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar softplus layer_norm native_layer_norm
-rms_norm group_norm cosine_similarity poisson_nll_loss cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
-margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits dist cdist renorm logsumexp upsample_nearest2d
-_upsample_nearest_exact2d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa prod prod.dim_int softmax.int log_softmax.int cumprod cumsum
-linalg_vector_norm linalg_matrix_norm sum sum.dim_IntList norm.Scalar norm.ScalarOpt_dim"""
+# autocast as CUDA's (ATen/autocast_mode.h): what is cast to the lower precision, to float32, to the widest of the arguments
+LOWER = """
+_convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input conv_transpose3d.input
+convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul
+linalg_multi_dot scaled_dot_product_attention
+"""
+FLOAT = """
+acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow.Tensor_Scalar pow.Tensor_Tensor
+pow.Scalar softplus layer_norm native_layer_norm rms_norm group_norm cosine_similarity poisson_nll_loss
+cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
+margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
+binary_cross_entropy_with_logits dist cdist renorm logsumexp upsample_nearest2d _upsample_nearest_exact2d
+upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d _upsample_bicubic2d_aa prod prod.dim_int softmax.int
+log_softmax.int cumprod cumsum linalg_vector_norm linalg_matrix_norm sum sum.dim_IntList norm.Scalar
+norm.ScalarOpt_dim
+"""
 WIDEST = "addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add cat stack"
 NO_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
@@ -169,11 +185,12 @@ def autocast(op, policy: str) -> Callable:
     "A kernel of autocast: the operation with its floating tensors of the device cast."
     def kernel(*args, **kwargs):
         lower = torch.get_autocast_dtype(NAME)
-        floats = {t.dtype for t in tensors(args, list(kwargs.values())) if isinstance(t, Elsewhere) and t.is_floating_point()}
-        target = {"lower": lower, "float": torch.float32, "widest": torch.float32 if torch.float32 in floats else lower}[policy]
-        def cast(t: Tensor) -> Tensor:
-            return t.to(target) if isinstance(t, Elsewhere) and t.is_floating_point() and t.dtype != torch.float64 else t
-        with torch._C._ExcludeDispatchKeyGuard(NO_AUTOCAST): return op(*each(args, cast), **{k: each(v, cast) for k, v in kwargs.items()})
+        ours = lambda t: isinstance(t, Elsewhere) and t.is_floating_point() and t.dtype != torch.float64
+        wide = any(ours(t) and t.dtype == torch.float32 for t in tensors(args, list(kwargs.values())))
+        target = torch.float32 if policy == "float" or (policy == "widest" and wide) else lower
+        cast = lambda t: t.to(target) if ours(t) else t
+        with torch._C._ExcludeDispatchKeyGuard(NO_AUTOCAST):
+            return op(*each(args, cast), **{k: each(v, cast) for k, v in kwargs.items()})
     return kernel
 
 
@@ -189,8 +206,11 @@ class Module(_DummyBackendModule):
     def set_rng_state(state: Tensor, index: int = 0) -> None: torch.set_rng_state(state)
 
 
-FACTORIES = """empty.memory_format empty_strided zeros ones full eye eye.m scalar_tensor arange arange.start arange.start_step range range.step linspace logspace
-rand rand.generator randn randn.generator randint randint.generator randint.low randint.low_generator randperm randperm.generator tril_indices triu_indices hann_window"""
+FACTORIES = """
+empty.memory_format empty_strided zeros ones full eye eye.m scalar_tensor arange arange.start arange.start_step
+range range.step linspace logspace rand rand.generator randn randn.generator randint randint.generator randint.low
+randint.low_generator randperm randperm.generator tril_indices triu_indices hann_window
+"""
 
 
 def overload(name: str):
@@ -215,14 +235,16 @@ def register() -> tuple[torch.library.Library, ...]:
     for name in FACTORIES.split():
         library.impl(name, factory(name), "PrivateUse1")
     def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:  # `torch.tensor` comes by here
-        (target.inner if isinstance(target, Elsewhere) else target).copy_(source.inner if isinstance(source, Elsewhere) else source)
+        values = lambda t: t.inner if isinstance(t, Elsewhere) else t
+        values(target).copy_(values(source))
         return target
     library.impl("_copy_from", copy_from, "PrivateUse1")
     for policy, names in (("lower", LOWER), ("float", FLOAT), ("widest", WIDEST)):
         for name in names.split(): library.impl(name, autocast(overload(name), policy), "AutocastPrivateUse1")
     vision = torch.library.Library("torchvision", "IMPL")
-    def roi_align(maps: Tensor, rois: Tensor, *options) -> Tensor:  # as torchvision's autocast: in float32, back in the maps' type
-        with torch._C._ExcludeDispatchKeyGuard(NO_AUTOCAST): return torch.ops.torchvision.roi_align(maps.float(), rois.float(), *options).to(maps.dtype)
+    def roi_align(maps: Tensor, rois: Tensor, *options) -> Tensor:  # in float32, as torchvision's autocast has it
+        with torch._C._ExcludeDispatchKeyGuard(NO_AUTOCAST):
+            return torch.ops.torchvision.roi_align(maps.float(), rois.float(), *options).to(maps.dtype)
     vision.impl("roi_align", roi_align, "AutocastPrivateUse1")
     return library, every, vision
 
@@ -234,7 +256,8 @@ DEVICE = torch.device(NAME, 0)
 class _AnyGenerator(type):
     def __instancecheck__(cls, x) -> bool: return isinstance(x, _GENERATOR)
 
-    def __call__(cls, device: torch.device | str = "cpu"): return Generator() if torch.device(device).type == NAME else _GENERATOR(device)
+    def __call__(cls, device: torch.device | str = "cpu"):
+        return Generator() if torch.device(device).type == NAME else _GENERATOR(device)
 
 
 _GENERATOR, _LOAD = torch.Generator, torch.load
@@ -242,17 +265,20 @@ _GENERATOR, _LOAD = torch.Generator, torch.load
 
 def _load(f, map_location=None, **options):
     "`torch.load`, onto the device if asked."
-    if not isinstance(map_location, str | torch.device) or torch.device(map_location).type != NAME: return _LOAD(f, map_location, **options)
+    here = isinstance(map_location, str | torch.device) and torch.device(map_location).type == NAME
+    if not here: return _LOAD(f, map_location, **options)
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t.to(DEVICE), _LOAD(f, "cpu", **options))
 
 
 @contextlib.contextmanager
 def elsewhere() -> Iterator[torch.device]:
-    """Within the block this machine's accelerator is `torch.device("elsewhere", 0)`, which it yields: `pick_device` picks it, accelerate starts on it.
+    """Within the block this machine's accelerator is `torch.device("elsewhere", 0)`, which it yields.
 
-    Modules keep their `Parameter` objects when they move. All is as before after the block, but for the modules that were moved."""
+    `pick_device` picks it, accelerate starts on it, modules keep their `Parameter` objects when they move. All is as
+    before after the block, but for the modules that were moved."""
     generator, load = torch.Generator, torch.load
-    swap, default = torch.__future__.get_swap_module_params_on_conversion(), accelerate.state.PartialState.default_device
+    swap = torch.__future__.get_swap_module_params_on_conversion()
+    default = accelerate.state.PartialState.default_device
     picks = [m for name, m in [*sys.modules.items()] if name.split(".")[0] == "esam3" and hasattr(m, "pick_device")]
     originals = [m.pick_device for m in picks]
     accelerate.state.AcceleratorState._reset_state(True)
