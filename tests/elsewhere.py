@@ -161,7 +161,7 @@ class Generator(torch.Generator):
     def __init__(self): self.alive[self._cdata] = self
 
 
-# autocast as CUDA's (ATen/autocast_mode.h): what is cast to the lower precision, to float32, to the widest of the arguments
+# autocast as CUDA's (ATen/autocast_mode.h): cast to the lower precision, to float32, to the widest of the arguments
 LOWER = """
 _convolution conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d.input conv_transpose3d.input
 convolution prelu addmm addmv addr matmul einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul
