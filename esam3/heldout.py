@@ -121,12 +121,11 @@ def _prompt_rows(model: Sam3, batch: ImageBatch) -> list[tuple[float, ...]]:
 def prompt_agreement(student: Sam3, teacher: Sam3, reader, count: int = 0, size: int = 20) -> dict[str, float]:
     "`PROMPTED` of the student against the teacher's masks for the same things, in the source pictures; each refines its own mask towards the truth."
     def score(part: range) -> list[tuple[float, ...]]:
-        batch = collate_images([reader.read(i) for i in part], teacher.image_size, student.image_size, max_instances=0)
+        batch = collate_images([reader.read(i) for i in part], teacher.image_size, student.image_size, max_instances=0).to(student.device)
         seen = lambda logits, b: batch.frames.to_source(logits[batch.image == b], teacher.frame, b) > 0
         pairs = zip(*(_answers(m, look(m, batch), batch) for m in (student, teacher)))
         return list(zip(*(_iou(batch.frames, student.frame, s, batch.image, [seen(t, b) for b in range(len(batch.masks))]) for s, t in pairs)))
     return dict(zip(PROMPTED, np.mean(in_parts(score, count or len(reader), size, "agreement", False), 0).tolist()))
-
 
 # %% ../nbs/06_heldout.ipynb #c012
 def _kept(masks: np.ndarray, scores: np.ndarray) -> np.ndarray:

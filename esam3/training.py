@@ -238,7 +238,7 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     Returns seconds and steps of this call, and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much cannot be
     read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite."""
     folder, device = Path(folder), next(task.parameters()).device
-    accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type != "cuda",
+    accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     train_mode(task)
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=True)
@@ -322,7 +322,7 @@ def in_ranks(run: Callable, count: int, **given) -> object:
     started = torch.multiprocessing.spawn(_rank, (count, port, max(1, torch.get_num_threads() // count), cloudpickle.dumps((run, given)), answer), count, join=False)
     try:
         while not started.join(): pass
-    except torch.multiprocessing.ProcessRaisedException as e:
+    except torch.multiprocessing.ProcessException as e:  # raised, or ended by `together`
         if answer.empty(): raise
         raise answer.get() from e
     finally:
