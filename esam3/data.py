@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'READERS', 'ALIASES', 'KINDS', 'DEFAULTS', 'STARTS', 'SCHEDULES', 'EVALUATION', 'SAMPLING', 'CONCEPTS',
            'READ_BY', 'rng_at', 'sample_indices', 'draw', 'augment', 'teacher_pixels', 'student_pixels', 'ImageBatch',
            'collate_images', 'some_instances', 'ClipBatch', 'collate_clips', 'frame_batch', 'Steps', 'load_recipe',
-           'open_dataset', 'data_digest']
+           'with_sampling', 'open_dataset', 'data_digest']
 
 # %% ../nbs/02_data.ipynb #c003
 import inspect, os
@@ -374,6 +374,11 @@ def _check_sampling(found: Mapping[str, Any], file: str) -> None:
     "Words and ranges of `sampling`."
     late = str(found["late"])
     if late not in ("drop", "keep"): raise ValueError(f"{file}: {nearest(late, ('drop', 'keep'), 'treatment of late tracks')}")
+    for key in ("instances", "tracks", "phrases"):
+        if type(found[key]) is not int or found[key] < 0: raise ValueError(f"{file}: `sampling: {key}` is a number, 0 for all, not {found[key]!r}")
+    few = found["frames"]
+    if not (isinstance(few, list | tuple) and len(few) == 2 and all(type(n) is int for n in few) and 1 <= few[0] <= few[1]):
+        raise ValueError(f"{file}: `sampling: frames` is [least, most] annotated frames of a clip, not {few!r}")
     if isinstance(found["bad"], bool) or not isinstance(found["bad"], int | float) or not 0 <= found["bad"] <= 1:
         raise ValueError(f"{file}: `sampling: bad` is a share of samples, 0 … 1, not {found['bad']!r}")
 
@@ -402,6 +407,17 @@ def load_recipe(recipe: str | Path  # a name in `data_recipes/`, or a path endin
         for kind, part in _known(parts, KINDS, "kind of data", f"{path.name}, {split}").items(): _check_part(part, f"{path.name}, {split}, {kind}")
     _check_read(given, path.name)
     return found
+
+# %% ../nbs/02_data.ipynb #c052s
+def with_sampling(recipe: Mapping[str, Any], changes: str  # YAML without its braces: "tracks: 2, frames: [4, 4]"
+                  ) -> dict[str, Any]:
+    "A loaded recipe with some of its `sampling` changed, as a run's parameter does. `ValueError` names the nearest right word."
+    where = f"sampling={changes!r}"
+    try: given = yaml.safe_load("{" + changes + "}")
+    except yaml.YAMLError as e: raise ValueError(f"{where}: expected `key: value, …` ({type(e).__name__})") from e
+    found = {**recipe["sampling"], **_known(given, [*SAMPLING], "sampling key", where)}
+    _check_sampling(found, where)
+    return {**recipe, "sampling": found}
 
 # %% ../nbs/02_data.ipynb #c055
 def open_dataset(recipe: str | Path | Mapping[str, Any],  # or a loaded one

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .cluster import together
 from .core import autocast, cache_dir, fingerprint, find_variant, nearest, pick_device, pick_precision, printable
-from .data import ImageBatch, augment, collate_images, draw, load_recipe, open_dataset, rng_at, sample_indices
+from .data import ImageBatch, augment, collate_images, draw, load_recipe, open_dataset, rng_at, sample_indices, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .feature_cache import FeatureCache, Replays, cache_settings, encode_trunk, features_from_trunk, plan, write_cache
 from .losses import MAP_LOSSES, distill_loss, feature_loss, map_terms, task_terms
@@ -155,13 +155,13 @@ def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str
 @together()  # a rank that dies ends all
 def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", refinements: int = -1, weights: str = "", cache: str = "", replays: int = 4,
-               eval_images: int = -1, eval_instances: int = -1, seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,
+               eval_images: int = -1, eval_instances: int = -1, sampling: str = "", seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,
                widths: Sequence[int] | None = None, options: Mapping[str, object] | None = None) -> Path:
     """Run stage 1 and return its folder, with `student/`, `metrics.jsonl` and `report.json`. A finished run is returned as it is.
 
     `widths`: of the neck's pyramid (`TinyFPN`'s). `options`: fields of `Schedule`, where 0 counts. Raises `OSError` where the recipe's ImageNet
     weights cannot be had."""
-    recipe = load_recipe(recipe)
+    recipe = with_sampling(load_recipe(recipe), sampling)
     s = stage1_schedule(recipe, refinements, options, schedule=schedule, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr)
     check_cache(cache, replays)
     name, weights, device = teacher or recipe["teacher"], weights or recipe["weights"], pick_device()

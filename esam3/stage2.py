@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .cluster import together
 from .core import find_variant, nearest, pick_device, pick_precision, printable, weights_digest
-from .data import ClipBatch, ImageBatch, augment, collate_clips, draw, load_recipe, open_dataset, rng_at
+from .data import ClipBatch, ImageBatch, augment, collate_clips, draw, load_recipe, open_dataset, rng_at, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .heldout import first_frame, look
 from .losses import feature_errors, mask_iou, mask_loss, score_loss, soft_target, task_terms
@@ -375,12 +375,13 @@ def train_stage2(small: EfficientSam3, big: Sam3, base: Path, recipe: Mapping, s
 @together()  # a rank that dies ends all
 def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", student: str = "", memory: str = "perceiver", distill: bool = True, lambda_read: float = -1.0,
-               read_decay: str = "", detach_every: int = 0, checkpoint: bool = False, eval_clips: int = -1, eval_frames: int = -1, seed: int = 42,
-               runs: str = "runs", resume: bool = True, every: int = 50, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+               read_decay: str = "", detach_every: int = 0, checkpoint: bool = False, sampling: str = "",
+               eval_clips: int = -1, eval_frames: int = -1, lesson_steps: int = -1, seed: int = 42, runs: str = "runs",
+               resume: bool = True, every: int = 50, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
     """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
-    recipe, options = load_recipe(recipe), {**({"lambda_read": lambda_read} if lambda_read >= 0 else {}), **(options or {})}
+    recipe, options = with_sampling(load_recipe(recipe), sampling), {k: v for k, v in (("lambda_read", lambda_read), ("lesson_steps", lesson_steps)) if v >= 0} | dict(options or {})
     s = stage2_schedule(recipe, options, distill, schedule=schedule, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, read_decay=read_decay,
                         detach_every=detach_every, checkpoint=checkpoint)
     if memory not in MEMORIES: raise ValueError(nearest(memory, MEMORIES, "memory"))

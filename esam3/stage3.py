@@ -23,7 +23,7 @@ from .cluster import together
 from .concepts import (Asking, Confusables, PhraseBook, Questions, ask, concept_losses, concepts_of, of_rows, taught_targets, true_targets, vocabulary,
                             worth_imitating)
 from .core import find_variant, pick_device, pick_precision, printable
-from .data import ClipBatch, ImageBatch, augment, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at, some_instances
+from .data import ClipBatch, ImageBatch, augment, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at, some_instances, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .losses import feature_errors
 from .readers import choose
@@ -262,12 +262,13 @@ def train_stage3(small: EfficientSam3, big: Sam3, recipe: Mapping, s: Schedule, 
 @together()  # a rank that dies ends all
 def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", encoder_lr: float = -1.0, student: str = "", each: int = 4, easy: float = 0.15, hard: float = 0.3,
-               exemplar: float = 0.35, distill: bool = True, eval_images: int = -1, eval_instances: int = -1, eval_clips: int = -1, eval_frames: int = -1,
+               exemplar: float = 0.35, distill: bool = True, lesson_steps: int = -1, sampling: str = "", eval_images: int = -1, eval_instances: int = -1, eval_clips: int = -1, eval_frames: int = -1,
                seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
     """Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student on images."""
-    recipe, asking = load_recipe(recipe), Asking(each, easy, hard=hard, exemplar=exemplar)
+    recipe, asking = with_sampling(load_recipe(recipe), sampling), Asking(each, easy, hard=hard, exemplar=exemplar)
+    options = ({"lesson_steps": lesson_steps} if lesson_steps >= 0 else {}) | dict(options or {})
     s = stage3_schedule(recipe, encoder_lr, distill, options, schedule=schedule, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr)
     name, device, find = teacher or recipe["teacher"], pick_device(), find_variant(variant)
     precision = pick_precision(device, precision)
