@@ -17,7 +17,7 @@ import torch
 
 from .core import nearest
 from .heldout import as_batch, clicking, in_parts, look, opening
-from .metrics import boundary_accuracy, region_similarity
+from .mask_metrics import frame_scores
 from .samples import ClipSample, ImageSample
 from .teacher import NO_OBJECT, Features, MaskSet, Prompts, Sam3, gate
 from .tracker import Follower, use_multimask  # chapter 2's tracker, frame by frame
@@ -122,7 +122,7 @@ class FrameScores:
         "What was said of frame t: [N, H, W] logits, `NO_OBJECT` where the object is said to be absent."
         s = self.sample
         for n in self.tracks if t else ():
-            if s.visible[n, t]: self.seen[n].append((float(region_similarity(logits[n] > 0, s.masks[n, t])), boundary_accuracy(logits[n] > 0, s.masks[n, t])))
+            if s.visible[n, t]: self.seen[n].append(tuple(frame_scores((logits[n] > 0).astype(np.uint8), s.masks[n, t].astype(np.uint8), [1])[:, 0]))
             elif s.annotated[n, t]: self.gone[n].append(float(logits[n].max() < NO_OBJECT / 2))
 
     def rows(self) -> list[tuple[float | None, float | None, float | None]]:

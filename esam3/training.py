@@ -17,6 +17,7 @@ from pathlib import Path
 import cloudpickle
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -238,6 +239,7 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     Returns seconds and steps of this call, and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much cannot be
     read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite."""
     folder, device = Path(folder), next(task.parameters()).device
+    AcceleratorState._reset_state()  # a process may train again in another precision
     accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
                               kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     train_mode(task)
