@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .cluster import together
+from .cluster import ends_together
 from .core import autocast, cache_dir, fingerprint, find_variant, nearest, pick_device, pick_precision, printable
 from .data import ImageBatch, augment, collate_images, draw, load_recipe, open_dataset, rng_at, sample_indices, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
@@ -152,7 +152,7 @@ def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str
     return s
 
 # %% ../nbs/10_stage1.ipynb #c022
-@together()  # a rank that dies ends all
+@ends_together
 def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", refinements: int = -1, weights: str = "", cache: str = "", replays: int = 4,
                eval_images: int = -1, eval_instances: int = -1, sampling: str = "", seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cluster import together
+from .cluster import ends_together
 from .core import find_variant, nearest, pick_device, pick_precision, printable, weights_digest
 from .data import ClipBatch, ImageBatch, augment, collate_clips, draw, load_recipe, open_dataset, rng_at, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
@@ -372,7 +372,7 @@ def train_stage2(small: EfficientSam3, big: Sam3, base: Path, recipe: Mapping, s
     return fit(task, told_the_step(task, source), groups, s, folder, seed, **options) | {"lesson": lesson["seconds"]}
 
 # %% ../nbs/20_stage2.ipynb #c0run
-@together()  # a rank that dies ends all
+@ends_together
 def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", student: str = "", memory: str = "perceiver", distill: bool = True, lambda_read: float = -1.0,
                read_decay: str = "", detach_every: int = 0, checkpoint: bool = False, sampling: str = "",

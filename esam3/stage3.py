@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cluster import together
+from .cluster import ends_together
 from .concepts import (Asking, Confusables, PhraseBook, Questions, ask, concept_losses, concepts_of, of_rows, taught_targets, true_targets, vocabulary,
                             worth_imitating)
 from .core import find_variant, pick_device, pick_precision, printable
@@ -259,7 +259,7 @@ def train_stage3(small: EfficientSam3, big: Sam3, recipe: Mapping, s: Schedule, 
     return fit(task, source, groups, s, folder, seed, **options) | {"lesson": lesson["seconds"]}
 
 
-@together()  # a rank that dies ends all
+@ends_together
 def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", encoder_lr: float = -1.0, student: str = "", each: int = 4, easy: float = 0.15, hard: float = 0.3,
                exemplar: float = 0.35, distill: bool = True, lesson_steps: int = -1, sampling: str = "", eval_images: int = -1, eval_instances: int = -1, eval_clips: int = -1, eval_frames: int = -1,
