@@ -19,12 +19,13 @@ from .tracker import History, see
 
 # %% ../nbs/44_costs.ipynb #c005
 def load_model(name: str) -> Sam3:
-    "`toy`, `random-sam3`, a hub id, or a folder with a teacher or a student; in eval mode. `ValueError` names the nearest one that is here."
+    "`toy`, `random-sam3`, `thin-sam3`, a hub id, or a folder with a teacher or a student; in eval mode. `ValueError` names the nearest one that is here."
+    own = ("toy", "random-sam3", "thin-sam3")
     folder = next((p for p in (Path(name), runs_folder(name)) if (p / "config.json").exists()), None)
     if folder is None:
         here = sorted(str(p.relative_to(runs_folder("runs").parent)) for p in runs_folder("runs").glob("*/*/*/student"))
-        if name in ("toy", "random-sam3") or name.count("/") == 1 and not name.startswith("runs/"): return load_teacher(name)
-        raise ValueError(f"{nearest(name, ['toy', 'random-sam3', 'facebook/sam3', *here], 'model')} (or a folder that holds config.json)")
+        if name in own or name.count("/") == 1 and not name.startswith("runs/"): return load_teacher(name)
+        raise ValueError(f"{nearest(name, [*own, 'facebook/sam3', *here], 'model')} (or a folder that holds config.json)")
     if json.loads((folder / "config.json").read_text()).get("model_type") == "efficient_sam3": return EfficientSam3.from_pretrained(folder).eval().requires_grad_(False)
     return load_teacher(str(folder))
 

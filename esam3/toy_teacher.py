@@ -511,17 +511,18 @@ def train_toy_teacher(steps: int, part: str = "all", start: str = "shipped", tut
     settings = {"part": part, "start": start, "tutor_steps": tutor_steps, "encoder_steps": encoder_steps, "steps": steps, "lr": lr, "clips_from": clips_from, "seed": seed}
     folder = open_run(runs_folder(runs), "toy", "teacher", "stage0", settings, resume)
     torch.manual_seed(seed)
-    model, betas = (new_toy_teacher(seed) if start == "new" else load_teacher()).requires_grad_(True), (0.9, 0.99)
-    learn = partial(fit, every=100, mixed=False)  # float32: RoIAlign, which reads exemplars, has no bf16 on a CPU
+    model = (new_toy_teacher(seed) if start == "new" else load_teacher()).requires_grad_(True)
+    plan = partial(Schedule, floor=0.02, betas=(0.9, 0.99))
+    learn = partial(fit, every=100, precision="no")  # in float32, where the batches are drawn: on the CPU
     task = TutorTask()
     dense = lambda step, rank, ranks: picture_batch(seed, step, rank, size=16, phrases=0, least=5)
-    if tutor_steps: learn(task, dense, _groups(task, 2e-3), Schedule(tutor_steps, lr=2e-3, warmup=20, clip=20.0, betas=betas), folder / "tutor", seed)
+    if tutor_steps: learn(task, dense, _groups(task, 2e-3), plan(tutor_steps, lr=2e-3, warmup=20, clip=20.0), folder / "tutor", seed)
     task = EncoderTask(model, Hints(), task.tutor)
-    if encoder_steps: learn(task, dense, _groups(task, 8e-4), Schedule(encoder_steps, lr=8e-4, warmup=20, clip=20.0, betas=betas), folder / "encoder", seed + 1)
+    if encoder_steps: learn(task, dense, _groups(task, 8e-4), plan(encoder_steps, lr=8e-4, warmup=20, clip=20.0), folder / "encoder", seed + 1)
     task = ToyTeacherTask(model, task.hints, part)
     def batch_at(step: int, rank: int, ranks: int) -> Pictures | Clips:
         return (picture_batch if step < clips_from or step % PICTURES[part] == 0 else clip_batch)(seed, step, rank)
-    schedule = Schedule(steps, lr=lr, warmup=min(200, steps // 5), clip=5.0, ema=0.997, betas=betas)
+    schedule = plan(steps, lr=lr, warmup=min(200, steps // 5), clip=5.0, ema=0.997)
     if steps: learn(task, batch_at, _groups(task, lr, "vision_encoder.backbone"), schedule, folder / "whole", seed)
     if ship: ship_toy_teacher(model, ASSETS / "toy_teacher")
     return model.eval().requires_grad_(False)
