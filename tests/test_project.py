@@ -53,8 +53,9 @@ def test_parameters_explain_themselves(path):
 
 
 def test_run_notebooks_take_parameters_and_check_them():
-    assert {"10_stage1", "20_stage2"} <= {p.stem for p in RUNS}
-    common = {"variant": "es-tv-s", "recipe": "toy", "teacher": "", "steps": 0, "batch_size": 0, "lr": 0.0, "seed": 42, "runs": "runs", "resume": True}
+    assert {"10_stage1", "20_stage2", "30_stage3"} <= {p.stem for p in RUNS}
+    common = {"variant": "es-tv-s", "recipe": "toy", "teacher": "", "steps": 0, "batch_size": 0, "accumulate": 0, "lr": 0.0,
+              "schedule": "", "precision": "auto", "sampling": "", "seed": 42, "runs": "runs", "resume": True}
     for path in RUNS:
         declared = declared_in(tagged(path)[0])
         own = common if path.name[0] in "123" else {k: common[k] for k in ("seed", "runs") if k in declared}  # only stages train a variant; a benchmark's chance is fixed
@@ -73,6 +74,8 @@ def test_notebooks_show_what_they_do(path):
     outputs = [o for c in cells(path) for o in c["outputs"]]
     assert outputs, "run the notebook and keep its outputs"
     assert not [o for o in outputs if o["output_type"] == "error"]
+    bars = [o for o in outputs if re.search(r"\d+%\|.*\| \d+/\d+ \[", "".join(o.get("data", {}).get("text/plain", "")))]
+    assert not bars, f"progress bars are no outputs: {[''.join(o['data']['text/plain']) for o in bars]}"
     for o in outputs:
         for kind, data in o.get("data", {}).items(): assert len("".join(data)) < 140_000, f"a {kind} of {len(''.join(data))} characters"
 
@@ -84,6 +87,12 @@ def test_readme_holds_what_index_shows():
     assert len(tables) == 11
     for table in tables: assert re.sub(r"\]\((\d\w+\.ipynb)\)", r"](nbs/\1)", table).strip() in readme
     for link in re.findall(r"\]\(([^)#:]+)\)", readme): assert (ROOT / link).exists(), f"README.md points to {link}"
+
+
+def test_readme_is_short():
+    "At most 1,500 words beside code, tables and what was measured where."
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
+    assert sum(len(line.split()) for line in text.splitlines() if not line.startswith(("|", "- "))) <= 1500
 
 
 def test_no_path_of_one_machine():
