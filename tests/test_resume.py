@@ -39,8 +39,8 @@ def kill_in_training(process: subprocess.Popen, checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("stage, ranks, place", [(1, 1, ""), (1, 2, ""), (2, 1, ""), (2, 1, "lesson")])
 def test_killed_run_continues(stage, ranks, place, tmp_path, stage1_student):
-    "`place`: the folder whose checkpoint is waited for; stage 2's first lesson has one of its own."
-    more = {"student": str(stage1_student)} if stage == 2 else {}
+    "`place`: the folder whose checkpoint is waited for; stage 2's first lesson has one of its own. Both stages average their weights, stage 2 by its recipe."
+    more = {"student": str(stage1_student)} if stage == 2 else {"options": {"ema": 0.9}}
     folder = {name: tmp_path / name / "tiny" / "es-ev-s" / f"stage{stage}" for name in ("whole", "cut")}
     whole = start(stage, ranks, runs=str(tmp_path / "whole"), **more)
     kill_in_training(start(stage, ranks, runs=str(tmp_path / "cut"), **more), folder["cut"] / place / "state" / "last.pt")
@@ -51,7 +51,7 @@ def test_killed_run_continues(stage, ranks, place, tmp_path, stage1_student):
 
     reports = {name: json.loads((path / "report.json").read_text()) for name, path in folder.items()}
     timing = {name: report.pop("timing") for name, report in reports.items()}
-    assert reports["cut"] == reports["whole"]
+    assert reports["cut"] == reports["whole"] and reports["whole"]["settings"]["schedule"]["ema"] > 0
     later = timing["cut"]["steps"] == STEPS if place else 0 < timing["cut"]["steps"] < STEPS  # killed in the first lesson: all steps after it were still to do
     assert later and timing["whole"]["steps"] == STEPS, "the second call went on from a checkpoint"
     for name in ("metrics.jsonl", "student/model.safetensors", *(["lesson/metrics.jsonl"] if stage == 2 else [])):
