@@ -1,5 +1,7 @@
 "The three stages on a second device: what stays on the CPU raises or is seen, and the figures are the CPU's."
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,36 +87,45 @@ def figures(folder: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory) -> dict[str, Any]:
-    "The three stages on the device, each from the one before: stage → folder; and what was `seen`."
+def there(tmp_path_factory) -> Callable[[int], tuple[Path, Seen]]:
+    "A stage on the device, run when it is first asked for, from the one before: its folder, and what was seen."
     runs = tmp_path_factory.mktemp("there")
-    with elsewhere(), pytest.MonkeyPatch.context() as patch:
-        fresh(patch, runs)
-        seen, out = Seen(patch), {}
-        for stage in RUN: out[stage] = run(stage, runs, out.get(stage - 1))
-    return out | {"seen": seen}
+    @cache
+    def done(stage: int) -> tuple[Path, Seen]:
+        after = done(stage - 1)[0] if stage > 1 else None
+        with elsewhere(), pytest.MonkeyPatch.context() as patch:
+            fresh(patch, runs)
+            seen = Seen(patch)
+            return run(stage, runs, after), seen
+    return done
 
 
-def test_models_are_scored_and_trained_on_the_device(there):
-    "Teacher, student before and student after; weights, optimiser and average at every checkpoint."
-    seen = there["seen"]
-    assert len(seen.scored) == 2 + 3 + 3 * 4, "two models in stage 1, three in stage 2, three on four kinds in stage 3"
-    assert all(devices == {DEVICE} for devices in seen.scored), seen.scored
-    assert len(seen.kept) == 2 + 3 + 3
-    for kept in seen.kept: assert kept["task"] == kept["optimizer"] == {DEVICE} and kept["average"] <= {DEVICE}, kept
-    assert sum(bool(kept["average"]) for kept in seen.kept) == 2 + 3 + 2, "the lesson on maps has no average"
+@pytest.fixture
+def before(there, stage) -> Path | None:
+    "The folder of the stage before a test's `stage`."
+    return there(stage - 1)[0] if stage > 1 else None
+
+
+@pytest.mark.parametrize("stage, scored, kept, averages", [(1, 2, 2, 2), (2, 3, 3, 3), (3, 3 * 4, 3, 2)])
+def test_models_are_scored_and_trained_on_the_device(stage, scored, kept, averages, there):
+    """Teacher, student before and student after, in stage 3 on four kinds of data; weights, optimiser and average at
+    every checkpoint, where the lesson on maps has no average."""
+    seen = there(stage)[1]
+    assert len(seen.scored) == scored and all(devices == {DEVICE} for devices in seen.scored), seen.scored
+    assert len(seen.kept) == kept and sum(bool(k["average"]) for k in seen.kept) == averages
+    for k in seen.kept: assert k["task"] == k["optimizer"] == {DEVICE} and k["average"] <= {DEVICE}, k
 
 
 @pytest.mark.parametrize("stage", RUN)
-def test_losses_and_figures_are_the_cpus(stage, there, tmp_path, monkeypatch):
+def test_losses_and_figures_are_the_cpus(stage, before, there, tmp_path, monkeypatch):
     "With the same student to start from, and the kernel of attention that the device has."
     fresh(monkeypatch, tmp_path)
-    with sdpa_kernel(SDPBackend.MATH): folder = run(stage, tmp_path, there.get(stage - 1))
-    ours, theirs = metrics(there[stage]), metrics(folder)
+    with sdpa_kernel(SDPBackend.MATH): folder = run(stage, tmp_path, before)
+    ours, theirs = metrics(there(stage)[0]), metrics(folder)
     assert len(ours) == len(theirs) == (2 if stage == 1 else 3)
     for a, b in zip(ours, theirs): assert a == pytest.approx(b, rel=1e-5, abs=2e-5)  # they are written with 5 digits
     scores = figures(folder)
-    assert len(scores) > 15 and figures(there[stage]) == pytest.approx(scores, rel=1e-5, nan_ok=True)
+    assert len(scores) > 15 and figures(there(stage)[0]) == pytest.approx(scores, rel=1e-5, nan_ok=True)
 
 
 class Cut(Exception):
@@ -131,23 +142,23 @@ def cut_after(patch: pytest.MonkeyPatch, place: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("stage, cuts", [(1, ["stage1"]), (2, ["lesson", "stage2"]), (3, ["stage3"])])
-def test_cut_run_continues_on_the_device(stage, cuts, there, tmp_path):
+def test_cut_run_continues_on_the_device(stage, cuts, before, there, tmp_path):
     "Metrics, weights and scores are byte by byte those of the run that was left alone."
-    brief = {"brief": True} if stage > 1 else {}
+    whole, brief = there(stage)[0], {"brief": True} if stage > 1 else {}
     with elsewhere(), pytest.MonkeyPatch.context() as outer:
         seen = Seen(outer)
         for place in cuts:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
                 fresh(patch, tmp_path); cut_after(patch, place, 1)
-                run(stage, tmp_path, there.get(stage - 1), **brief)
+                run(stage, tmp_path, before, **brief)
         fresh(outer, tmp_path)
-        folder = run(stage, tmp_path, there.get(stage - 1), **brief)
+        folder = run(stage, tmp_path, before, **brief)
     assert json.loads((folder / "report.json").read_text())["timing"]["steps"] == 1, "the second step alone"
     assert len(seen.kept) == len(metrics(folder)) and all(kept["average"] <= {DEVICE} for kept in seen.kept)
     for name in ("metrics.jsonl", "student/model.safetensors", *(["lesson/metrics.jsonl"] if stage > 1 else [])):
-        assert (folder / name).read_bytes() == (there[stage] / name).read_bytes(), name
-    whole, scores = figures(there[stage]), figures(folder)
-    assert scores == pytest.approx({k: whole[k] for k in scores}, rel=0, abs=0, nan_ok=True)
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+    scores, all_scores = figures(folder), figures(whole)
+    assert scores == pytest.approx({k: all_scores[k] for k in scores}, rel=0, abs=0, nan_ok=True)
 
 
 class Line(nn.Linear):
@@ -181,7 +192,7 @@ def test_average_left_on_the_cpu_raises(tmp_path):
 def test_half_precision(there, tmp_path, monkeypatch):
     "Stage 3, whose losses hold those of the other two, under bf16."
     fresh(monkeypatch, tmp_path)
-    with elsewhere(): folder = run(3, tmp_path, there[2], precision="bf16", steps=1, brief=True)
+    with elsewhere(): folder = run(3, tmp_path, there(2)[0], precision="bf16", steps=1, brief=True)
     assert json.loads((folder / "report.json").read_text())["settings"]["precision"] == "bf16"
-    for a, b in zip(metrics(folder), metrics(there[3])[:2], strict=True):
+    for a, b in zip(metrics(folder), metrics(there(3)[0])[:2], strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.1) and a["loss"] != b["loss"]
