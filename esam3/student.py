@@ -113,7 +113,7 @@ class LatentMemoryAttention(Sam3TrackerVideoMemoryAttention):
                 memory_posision_embeddings: Tensor, num_object_pointer_tokens: int = 0) -> Tensor:
         "Queries [g², N, C] and tokens [K·frames + pointers, N, 64], as the library passes them → [N, 1, g², C], as it expects."
         q, m, qp, mp = (x.transpose(0, 1) for x in (current_vision_features, memory, current_vision_position_embeddings, memory_posision_embeddings))
-        xy, bias = (of(*self.config.memory_attention_rope_feat_sizes).to(q) for of in (self.memory[0].latent_xy, self.memory[0].log_count))
+        xy, bias = (of(*self.config.memory_attention_rope_feat_sizes).to(q.device) for of in (self.memory[0].latent_xy, self.memory[0].log_count))  # places stay float32
         frames = (m.shape[1] - num_object_pointer_tokens) // len(xy)
         xy = torch.cat([xy.repeat(frames, 1), xy.new_full((num_object_pointer_tokens, 2), torch.nan)])
         bias = F.pad(bias.repeat(frames), (0, num_object_pointer_tokens)) if bias.any() else None
