@@ -80,7 +80,7 @@ def test_an_evaluation_is_bounded(first, second):
 
 # ---- row 3: clips of any length, one by one, in a bounded memory
 
-def test_clips_of_different_lengths_are_scored(tmp_path):
+def test_clips_of_different_lengths_are_scored(tmp_path, monkeypatch):
     "SA-V's clips have 12, 14, 16 frames; no two here are of one length."
     from esam3.miniatures import miniatures
     reader = SaV(miniatures() / "sav" / "sav_train" / "sav_000")
@@ -89,7 +89,10 @@ def test_clips_of_different_lengths_are_scored(tmp_path):
     told = clip_scores(teacher, reader, (), count=2)["track"]
     assert 0 <= told["J"] <= 1
     recipe = {"name": "x", "splits": {"held_out": {"clips": {"format": "sav", "path": "."}}}, "root": str(miniatures() / "sav" / "sav_train" / "sav_000")}
+    lengths, follow = [], evaluate.follow
+    monkeypatch.setattr(evaluate, "follow", lambda model, sample, *rest: lengths.append(len(sample.frames)) or follow(model, sample, *rest))
     found = run_scores(teacher, {**load_recipe("tiny"), **recipe}, tmp_path, {"clips": ("visible",)}, limits_of(recipe, clips=3, frames=5))
+    assert sorted(lengths) == [3, 5, 5], "whole where they are shorter"
     assert found["samples"] == {"clips": 3} and found["skipped"] == {"clips": 0}
 
 
