@@ -44,12 +44,13 @@ def save_state(folder: Path, task: nn.Module, optimizer, average: dict[str, Tens
                     "scaler": scaler.state_dict() if scaler else None, "more": dict(more or {})}, p)
 
 
-def load_state(folder: Path, task: nn.Module, optimizer, scaler: "torch.amp.GradScaler | None" = None
+def load_state(folder: Path, task: nn.Module, optimizer, scaler: "torch.amp.GradScaler | None" = None,
+               main: bool = True  # the rank that writes the logs
                ) -> tuple[int, dict[str, Tensor] | None, dict]:
     """Step, average (on the task's device) and `more` of folder/state/last.pt, after weights, optimiser and scaler were restored; step 0 where there is none.
 
-    `metrics.jsonl` and `skipped.jsonl` are cut back to the step. `ValueError` names a damaged file."""
-    path, logs = folder / "state" / "last.pt", [folder / "metrics.jsonl", folder / "skipped.jsonl"]
+    The main rank cuts `metrics.jsonl` and `skipped.jsonl` back to the step. `ValueError` names a damaged file."""
+    path, logs = folder / "state" / "last.pt", [folder / "metrics.jsonl", folder / "skipped.jsonl"] if main else []
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         for log in logs: cut_back(log, 0)

@@ -246,7 +246,8 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     train_mode(task)
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=True)
     wrapped, optimizer = accelerator.prepare(task, optimizer, device_placement=[False, False])
-    first, average, kept = load_state(folder, task, optimizer, accelerator.scaler)
+    first, average, kept = load_state(folder, task, optimizer, accelerator.scaler, accelerator.is_main_process)
+    accelerator.wait_for_everyone()  # all have read the checkpoint before a next one is written
     last, main, row = min(schedule.steps, stop or schedule.steps), accelerator.is_main_process, 0
     started, tally = time.perf_counter(), Tally(folder, bad, kept)
     bar = tqdm(range(first, last), initial=first, total=last, desc=f"{folder.name}", disable=not main, mininterval=2)
@@ -325,7 +326,7 @@ def in_ranks(run: Callable, count: int, **given) -> object:
     started = torch.multiprocessing.spawn(_rank, (count, port, max(1, torch.get_num_threads() // count), cloudpickle.dumps((run, given)), answer), count, join=False)
     try:
         while not started.join(): pass
-    except torch.multiprocessing.ProcessException as e:  # raised, or ended by `together`
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as e:  # raised, or ended by `together`
         if answer.empty(): raise
         raise answer.get() from e
     finally:
