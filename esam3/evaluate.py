@@ -345,7 +345,7 @@ def run_scores(model: Sam3, recipe: Mapping, folder: Path,   # folder keeps the 
             found = _kept_score(task, name, many)
             out["samples"][kind], out["skipped"][kind] = found["samples"], found["skipped"]
             if name in CONTROLS: out.setdefault("controls", {})[name] = {k: found.get(k) for k in ("J", "F", "J&F", "absent_acc")}
-            out |= {key: found[k] for k, key in REPORTED.get((kind, name), {}).items() if k in found}
+            out |= {key: _number(found[k]) for k, key in REPORTED.get((kind, name), {}).items() if k in found}
         if kind == "images" and PartialState().is_main_process: out["by_count"] = by_count(task, names)
     return _told(out)
 
@@ -355,6 +355,11 @@ def _kept_score(task: Task, name: str, limit: int) -> dict[str, Any]:
     path = task.folder / name / "scores.json"
     if not path.exists(): write_json(path, score(task, name, limit))
     return json.loads(path.read_text())
+
+
+def _number(value: float | None) -> float | None:
+    "A score, or None where there was nothing to score."
+    return None if value is None or value != value else value
 
 
 def _told(value: dict) -> dict:

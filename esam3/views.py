@@ -112,7 +112,7 @@ def bars(scores: Mapping[str, Mapping[str, float]], keys: Sequence[str], title: 
     fig, ax = plt.subplots(figsize=(2.2 + 1.3 * len(keys), 2.1), dpi=75)
     for i, (name, row) in enumerate(scores.items()):
         x = np.arange(len(keys)) + (i - (len(scores) - 1) / 2) * 0.8 / len(scores)
-        ax.bar(x, [row.get(k, np.nan) for k in keys], 0.75 / len(scores), label=name)
+        ax.bar(x, [np.nan if row.get(k) is None else row[k] for k in keys], 0.75 / len(scores), label=name)
     ax.set_xticks(range(len(keys)), keys, fontsize=8); ax.tick_params(axis="y", labelsize=7); ax.set_title(title, fontsize=8)
     ax.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1)); fig.tight_layout(pad=0.4)
     return fig
