@@ -174,10 +174,10 @@ def _run_detection(self: Sam3, inference_session: Sam3VideoInferenceSession, vis
 
 # %% ../nbs/32_concept_video.ipynb #c020
 def _for_our_sessions(name: str, ours: Any) -> None:
-    "Let `ours` answer for a method of the library when the session is a `ConceptSession`."
+    "Let `ours` answer for a method of the library when the session is a `ConceptSession`: one that knows exemplars."
     theirs = getattr(Sam3VideoModel, name)
     def either(self: Sam3, inference_session: Sam3VideoInferenceSession, *args, **kwargs):
-        return (ours if isinstance(inference_session, ConceptSession) else theirs)(self, inference_session, *args, **kwargs)
+        return (ours if hasattr(inference_session, "exemplars") else theirs)(self, inference_session, *args, **kwargs)
     setattr(Sam3, name, either)
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASK', 'REPORTED', 'EVALUATION_SEED', 'EVALUATION_VERSION', 'Task', 'of_pictures', 'link_truth', 'of_clip',
            'of_concepts', 'exemplar', 'of_concept_clip', 'predict', 'truth_of', 'first_frames', 'score_clips', 'score',
-           'append_rows', 'read_rows', 'as_table', 'gold_readers', 'evaluate', 'Limits', 'limits_of', 'held_tasks',
-           'run_scores', 'by_count', 'teacher_scores', 'cost_table', 'cases']
+           'append_rows', 'read_rows', 'as_table', 'gold_readers', 'evaluate', 'Limits', 'limits_of', 'cases',
+           'held_tasks', 'run_scores', 'by_count', 'teacher_scores', 'cost_table']
 
 # %% ../nbs/40_evaluate.ipynb #c005
 import contextlib, copy, json, tempfile, time
@@ -320,6 +320,21 @@ REPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {  # (kind of data, prot
     ("concept_images", "phrase"): {k: k for k in ("cgF1", "IL_MCC", "pmF1")}, ("concept_images", "exemplar"): {"pmF1": "exemplar_pmF1"},
     ("concept_clips", "phrase"): {"cgF1": "video_cgF1", "IL_MCC": "video_IL_MCC", "pmF1": "video_pmF1", "pHOTA": "pHOTA", "DetA": "DetA", "AssA": "AssA"}}
 
+# %% ../nbs/40_evaluate.ipynb #c036
+def cases(folder: Path, kind: str, protocol: str) -> Iterator[tuple[float, int, Any]]:
+    "(IoU, picture or clip, instance) of every instance of a protocol on pictures, or (J, clip, object) of every object of clips; from the files, worst first."
+    from pycocotools import mask as coco
+    place, found = folder / kind / protocol, []
+    if kind == "images":
+        truth, said = (json.loads((place / f).read_text()) for f in ("truth.json", "predictions.json"))
+        given = {a["annotation_id"]: a["segmentation"] for a in said}
+        found = [(float(coco.iou([given[a["id"]]], [a["segmentation"]], [0])[0, 0]), a["image_id"], (a["segmentation"], given[a["id"]])) for a in truth["annotations"]]
+    elif kind == "clips":
+        scores = json.loads((place / "scores.json").read_text()).get("per_object", {})
+        own = lambda key: key.rsplit("_", 1) if (place / "masks" / key.rsplit("_", 1)[0]).is_dir() else key.rsplit("_", 2)[:2]  # in SA-V's layout every object is object 1 of its folder
+        found = [(s["J"], *own(key)) for key, s in scores.items()]
+    yield from sorted(found, key=lambda c: c[0])
+
 # %% ../nbs/40_evaluate.ipynb #c027r
 EVALUATION_SEED, EVALUATION_VERSION = 42, 2  # of clicks and chosen instances, whatever the run's; raise the version when a score changes
 
@@ -395,18 +410,3 @@ def cost_table(rows: Sequence[Mapping]) -> str:
     times = lambda r: [f"{1e3 * r['latency'][k]:.1f}" if k in r["latency"] else "–" for k in ("encode", "decode", "recall", "detect")]
     sizes = lambda r: [f"{r['params'][k] / 1e6:.2f}" for k in ("encoder", "memory", "decoder", "text", "total")]
     return "\n".join([*lines, *("| " + " | ".join([n, *times(r), *sizes(r), f"{r['peak_memory'] / 1e6:.0f}"]) + " |" for n, r in own.items())])
-
-# %% ../nbs/40_evaluate.ipynb #c036
-def cases(folder: Path, kind: str, protocol: str) -> Iterator[tuple[float, int, Any]]:
-    "(IoU, picture or clip, instance) of every instance of a protocol on pictures, or (J, clip, object) of every object of clips; from the files, worst first."
-    from pycocotools import mask as coco
-    place, found = folder / kind / protocol, []
-    if kind == "images":
-        truth, said = (json.loads((place / f).read_text()) for f in ("truth.json", "predictions.json"))
-        given = {a["annotation_id"]: a["segmentation"] for a in said}
-        found = [(float(coco.iou([given[a["id"]]], [a["segmentation"]], [0])[0, 0]), a["image_id"], (a["segmentation"], given[a["id"]])) for a in truth["annotations"]]
-    elif kind == "clips":
-        scores = json.loads((place / "scores.json").read_text()).get("per_object", {})
-        own = lambda key: key.rsplit("_", 1) if (place / "masks" / key.rsplit("_", 1)[0]).is_dir() else key.rsplit("_", 2)[:2]  # in SA-V's layout every object is object 1 of its folder
-        found = [(s["J"], *own(key)) for key, s in scores.items()]
-    yield from sorted(found, key=lambda c: c[0])

@@ -11,6 +11,7 @@ __all__ = ['FEW_TOKENS', 'NO_OBJECT', 'ASSETS', 'RECOMPUTED', 'Features', 'Promp
 import json, re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,9 @@ class Detections:
     def scores(self) -> Tensor: return self.logits.sigmoid() * self.presence.sigmoid()[..., None]
 
 # %% ../nbs/03_teacher.ipynb #c006b
-def in_float32(device: torch.device) -> torch.autocast:
+def in_float32(device: torch.device) -> AbstractContextManager:
     "A context on `device` without autocast, for coordinates, positions and sampling. What enters it must be float32."
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()  # meta has none
 
 
 class CoordinateMLP(Sam3DecoderMLP):
