@@ -48,10 +48,11 @@ def there(data, monkeypatch): monkeypatch.setenv("ESAM3_DATA", str(data))
 def runs_of(schedule: str, place: Path) -> list[tuple[int, dict]]:
     "Stage and parameters of four runs, each on from the one before."
     common = {"variant": "es-ev-s", "teacher": "thin-sam3", "steps": 2, "batch_size": 1, "schedule": schedule, "sampling": SMALL, "runs": str(place)}
-    clips = {"eval_clips": 1, "eval_frames": 3, "lesson_steps": 1}
+    lesson = {"lesson_steps": 1} if schedule == "proven" else {}  # the paper has none
+    clips = {"eval_clips": 1, "eval_frames": 3, **lesson}
     return [(1, {**common, "recipe": "sa1b", "weights": "random", "eval_images": 1, "eval_instances": 4}),
             (2, {**common, "recipe": "sav", **clips}),
-            (2, {**common, "recipe": "videos", "student": str(place / "sa1b" / "es-ev-s" / "stage1" / "student"), "lesson_steps": 1}),
+            (2, {**common, "recipe": "videos", "student": str(place / "sa1b" / "es-ev-s" / "stage1" / "student"), **lesson}),
             (3, {**common, "recipe": "saco", "each": 2, "eval_images": 1, **clips})]
 
 
