@@ -260,13 +260,15 @@ def _clean(path: Path) -> bool:
     import decord  # here, because it takes half a second that pictures need not wait for
     with _opened(path) as (box, stream):
         head, times = bytes(stream.codec_context.extradata or b""), []
-        if stream.codec_context.codec.canonical_name != "h264" or "mp4" not in box.format.name or head[:1] != b"\1": return False
+        codec = stream.codec_context.codec.canonical_name
+        if codec != "h264" or "mp4" not in box.format.name or head[:1] != b"\1": return False
         for packet in box.demux(stream):
             if not packet.size: break       # the end
             if packet.is_corrupt or packet.is_discard or packet.pts is None: return False
             try: units = _units(packet, (head[4] & 3) + 1)
             except ValueError: return False
-            if packet.is_keyframe > (5 in units) or not (1 in units or 5 in units) or units.get(7, head) not in head: return False
+            if packet.is_keyframe > (5 in units) or not {1, 5} & units.keys(): return False
+            if units.get(7, head) not in head: return False
             if not times and not packet.is_keyframe: return False
             times.append(packet.pts)
         times, tick = np.sort(times), float(stream.time_base)
@@ -327,7 +329,8 @@ def _agrees(path: Path, at: int, number: dict[int, int], sums: list[int], first:
     return False
 
 
-def _safe_points(path: Path, keys: list[tuple[int, int]], number: dict[int, int], sums: list[int], apart: int = 12) -> list[tuple[int, int, int]]:
+def _safe_points(path: Path, keys: list[tuple[int, int]], number: dict[int, int], sums: list[int],
+                 apart: int = 12) -> list[tuple[int, int, int]]:
     """The `safe` of an index, from the times (shown, decoded) of keyframes, at least `apart` frames from each other. Some containers
     seek by the time a packet is shown, some by the time it is decoded."""
     chosen, safe, end = [(0, 0, 0)], [], len(sums)
@@ -352,7 +355,9 @@ def _held(path: Path) -> tuple[list[_Packet], bool]:
     "The packets of a video, and whether the file ends before the last that it promises."
     with _opened(path) as (box, stream):
         packets = []
-        try: packets.extend(_Packet(p.pts, p.dts, p.is_keyframe, p.is_corrupt, p.is_discard) for p in box.demux(stream) if p.size)
+        try:
+            for p in box.demux(stream):
+                if p.size: packets.append(_Packet(p.pts, p.dts, p.is_keyframe, p.is_corrupt, p.is_discard))
         except av.FFmpegError: pass         # decoding meets it again
         return packets, len(packets) < len(stream.index_entries) or any(p.corrupt for p in packets[-1:])
 
@@ -368,24 +373,27 @@ def _decoded_once(path: Path) -> VideoIndex:
     "The index of a suspect stream. `BadSample` when nothing of it can be decoded."
     with _opened(path) as (_, stream): codec = stream.codec_context.codec.canonical_name
     packets, short = _held(path)
-    times, sums, size, turn = [], [], (0, 0), 0
+    times, sums, size, angle = [], [], (0, 0), 0
     damaged = any(p.corrupt for p in packets[:-1])
     try:
         for frame in _decoded(path):
             if frame.is_corrupt: damaged = True; break
-            if not times: size, turn = (frame.height, frame.width), frame.rotation // 90 % 4 if frame.rotation % 90 == 0 else 0
+            if not times: size, angle = (frame.height, frame.width), frame.rotation
             times.append(frame.pts); sums.append(_sum(frame))
     except av.FFmpegError: damaged = True
     whole = _lacking_none(times, packets[-1]) if short and not damaged else len(times)
-    if codec == "av1" and times and None not in times and not short:  # each packet is a picture, and the decoder passes over broken ones without a word
+    if codec == "av1" and times and None not in times and not short:  # each packet is a picture; broken ones are passed over
         lost = {p.pts for p in packets if not p.dropped and p.pts is not None and p.pts > times[0]}.difference(times)
         if lost: damaged, whole = True, sum(t < min(lost) for t in times)
-    if not whole: raise BadSample(f"{path}: damaged, no frame of its {_spoken(codec)} video can be decoded here; download it again, or convert it to H.264")
+    if not whole:
+        raise BadSample(f"{path}: damaged, no frame of its {_spoken(codec)} video can be decoded here; "
+                        "download it again, or convert it to H.264")
     number = {t: n for n, t in enumerate(times[:whole])}
     if None in number or len(number) < whole or list(number) != sorted(number): number = {}
-    safe = _safe_points(path, [(p.pts, p.dts) for p in packets if p.key and None not in (p.pts, p.dts)], number, sums[:whole])
+    keys = [(p.pts, p.dts) for p in packets if p.key and None not in (p.pts, p.dts)]
+    safe = _safe_points(path, keys, number, sums[:whole])
     count = max(whole, sum(not p.dropped for p in packets)) if damaged else whole
-    return VideoIndex(codec, False, count, whole, size, turn, safe)
+    return VideoIndex(codec, False, count, whole, size, 0 if angle % 90 else angle // 90 % 4, safe)
 
 # %% ../nbs/01a_samples.ipynb #c034i
 def _kept_index(file: Path) -> VideoIndex | None:
