@@ -24,6 +24,7 @@ from esam3.training import Schedule
 
 SIDES = (1008, 1024)
 SMALL = "instances: 4, tracks: 2, phrases: 2, frames: [4, 4]"
+FEW = "instances: 2, tracks: 1, phrases: 2, frames: [4, 4]"  # of what is trained on: minutes count
 CHAIN = """
 import json, sys
 from esam3.stage1 import run_stage1
@@ -47,10 +48,10 @@ def there(data, monkeypatch): monkeypatch.setenv("ESAM3_DATA", str(data))
 
 def runs_of(schedule: str, place: Path) -> list[tuple[int, dict]]:
     "Stage and parameters of four runs, each on from the one before."
-    common = {"variant": "es-ev-s", "teacher": "thin-sam3", "steps": 2, "batch_size": 1, "schedule": schedule, "sampling": SMALL, "runs": str(place)}
+    common = {"variant": "es-ev-s", "teacher": "thin-sam3", "steps": 2, "batch_size": 1, "schedule": schedule, "sampling": FEW, "runs": str(place)}
     lesson = {"lesson_steps": 1} if schedule == "proven" else {}  # the paper has none
-    clips = {"eval_clips": 1, "eval_frames": 3, **lesson}
-    return [(1, {**common, "recipe": "sa1b", "weights": "random", "eval_images": 1, "eval_instances": 4}),
+    clips = {"eval_clips": 1, "eval_frames": 2, **lesson}
+    return [(1, {**common, "recipe": "sa1b", "weights": "random", "eval_images": 1, "eval_instances": 2}),
             (2, {**common, "recipe": "sav", **clips}),
             (2, {**common, "recipe": "videos", "student": str(place / "sa1b" / "es-ev-s" / "stage1" / "student"), **lesson}),
             (3, {**common, "recipe": "saco", "each": 2, "eval_images": 1, **clips})]
