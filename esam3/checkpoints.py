@@ -86,7 +86,7 @@ class Tally:
                  kept: Mapping[str, object] | None = None):  # `state()` of a checkpoint
         self.path, self.share, kept = Path(folder) / "skipped.jsonl", share, kept or {}
         self.drawn, self.counts, self.rows = int(kept.get("drawn", 0)), Counter(kept.get("counts", {})), []
-        self.own, self.told = Counter(), Counter()  # of this rank in this session; what of it has been gathered
+        self.own, self.told = Counter(), Counter()  # of this rank since it began; what of it has been gathered
 
     def add(self, step: int, batch: object, rank: int = 0) -> None:
         "Note what a batch brought. `BadSample` when too large a share had to be skipped."

@@ -43,7 +43,7 @@ def file_digest(path: Path) -> str:
 def model_name(name: str) -> str:
     "A teacher as settings know it: its name, or where it is a folder the folder's name and its weights."
     files = sorted(Path(name).glob("*.safetensors"))
-    return f"{Path(name).name} {file_digest(files[0])}" if files else name
+    return " ".join([Path(name).name, *map(file_digest, files)]) if files else name
 
 
 def digests(recipe: Mapping, parts: Mapping[str, Sequence[str]]  # split → kinds of data
