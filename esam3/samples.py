@@ -300,13 +300,11 @@ def same_shape(a: Sequence[int], b: Sequence[int], tolerance: float = 0.01) -> b
 
 
 def _upright(picture: Image.Image, size: Sequence[int] | None, name: str, notes: list[tuple[str, str]]) -> Image.Image:
-    "A picture in the frame in which its annotation, of `size`, lies. `BadSample` when it lies in none."
+    "A picture in the frame in which its annotation, of `size`, lies."
     turn, stored = picture.getexif().get(TURN, 1), picture.size[::-1]
     shown = stored[::-1] if turn in (5, 6, 7, 8) else stored
     fits = [near(s, size) for near in (lambda a, b: tuple(a) == tuple(b), same_shape) for s in (shown, stored)] if size else [True]
-    if not any(fits):
-        raise BadSample(f"{name}: picture of {shown[0]}×{shown[1]} px, its annotation says {size[0]}×{size[1]}; they do not belong together")
-    if fits.index(True) % 2:
+    if any(fits) and fits.index(True) % 2:
         notes.append(("read as stored, since its annotation is: EXIF would turn it", name))
         return picture
     if size and turn in range(2, 9) and fits[0] and fits[1]: notes.append(("turned by EXIF, and no size says whether its annotation is", name))
@@ -329,15 +327,13 @@ def read_picture(data: bytes | Path,              # the file, or its content
                  size: Sequence[int] | None = None,      # H, W that its annotation gives
                  notes: list[tuple[str, str]] | None = None  # told what EXIF did to it
                  ) -> np.ndarray:                 # [H, W, 3] uint8
-    """Decode a picture, in the frame of its annotation. `BadSample` when it is missing, cut short, something else, or of other sides than
-    its annotation (by more than 1 % of their ratio; one of other size but the same shape is read as it is)."""
+    "Decode a picture, in the frame of its annotation where that is one of its own. `BadSample` when it is missing, cut short or something else."
     name, notes = name or str(data if isinstance(data, Path) else "picture"), [] if notes is None else notes
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
             wide = picture if picture.mode[0] not in "IF" else _eight_bits(picture)
             if wide is not picture: wide.getexif()[TURN] = picture.getexif().get(TURN, 1)
             return np.array(_upright(wide, size, name, notes).convert("RGB"))
-    except BadSample: raise
     except Exception as e:  # a decoder raises anything
         raise BadSample(f"{name}: not a readable picture ({e}); download it again, or delete it") from e
 
@@ -357,7 +353,7 @@ def resized(mask: np.ndarray, size: tuple[int, int],  # H, W of its picture
     "A mask, or a map of ids, at the size of its picture, nearest neighbour. `BadSample` where it has another shape by more than 1 %."
     (h, w), (mh, mw) = size, mask.shape
     if (mh, mw) == (h, w): return mask
-    if not same_shape((mh, mw), (h, w)): raise BadSample(f"{where}: shape {mask.shape} is no mask of a {h}×{w} picture; download it again")
+    if not same_shape((mh, mw), (h, w)): raise BadSample(f"{where}: mask of {mh}×{mw} px on a picture of {h}×{w}; annotation and media do not belong together")
     notes.append(("mask resized to its picture", f"{where}: {mw}×{mh} → {w}×{h}"))
     return np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.NEAREST))
 
@@ -378,7 +374,7 @@ def palette_mask(file: Path,             # PNG whose pixel values are object ids
         with Image.open(file) as picture: index = np.asarray(picture)
     except Exception as e: raise BadSample(f"{file}: not a readable mask ({e}); download it again") from e  # a decoder raises anything
     where = f"{file.parent.name}/{file.name}"
-    if index.ndim != 2: raise BadSample(f"{file}: shape {index.shape} is no palette mask of a {size[0]}×{size[1]} picture; download it again")
+    if index.ndim != 2 or not same_shape(index.shape, size): raise BadSample(f"{file}: shape {index.shape} is no palette mask of a {size[0]}×{size[1]} picture; download it again")
     if index.dtype.kind not in "bui" or index.max(initial=0) > 255 or index.min(initial=0) < 0:
         raise BadSample(f"{file}: values up to {index.max(initial=0)}; a mask holds object ids 1 … 255, number them anew")
     return resized(index.astype(np.uint8, copy=False), size, where, notes)

@@ -119,7 +119,8 @@ def test_folders_inside_a_folder_are_left_out(written, tmp_path):
     films = lambda without: [p.parent.name for p in open_dataset(written("root: films\n" + part % without)).paths]
     assert films("b") == ["a", "d"] and films('["b/*", a, none]') == ["d"]
     assert [p.parent.name for p in SaV(tmp_path / "films", without=[tmp_path / "films/a", tmp_path / "films/b"]).paths] == ["d"]
-    for k in range(3): tarfile.open(tmp_path / "films" / f"{k}.tar", "w").close()
+    for k in range(3):
+        with tarfile.open(tmp_path / "films" / f"{k}.tar", "w") as tar: tar.addfile(tarfile.TarInfo(f"sa_{k}.json"))
     assert [p.stem for p in Sa1b(tmp_path / "films", without=tmp_path / "films/1.tar").sources] == ["0", "2"]
     with pytest.raises(FileNotFoundError, match="nothing at"): places(tmp_path / "films/a", tmp_path / "films/*")
 
