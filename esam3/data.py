@@ -20,7 +20,7 @@ from torchvision.transforms import v2
 
 from .core import Frames, seed_at
 from .readers import TooShort, choose
-from .recipes import KINDS, READERS, data_digest, load_recipe, open_dataset, with_sampling  # noqa: F401: asked for with what draws from them
+from .recipes import KINDS, READERS, data_digest, load_recipe, open_dataset, with_sampling  # noqa: F401
 from .samples import BadSample, ClipSample, ImageSample, Phrase, boxes_of, deepest_points
 from .schema import ALIASES, DEFAULTS, RECIPES, SAMPLING, SCHEDULES, TABLE  # noqa: F401
 

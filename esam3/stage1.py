@@ -26,13 +26,17 @@ from .prompts import initial_prompts, refine, to_frame
 from .runs import WANTED, finish, is_saved, open_stage, print_groups, ranks, save_student, saved_student
 from .student import build_student
 from .teacher import Features, MaskSet, Prompts, Sam3, load_teacher
+from .tracks import propose, sought, with_instances  # finds what nobody has annotated
 from .training import TRAINS, Schedule, fit, parameter_groups, recomputed, schedule_for
 
 # %% ../nbs/10_stage1.ipynb #c006c
-def check_cache(cache: str, replays: int) -> None:
-    "`ValueError` for an unknown kind of cache (empty: none), or a cache without pictures."
+def check_cache(cache: str, replays: int,
+                part: Mapping | None = None  # of the recipe: its training images
+                ) -> None:
+    "`ValueError` for an unknown kind of cache (empty: none), for a cache without pictures, or of a mixture, whose shares it does not keep."
     if cache and cache not in CODES: raise ValueError(nearest(cache, CODES, "cache"))
     if cache and replays < 1: raise ValueError(f"a cache holds at least 1 replay of each picture, not {replays}")
+    if cache and part and part.get("format") == "mixture": raise ValueError("a cache is of one data set, and this recipe mixes several: leave cache out")
 
 # %% ../nbs/10_stage1.ipynb #c009
 def picture_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int, split: str = "train") -> Callable[[int, int, int], ImageBatch]:
@@ -122,9 +126,10 @@ def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
 class Stage1(nn.Module):
     "Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the schedule asks for."
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule):
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+                 sampled: int = 0):  # things to find in an image without annotation; 0: images bring their instances
         super().__init__()
-        self.teacher, self.student, self.schedule = teacher, student, schedule
+        self.teacher, self.student, self.schedule, self.sampled = teacher, student, schedule, sampled
 
     def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
         batch, s = batch.to(self.student.device), self.schedule
@@ -132,8 +137,12 @@ class Stage1(nn.Module):
         narrow = self.student.encode(batch.student_pixels)
         maps = ((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow))
         out = {"features": s.lambda1 * feature_loss(*maps, s.map_weights or None)} if s.lambda1 else {}
-        if s.lambda2 or s.task: out |= prompt_losses(self.teacher, self.student, wide, narrow, batch, s)
+        if s.lambda2 or s.task: out |= prompt_losses(self.teacher, self.student, wide, narrow, self.settle(batch, wide), s)
         return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps).items()}  # last, so that the prompts draw the same chance without them
+
+    def settle(self, batch: ImageBatch, wide: Features) -> ImageBatch:
+        "The batch, with instances that the teacher sees where nobody has marked any."
+        return with_instances(batch, propose(self.teacher, wide, batch, self.sampled)) if self.sampled and not len(batch.image) else batch
 
     def look(self, batch: ImageBatch) -> Features:
         "What the teacher sees, live or from the cache."
@@ -163,7 +172,7 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     weights cannot be had."""
     recipe = with_sampling(load_recipe(recipe), sampling)
     s = stage1_schedule(recipe, refinements, options, schedule=schedule, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr)
-    check_cache(cache, replays)
+    check_cache(cache, replays, recipe["splits"].get("train", {}).get("images", {}))
     name, weights, device = teacher or recipe["teacher"], weights or recipe["weights"], pick_device()
     precision, limits = pick_precision(device, precision), limits_of(recipe, images=eval_images, instances=eval_instances)
     big = load_teacher(name).to(device)
@@ -180,7 +189,8 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
         groups, sides = parameter_groups(small, TRAINS[1], s.lr, s.inherited), (big.image_size, small.image_size)
         print_groups(groups)
         source = cached_source(recipe, s, pictures, kept, sides, seed) if cache else picture_source(recipe, s, sides, seed)
-        trained = fit(Stage1(big, small, s), source, groups, s, folder, seed, every=every, precision=precision, bad=recipe["sampling"]["bad"])
+        task = Stage1(big, small, s, sought(open_dataset(recipe, "train", "images"), recipe["sampling"]["instances"]))
+        trained = fit(task, source, groups, s, folder, seed, every=every, precision=precision, bad=recipe["sampling"]["bad"])
         save_student(folder, small, trained | ({"cache_written": written, "cache_waited": kept.waited} if cache else {}))
     small, trained = saved_student(folder, device)
     start = time.perf_counter()

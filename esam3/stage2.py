@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEMORIES', 'FOUR', 'LARGE', 'KINDS', 'FADES', 'LESSON', 'LESSON_BATCHES', 'give_memory', 'there_and_back',
-           'clip_source', 'Kept', 'EncodeOnce', 'first_prompts', 'latent_attention', 'present', 'Shown', 'teach',
-           'frame_losses', 'read_weight', 'Stage2', 'nothing_learned', 'track_losses', 'to_remember', 'Book',
+           'clip_source', 'Kept', 'EncodeOnce', 'draw_kind', 'first_prompts', 'latent_attention', 'present', 'Shown',
+           'teach', 'frame_losses', 'read_weight', 'Stage2', 'nothing_learned', 'track_losses', 'to_remember', 'Book',
            'open_book', 'FirstLesson', 'ablations', 'stage2_schedule', 'take_first_lesson', 'told_the_step',
            'train_stage2', 'run_stage2', 'compare']
 
@@ -34,7 +34,7 @@ from .stage1 import run_stage1
 from .student import EfficientSam3, with_memory
 from .teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate, load_teacher
 from .tracker import CERTAIN, History, Track, clip_time, own_time, see, track, unprompted
-from .tracks import from_first, propose, with_tracks
+from .tracks import from_first, propose, sought, with_tracks
 from .training import TRAINS, Schedule, fit, parameter_groups, schedule_for
 
 # %% ../nbs/20_stage2.ipynb #c007
@@ -133,6 +133,12 @@ FOUR, LARGE = 4, 512  # small images are always encoded in batches of so many; f
 KINDS = {"mask": 0.5, "box": 0.25, "point": 0.25}  # of the first frame's prompt, by chance
 
 
+def draw_kind(length: int) -> str:
+    "A kind of prompt for clips of so many frames. A mask that was given teaches nothing in its own frame: clips of one frame are asked by box or point."
+    kinds = {k: share for k, share in KINDS.items() if length > 1 or k != "mask"}
+    return list(kinds)[int(torch.multinomial(torch.tensor(list(kinds.values())), 1))]
+
+
 def first_prompts(model: Sam3, batch: ClipBatch, kind: str) -> Prompts:
     "Prompts of one kind for every track, at the frame where it begins, in the model's own frame."
     masks, boxes = first_frame(model, batch)
@@ -226,7 +232,7 @@ class Stage2(nn.Module):
     def settle(self, batch: ClipBatch) -> ClipBatch:
         "The batch on the student's device, with tracks of things that the teacher sees where it has none of its own, each in its own time."
         batch = batch.to(self.student.device)
-        if self.sampled: batch = with_tracks(batch, propose(self.teacher, self.wide(batch), batch, self.sampled))
+        if self.sampled and not len(batch.first): batch = with_tracks(batch, propose(self.teacher, self.wide(batch), batch, self.sampled))
         return from_first(batch) if batch.first.any() else batch
 
     def teach(self, batch: ClipBatch, kind: str) -> Shown | None:
@@ -235,7 +241,7 @@ class Stage2(nn.Module):
 
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         batch, s = self.settle(batch), self.schedule
-        kind = list(KINDS)[int(torch.multinomial(torch.tensor(list(KINDS.values())), 1))]
+        kind = draw_kind(batch.frame_index.shape[1])
         if not len(batch.first): return nothing_learned(self.student)
         ours = track(self.student, self.narrow(batch), batch.frame_index, first_prompts(self.student, batch, kind), detach_every=s.detach_every, checkpoint=s.checkpoint)
         return track_losses(ours, self.teach(batch, kind), batch, s.lambda2, int(kind == "mask"), read_weight(s, self.step), s.focal, s.temperature)
@@ -297,7 +303,7 @@ class FirstLesson(nn.Module):
 
     def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
         student, batch, s, weight = self.stage.student, self.stage.settle(batch), self.stage.schedule, self.stage.schedule.lambda_read
-        if not len(batch.first): return nothing_learned(student)
+        if not len(batch.first) or batch.frame_index.shape[1] < 2: return nothing_learned(student)  # an image has no memory to read
         seen, (book, shown), truth = self.stage.narrow(batch), self._prepared(batch), batch.coverage("student", 4 * self.dense.grid)
         frames = (torch.randperm(len(book.maps) - 1)[:self.frames] + 1).tolist()
         latents, at = (x.unflatten(0, (max(frames), -1)) for x in student.compress(*(x[:max(frames)].flatten(0, 1) for x in (book.maps, book.pos))))
@@ -363,7 +369,7 @@ def told_the_step(task: Stage2, batch_at: Callable) -> Callable:
 def train_stage2(small: EfficientSam3, big: Sam3, base: Path, recipe: Mapping, s: Schedule, folder: Path, seed: int, **options) -> dict[str, Any]:
     "The first lesson, where the schedule has one, and the rollouts, in place; the account of both. `options` of `fit`."
     videos = open_dataset(recipe, "train", "clips")
-    task = Stage2(big, small, s, 0 if getattr(videos, "labelled", True) else recipe["sampling"]["tracks"])
+    task = Stage2(big, small, s, sought(videos, recipe["sampling"]["tracks"]))
     sides, options = (big.image_size, small.image_size), {"bad": recipe["sampling"]["bad"], **options}
     source, forth = (clip_source(recipe, replace(s, back=back), sides, seed) for back in (s.back, 0.0))
     lesson = take_first_lesson(base, task, forth, len(videos), folder, seed, **options) if s.lesson_steps else {"seconds": 0.0}
