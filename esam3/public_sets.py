@@ -18,7 +18,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from .readers import Davis, Where, bad_only, by_picture, choose, digest_of, fields_of, ids_of, masks_in, places, rle_size, same_sized, sizes_of
-from .readers import _load, _tracks, _unseen, _window, some_there, stated_size, NO_MEDIA  # what the readers of the chapter before share
+from .readers import _load, _tracks, _unseen, _window, some_there, stated_size, ID, NO_MEDIA  # what the readers of the chapter before share
 from .samples import (VOID, BadSample, ClipSample, ImageSample, RunMasks, decode_rle, is_one_object, mask_size, natural, palette_mask, pictures_in,
                            read_picture, resized)
 
@@ -57,7 +57,7 @@ class Coco:
         record = _load(path, path.name)
         if isinstance(record, dict) and any(isinstance(a, dict) and "segments_info" in a for a in (record.get("annotations") or ())[:1]):
             raise ValueError(f"{path}: panoptic annotations; take the file of instances, or turn it into one (panopticapi's panoptic2detection)")
-        record = fields_of(record, path, {"images": ("id",), "annotations": ("image_id",)})
+        record = fields_of(record, path, {"images": {"id": ID}, "annotations": {"image_id": ID}}, self.notes)
         self.pictures, found = record["images"], record["annotations"]
         ids = [a.get("id") for a in found]
         if any(type(k) is not int for k in ids) or len({*ids}) < len(ids):
@@ -72,7 +72,7 @@ class Coco:
 
     def _names(self, path: Path) -> list[str]:
         "Where the pictures lie below `media`: by their `file_name`s, or by the ends of their addresses."
-        said = [(p.get("file_name") or "", "/".join(str(p.get("coco_url") or "").split("/")[-2:])) for p in self.pictures]
+        said = [(str(p.get("file_name") or ""), "/".join(str(p.get("coco_url") or "").split("/")[-2:])) for p in self.pictures]
         forms = [[a or b for a, b in said], [b or a for a, b in said]]
         if not said: raise FileNotFoundError(f"{path}: no picture in it")
         if not all(forms[0]): raise ValueError(f"{path}: picture {self.pictures[forms[0].index('')]['id']} has neither file_name nor coco_url")

@@ -16,7 +16,8 @@ from .core import nearest
 from .folder import Pictures
 from .mixtures import Mixture, Stills
 from .public_sets import Coco, SaVFolders, Vos
-from .readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
+from .readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
+from .samples import Reported
 from .schema import DEFAULTS, KEYS, RECIPES, SAMPLING, STARTS, TABLE, Said
 from .schema import _check, _format, _given, _recipe_path, _Tree  # what this notebook and the one before share
 from .toyworld import held_out, toyworld
@@ -219,8 +220,12 @@ def _open(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: 
     folder = TOYS[root](split) if root in TOYS else Path(root)
     at = lambda v: [folder / p for p in v] if isinstance(v, list) else folder / v
     given = {k: at(v) if k in PLACES else v for k, v in part.items() if k not in ("format", "share", "kind", "root")}
-    try: return reader_for(part["format"], kind)(**given)
+    try: reader = reader_for(part["format"], kind)(**given)
     except FileNotFoundError as e: raise FileNotFoundError(f"{e}\n{recipe['name']}: {recipe['download']}") from e
+    lacking = [detail for what, detail in reader.notes if what == NO_MEDIA]
+    if lacking: raise FileNotFoundError(f"{lacking[0]}\n{recipe['name']}: {recipe['download']}")
+    Reported().add(reader.notes)  # what is left out is said
+    return reader
 
 
 def _open_mixture(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: str) -> Mixture:
