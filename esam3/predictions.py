@@ -16,7 +16,9 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from .samples import BadSample
+from .public_sets import folders_in
+from .readers import ids_of, masks_in
+from .samples import VOID, BadSample, is_one_object
 
 # %% ../nbs/42_predictions.ipynb #c005
 def palette() -> list[int]:
@@ -34,12 +36,12 @@ def write_png(path: Path, ids: np.ndarray  # [H, W] uint8
     image.save(path)
 
 # %% ../nbs/42_predictions.ipynb #c008
-def label_map(logits: np.ndarray,   # [N, H, W]
+def label_map(logits: np.ndarray,   # [N, H, W], or masks (bool)
               ids: Sequence[int]    # N, of 1 … 255
               ) -> np.ndarray:      # [H, W] uint8
     "The id of the highest logit in each pixel, 0 where none is above 0."
     if len(ids) and not 0 < min(ids) <= max(ids) < 256: raise ValueError(f"a palette PNG holds object ids 1 … 255, not {min(ids)} … {max(ids)}")
-    stack = np.concatenate([np.zeros_like(logits[:1]) if len(logits) else np.zeros((1, *logits.shape[1:])), logits])
+    stack = np.concatenate([np.zeros((1, *logits.shape[1:]), logits.dtype), logits])
     return np.array([0, *ids], np.uint8)[stack.argmax(0)]
 
 
@@ -48,23 +50,28 @@ def write_labels(folder: Path, frame: str, logits: np.ndarray, ids: Sequence[int
     write_png(folder / f"{frame}.png", label_map(logits, ids))
 
 
-def write_objects(folder: Path, frame: str, logits: np.ndarray, ids: Sequence[int]) -> None:
+def write_objects(folder: Path, frame: str, logits: np.ndarray,  # [N, H, W], or masks (bool)
+                  ids: Sequence[int | str]                       # N: numbers, written with three digits, or names of folders
+                  ) -> None:
     "One frame of a clip as SA-V wants it: `folder/OBJECT/FRAME.png`."
-    for k, one in zip(ids, logits): write_png(folder / f"{k:03d}" / f"{frame}.png", (one > 0).astype(np.uint8))
+    for k, one in zip(ids, logits): write_png(folder / (k if isinstance(k, str) else f"{k:03d}") / f"{frame}.png", (one > 0).astype(np.uint8))
 
 # %% ../nbs/42_predictions.ipynb #c009
 def read_clip(folder: Path  # of either layout
               ) -> dict[int, dict[str, np.ndarray]]:  # object → frame → bool [H, W]
-    "Predicted masks of a clip. `BadSample` for a file that is no label map."
+    "Predicted masks of a clip, without hidden files. `BadSample` for a file that is no label map, or an object's folder that is no number."
     def index(file: Path) -> np.ndarray:
         with Image.open(file) as picture: found = np.asarray(picture)
         if found.ndim != 2: raise BadSample(f"{file}: shape {found.shape} is no label map; write it anew")
         return found
-    inner = sorted(p for p in folder.iterdir() if p.is_dir())
-    if inner: return {int(p.name): {f.stem: index(f) > 0 for f in sorted(p.glob("*.png"))} for p in inner}
-    maps = {f.stem: index(f) for f in sorted(folder.glob("*.png"))}
-    ids = sorted({int(k) for m in maps.values() for k in np.unique(m)} - {0})
-    return {k: {frame: m == k for frame, m in maps.items()} for k in ids}
+    inner = folders_in(folder)
+    strange = [name for name in inner if not name.isdecimal()]
+    if strange: raise BadSample(f"{folder / strange[0]}: an object's folder is its number; rename it, or take it away")
+    if inner: return {int(name): {f.stem: index(f) > 0 for f in masks_in(folder / name)} for name in inner}
+    maps = {f.stem: index(f) for f in masks_in(folder)}
+    ids = {int(k) for m in maps.values() for k in ids_of(m)}
+    if is_one_object(ids): return {1: {frame: m == VOID for frame, m in maps.items()}}
+    return {k: {frame: m == k for frame, m in maps.items()} for k in sorted(ids - {VOID})}
 
 # %% ../nbs/42_predictions.ipynb #c014
 def link_sequences(root: Path, clips: Sequence[str],  # CLIP/*.png or CLIP/OBJECT/*.png below root
@@ -74,7 +81,7 @@ def link_sequences(root: Path, clips: Sequence[str],  # CLIP/*.png or CLIP/OBJEC
     for clip in clips:
         folder = (root / clip).resolve()
         if not folder.is_dir(): raise FileNotFoundError(f"{folder}: no masks of this clip")
-        objects = [p for p in folder.iterdir() if p.is_dir()]
+        objects = [folder / name for name in folders_in(folder)]
         for p in objects or [folder]: (into / (f"{clip}_{p.name}" if objects else clip)).symlink_to(p)
 
 # %% ../nbs/42_predictions.ipynb #c017

@@ -94,10 +94,11 @@ FOLLOWERS: Mapping[str, Any] = {"full": Follower, "pointers": partial(Follower, 
 def follow(model: Sam3, sample: ClipSample, wanted: Sequence[str],  # names in PROTOCOLS
            seed: int = 0) -> Iterator[dict[str, np.ndarray]]:       # protocol → logits [N, H, W] of each frame
     "Every track of a clip, prompted on the frame where it begins; `NO_OBJECT` before. Protocols that go the same way share their answers."
-    first, ways = sample.visible.argmax(1), {name: (PROTOCOLS[name].start, PROTOCOLS[name].more, PROTOCOLS[name].memory) for name in wanted}
+    visible = sample.visible
+    first, ways = visible.argmax(1), {name: (PROTOCOLS[name].start, PROTOCOLS[name].more, PROTOCOLS[name].memory) for name in wanted}
     groups: dict[tuple, list] = {way: [] for way in ways.values()}
     for t, image in enumerate(sample.frames):
-        rows = np.flatnonzero((first == t) & sample.visible[:, t])
+        rows = np.flatnonzero((first == t) & visible[:, t])
         batch = as_batch(model, [ImageSample(sample.name, image, sample.masks[rows, t])])
         seen = look(model, batch)
         for start, more, memory in groups if len(rows) else ():
@@ -115,14 +116,15 @@ class FrameScores:
     "J, F and absences of a clip's tracks, told frame by frame."
 
     def __init__(self, sample: ClipSample):
-        self.sample, self.tracks = sample, np.flatnonzero(sample.visible[:, 0])
+        self.sample, self.visible = sample, sample.visible
+        self.tracks = np.flatnonzero(self.visible[:, 0] & sample.public)
         self.seen, self.gone = {n: [] for n in self.tracks}, {n: [] for n in self.tracks}
 
     def add(self, t: int, logits: np.ndarray) -> None:
         "What was said of frame t: [N, H, W] logits, `NO_OBJECT` where the object is said to be absent."
         s = self.sample
         for n in self.tracks if t else ():
-            if s.visible[n, t]: self.seen[n].append(tuple(frame_scores((logits[n] > 0).astype(np.uint8), s.masks[n, t].astype(np.uint8), [1])[:, 0]))
+            if self.visible[n, t]: self.seen[n].append(tuple(frame_scores((logits[n] > 0).astype(np.uint8), s.masks[n, t].astype(np.uint8), [1])[:, 0]))
             elif s.annotated[n, t]: self.gone[n].append(float(logits[n].max() < NO_OBJECT / 2))
 
     def rows(self) -> list[tuple[float | None, float | None, float | None]]:
