@@ -181,7 +181,8 @@ def teach(teacher: Sam3, wide: Features, batch: ClipBatch, kind: str, size: int)
     there = theirs.object_logits > 0
     iou = mask_iou(masks, batch.coverage("student", size).flatten(0, 1), batch.frames.valid("student", size, image)).view(there.shape)
     right = torch.where(batch.visible, there & (iou >= 0.5), ~there)
-    read = torch.stack([torch.zeros_like(theirs.sets[-1].read) if s.read is None else s.read for s in theirs.sets], 1).flatten(0, 1)
+    nothing = torch.zeros_like(next((s.read for s in theirs.sets if s.read is not None), wide.tracker[2][batch.frame_index[:, 0]]))
+    read = torch.stack([nothing if s.read is None else s.read for s in theirs.sets], 1).flatten(0, 1)
     read = batch.frames.maps(read, "teacher", "student", size // 4, image)
     return Shown(masks.unflatten(0, there.shape), theirs.object_logits, right | ~batch.annotated, read.unflatten(0, there.shape))
 

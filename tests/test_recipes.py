@@ -3,13 +3,15 @@ import json
 import re
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from esam3.data import RECIPES, data_digest, load_recipe, open_dataset
-from esam3.readers import Sa1b, SaV, places
+from esam3.data import DEFAULTS, READERS, RECIPES, SAMPLING, data_digest, load_recipe, open_dataset
+from esam3.readers import Sa1b, SaV, Videos, places
+from esam3.recipes import KEYS
 from esam3.toyworld import toyworld
 
 SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml"))
@@ -71,6 +73,190 @@ def test_shipped_recipe_holds(name):
     toy = recipe["root"].startswith("toyworld")
     assert recipe["schedule"] == ("proven" if toy else "paper")
     if "train" in recipe["splits"]: assert recipe["augment"] and (recipe["augment"].get("hue", 0) > 0) == (not toy)
+
+
+# ---- slips, each by file, line and key
+
+BASE = """name: mine
+root: x
+splits:
+  train:
+    images: {format: sa1b, path: y}
+    clips:
+      format: sav
+      path: y
+sampling:
+  instances: 16
+  frames: [4, 8]
+augment:
+  short: [96, 128]
+  flip: 0.5
+stages:
+  1: {steps: 3}
+  2:
+    steps: 3
+"""
+SLIPS = [  # old line, new line, where, what is said
+    ("  frames: [4, 8]", "  frames: 8", 11, "`sampling: frames` is [least, most] annotated frames of a clip, not 8"),
+    ("  frames: [4, 8]", "  frames: [8, 4]", 11, "`sampling: frames` is [least, most]"),
+    ("  frames: [4, 8]", "  frames: [4, 8.0]", 11, "`sampling: frames` is [least, most]"),
+    ("  instances: 16", "  instances: many", 10, "`sampling: instances` is a number, 0 for all, not 'many'"),
+    ("  instances: 16", "  instances: true", 10, "not True"),
+    ("  instances: 16", "  instances:", 10, "`sampling: instances` is empty"),
+    ("  instances: 16", "  instences: 16", 10, "`sampling` has an unknown sampling key 'instences': did you mean 'instances'?"),
+    ("  instances: 16", "  late: on", 10, "put a word in quotes"),
+    ("  flip: 0.5", "  flip: 1.5", 14, "`augment: flip` is a share, 0 … 1, not 1.5"),
+    ("  flip: 0.5", "  flip: '0.5'", 14, "not '0.5'"),
+    ("  flip: 0.5", "  flip: .nan", 14, "not nan"),
+    ("  flip: 0.5", "  hue: 1e-2", 14, "write 1.0e-3, not 1e-3"),
+    ("  flip: 0.5", "  short: [64, 64]", 14, "`short` stands here and in line 13"),
+    ("root: x", "root: x\nroot: y", 3, "`root` stands here and in line 2"),
+    ("root: x", "root: 7", 2, "`root` is text, and not empty, not 7"),
+    ("root: x", "root: x\nweights: imagnet", 3, "did you mean 'imagenet'"),
+    ("root: x", "root: x\nranks: 0", 3, "`ranks` is a whole number from 1 on, not 0"),
+    ("root: x", "root: x\nevaluation: {images: -1}", 3, "`evaluation: images` is a number of samples"),
+    ("root: x", "root: x\nschedule: [paper]", 3, "`schedule` is one of paper, proven, not ['paper']"),
+    ("root: x", "root: x\nsplit: {}", 3, "unknown recipe key 'split': did you mean 'splits'?"),
+    ("root: x", "root: x\n  about: y", 3, "not YAML"),
+    ("root: x", "root: &x [*x]", 2, "an anchor inside itself"),
+    ("root: x", "root: !!python/name:os.system x", 2, "not YAML"),
+    ("name: mine", "name: a/b", 1, "`name` is a name that a folder can have"),
+    ("name: mine", "name: 2017", 1, "`name` is a name that a folder can have, not 2017"),
+    ("  1: {steps: 3}", "  1: {stps: 3}", 16, "unknown field of the schedule 'stps': did you mean 'steps'?"),
+    ("  1: {steps: 3}", "  1: {global_latents: 3}", 16, "'global_latents' is a setting of stage 2"),
+    ("  1: {steps: 3}", "  1: {steps: 3.5}", 16, "`stages: 1: steps` is a whole number"),
+    ("  1: {steps: 3}", "  1: {map_weights: [1, x]}", 16, "`stages: 1: map_weights` is a list"),
+    ("  1: {steps: 3}", "  1: [steps]", 16, "`stages: 1` expected lines"),
+    ("    steps: 3", "    augment: 1", 18, "`stages: 2: augment` is true or false, not 1"),
+    ("      format: sav", "      format: sa1b", 7, "`splits: train: clips` has no clips: format sa1b is read as images"),
+    ("      format: sav", "      format: sva", 7, "unknown format 'sva': did you mean 'sav'?"),
+    ("      path: y", "      pth: y", 8, "unknown key 'pth': did you mean 'path'?"),
+    ("      path: y", "      path: [y, 3]", 8, "`splits: train: clips: path` is a path or pattern, or a list of them, not ['y', 3]"),
+    ("      path: y", "      path: []", 8, "is a path or pattern"),
+    ("      path: y", "      path: y\n      by: machine", 9, "`splits: train: clips: by` has an unknown annotator 'machine'"),
+    ("      path: y", "      by: auto", 6, "format sav needs `path`"),
+    ("    images: {format: sa1b, path: y}", "    images: sa1b", 5, "`splits: train: images` has no `format`"),
+    ("    images: {format: sa1b, path: y}", "    image: {format: sa1b, path: y}", 5, "did you mean 'images'?"),
+    ("    images: {format: sa1b, path: y}", "    concept_images: {format: sa1b, path: y}", 5, "has no concept_images: format sa1b is read as images"),
+    ("    images: {format: sa1b, path: y}", "    images: {format: mixture, parts: [{format: sa1b, path: y, share: 1}]}", 5, "a list of two parts or more"),
+    ("    images: {format: sa1b, path: y}", "    images: {format: mixture, parts: [{format: sa1b, path: y, share: 1}, {format: sa1b, path: y}]}", 5, "part 2` lacks a key"),
+    ("    images: {format: sa1b, path: y}", "    images: {format: mixture, parts: [{format: sa1b, path: y, share: 1}, {format: sa1b, path: y, share: 0}]}", 5, "`splits: train: images: part 2: share` is a positive number, not 0"),
+    ("    images: {format: sa1b, path: y}", "    images: {format: mixture, parts: [{format: sa1b, path: y, share: 1}, {recipe: davs, share: 1}]}", 5, "did you mean 'davis'"),
+    ("    images: {format: sa1b, path: y}", "    images: {format: mixture, parts: [{format: sa1b, path: y, share: 1}, {recipe: davis, share: 1}]}", 5, "recipe davis trains on clips"),
+    ("    images: {format: sa1b, path: y}", "    images: {format: mixture, parts: [{format: sa1b, path: y, share: 1}, {recipe: mine.yaml, share: 1}]}", 5, "goes in a circle: mine → mine"),
+    ("  train:", "  train: &t\n    concept_clips: {format: saco_video, annotations: a, media: [b]}", 5, "`splits: train: concept_clips: media` is text"),
+    ("  train:", "  held_out: {images: {format: mixture, parts: []}}\n  train:", 4, "held-out data are scored set by set"),
+    ("  train:", "  held_out: {}\n  train:", 4, "`splits: held_out` expected lines `kind of data: …`"),
+    ("  train:", "  val: &v {images: &i {format: sa1b, path: ''}}\n  other: *v\n  train:", 4, "path` is a path or pattern, or a list of them, not ''"),
+    ("sampling:", "sampling: []\nother:", 9, "expected lines `sampling key: …`, got []"),
+    ("sampling:", "sampling: {<<: {tracks: 4, late: kep}, tracks: 8}\nother:", 9, "did you mean 'keep'?")]
+
+
+@pytest.mark.parametrize("old, new, line, said", SLIPS, ids=[f"{k}-{new.strip()[:40]}" for k, (_, new, _, _) in enumerate(SLIPS)])
+def test_slips_are_named_by_file_line_and_key(written, old, new, line, said):
+    written(BASE)
+    assert f"{old}\n" in BASE
+    with pytest.raises(ValueError, match=re.escape(said)) as e: written(BASE.replace(f"{old}\n", f"{new}\n", 1))
+    assert str(e.value).startswith(f"mine.yaml:{line}: "), e.value
+
+
+@pytest.mark.parametrize("text, said", [("splits: []\nroot: x", "mine.yaml:1: `splits` expected lines `split: …`, got []"), ("root: x\nsplits:", "mine.yaml:2: `splits` expected lines"),
+                                        ("", "mine.yaml:1: expected lines"), ("root: x", "mine.yaml:1: no `splits`"), ("root: '\x01'", "mine.yaml: not YAML"), ("a: 1\n---\nb: 2", "mine.yaml:2: not YAML")])
+def test_what_is_no_recipe(written, text, said):
+    with pytest.raises(ValueError, match=re.escape(said)): written(text)
+
+
+def test_bytes_are_no_recipe(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"about: \xff\xfe")
+    with pytest.raises(ValueError, match="mine.yaml: not a text in UTF-8"): load_recipe(tmp_path / "mine.yaml")
+    (tmp_path / "folder.yaml").mkdir()
+    with pytest.raises(ValueError, match="unknown recipe"): load_recipe(tmp_path / "folder.yaml")
+
+
+def test_every_key_of_every_reader_has_a_rule():
+    "A value of the wrong kind in any of them is a slip of the recipe, not an error of the reader."
+    import inspect
+    for readers in READERS.values():
+        for reader in readers: assert set(inspect.signature(reader).parameters) <= set(KEYS), reader.__name__
+
+
+# ---- one recipe from another
+
+TOY = {"licence": "Apache-2.0, made by this project", "teacher": "toy", "weights": "", "after": "", "schedule": "proven",
+       "download": "Nothing. It is written to the cache folder (~/.cache/esam3, or $ESAM3_CACHE) the first time it is asked for.",
+       "sampling": {"instances": 16, "tracks": 8, "phrases": 0, "frames": [4, 8], "late": "drop", "bad": 0.01},
+       "augment": {"short": [96, 128], "crop": 128, "flip": 0.5, "jitter": 0.1}, "evaluation": {"images": 0, "instances": 0, "clips": 0, "frames": 0}}
+PARTS = {"images": {"format": "sa1b", "path": "images.tar"}, "clips": {"format": "sav", "path": "clip"},
+         "concept_images": {"format": "saco_images", "annotations": "saco/images.json", "media": "saco"}}
+LONG = {"concept_clips": {"format": "saco_video", "annotations": "long/veval.json", "media": "long"}}
+FROZEN = {  # what the recipes said when each still said all of it
+    "toy_hour": TOY | {
+        "name": "toy_hour", "about": "The toy world with an hour's patience; longer stages 1 and 2 than in toy, the same pictures and clips.", "root": "toyworld", "ranks": 2,
+        "splits": {"train": PARTS, "held_out": PARTS | LONG},
+        "stages": {1: {"steps": 1600, "batch_size": 8, "lr": 0.002, "inherited": 0.1, "warmup": 0.05, "clip": 5.0, "lambda1": 4.0},
+                   2: {"steps": 960, "batch_size": 4, "augment": False, "back": 0.5, "lr": 0.0003, "warmup": 0.05, "ema": 0.99, "lambda2": 0.5, "lesson_steps": 960,
+                       "global_latents": 4, "local_latents": 16},
+                   3: {"steps": 480, "batch_size": 8, "augment": False, "clip_every": 2, "back": 0.5, "lr": 0.0002, "warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "lambda2": 0.5,
+                       "thaw": ["detr", "tracking"], "encoder_lr": 0.0005, "lesson_steps": 950, "lesson_lr": 0.001}}},
+    "tiny": TOY | {
+        "name": "tiny", "about": "A handful of samples of the toy world, for tests. Colour × shape × pattern in pictures and clips, written by 01_toyworld in the formats of the real data sets.",
+        "root": "toyworld/tiny", "ranks": 1, "splits": {"train": PARTS, "held_out": PARTS | LONG},
+        "stages": {1: {"steps": 3, "batch_size": 4, "lr": 0.001, "inherited": 0.1, "warmup": 0.05, "clip": 5.0},
+                   2: {"steps": 3, "batch_size": 2, "augment": False, "back": 0.0, "lr": 0.0005, "warmup": 0.05, "clip": 5.0, "ema": 0.98, "lambda2": 0.5, "lesson_steps": 3,
+                       "global_latents": 4, "local_latents": 4},
+                   3: {"steps": 3, "batch_size": 4, "augment": False, "back": 0.0, "lr": 0.0001, "warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "thaw": ["detr", "tracking"],
+                       "encoder_lr": 0.0001, "lesson_steps": 2, "lesson_lr": 0.001}}}}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_inheriting_changes_no_recipe(name):
+    assert load_recipe(name) == FROZEN[name]
+    own = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    assert own["extends"] == "toy" and not own.keys() & {"sampling", "augment", "teacher", "licence", "download", "schedule", "evaluation"}, "it repeats nothing"
+
+
+def test_a_chain_of_recipes(tmp_path):
+    "Mappings are merged key by key, lists and words replaced, null takes away; a name is a recipe's own; paths count from the file that says them."
+    for name in ("a", "b", "c"): (tmp_path / name).mkdir()
+    (tmp_path / "a/base.yaml").write_text("name: base\nroot: data\nteacher: toy\nsplits: {train: {clips: {format: sav, path: x, by: auto}}}\nsampling: {tracks: 3, frames: [1, 2]}\naugment: {flip: 0.5, crop: 9}\n")
+    (tmp_path / "b/middle.yaml").write_text("extends: ../a/base.yaml\nsampling: {frames: [5, 6]}\naugment: {flip: null, hue: 0.1}\n")
+    (tmp_path / "c/top.yaml").write_text(f"extends: {tmp_path / 'b/middle.yaml'}\nteacher: null\nsplits: {{train: {{clips: {{by: manual}}, images: {{format: coco, annotations: j, media: m, root: here}}}}}}\n")
+    found = load_recipe(tmp_path / "c/top.yaml")
+    assert found["name"] == "top" and Path(found["root"]).resolve() == tmp_path / "a/data" and found["teacher"] == DEFAULTS["teacher"]
+    assert found["sampling"] == {**SAMPLING, "tracks": 3, "frames": [5, 6]} and found["augment"] == {"crop": 9, "hue": 0.1}
+    assert found["splits"]["train"] == {"clips": {"format": "sav", "path": "x", "by": "manual"}, "images": {"format": "coco", "annotations": "j", "media": "m", "root": str(tmp_path / "c/here")}}
+
+
+def test_another_format_inherits_no_keys(written, tmp_path):
+    (tmp_path / "base.yaml").write_text("root: x\nsplits: {train: {clips: {format: sav, path: x, by: auto}}}")
+    assert written("extends: base.yaml\nsplits: {train: {clips: {format: videos, path: y}}}")["splits"]["train"]["clips"] == {"format": "videos", "path": "y"}
+
+
+@pytest.mark.parametrize("text, said", [
+    ("extends: mine.yaml", "mine.yaml:1: `extends` goes in a circle: mine → mine"), ("root: x\nextends: other.yaml", "other.yaml:1: `extends` goes in a circle: mine → other → mine"),
+    ("extends: tyo", "mine.yaml:1: `extends` is an unknown recipe 'tyo': did you mean 'toy'?"), ("extends: [toy]", "mine.yaml:1: `extends` is the name of a recipe"),
+    ("extends: toy\nsampling: {trakcs: 1}", "mine.yaml:2: `sampling` has an unknown sampling key"), ("extends: toy\nlicence: null\nabuot: null", "mine.yaml:3: unknown recipe key 'abuot'"),
+    ("extends: bad.yaml", "bad.yaml:2: `ranks` is a whole number"), ("extends: sav\nsplits: {train: null}", "nothing reads `after`, since it has no split `train`; take it away with `after: null`")])
+def test_wrong_inheritance(written, tmp_path, text, said):
+    (tmp_path / "other.yaml").write_text("extends: mine.yaml\nroot: y")
+    (tmp_path / "bad.yaml").write_text("root: x\nranks: two\nsplits: {train: {clips: {format: sav, path: x}}}")
+    with pytest.raises(ValueError, match=re.escape(said)): written(text)
+
+
+# ---- any folder
+
+def test_a_folder_is_images_or_clips(tmp_path, data):
+    "By the place at which it stands; each leaves out what the other reads."
+    (data / "folder/deep").mkdir(parents=True)
+    shutil.copy(toyworld("tiny") / "clip/toy_000000.mp4", data / "folder/deep")
+    for k in range(3): shutil.copy(next((toyworld("tiny") / "saco").rglob("*.jpg")), data / f"folder/{k}.JPG")
+    images, clips = open_dataset("folder", "train", "images"), open_dataset("folder", "train", "clips")
+    assert images.names == ["0.JPG", "1.JPG", "2.JPG"] and not images.labelled and images.read(0).masks.shape[0] == 0 and isinstance(clips, Videos)
+    assert any("toy_000000.mp4" in detail for _, detail in images.notes) and "toy_000000" in clips.names
+    before = data_digest("folder")
+    (data / "folder/3.jpg").write_bytes(b"x")
+    assert data_digest("folder")["images"] != before["images"]
+    assert images.digest == before["images"] and open_dataset("folder", "train", "images").names[-1] == "3.jpg"
 
 
 # ---- files
