@@ -106,7 +106,7 @@ def masked(words: tuple[str, ...]) -> list[tuple[str, ...]]:
 def token_bags(model: Sam3, phrases: Sequence[str]) -> Tensor:
     "Mean of the text encoder's token embeddings of each phrase, as unit vectors [N, C], float32 on the CPU; 0 without tokens."
     table = model.detector_model.text_encoder.get_input_embeddings().weight.float().cpu()
-    ids = model.tokenizer(list(phrases), add_special_tokens=False, truncation=True, max_length=32)["input_ids"]
+    ids = model.tokenizer(list(phrases), add_special_tokens=False, truncation=True)["input_ids"]
     starts = torch.tensor(np.cumsum([0, *map(len, ids)])[:-1], dtype=torch.long)
     flat = torch.tensor([i for row in ids for i in row], dtype=torch.long)
     return F.normalize(F.embedding_bag(flat, table, starts, mode="mean"))
@@ -210,9 +210,9 @@ def _kind(phrase: Any) -> str: return "positive" if phrase.instances else "hard"
 def ask(batch: ImageBatch, rng: np.random.Generator, asking: Asking,
         confusables: Callable[[str], Sequence[str]] = lambda phrase: ()  # `Confusables` of the data set's vocabulary
         ) -> Questions:
-    "Draw questions for a batch of pictures. One without phrases is not asked; where none has any, there are no questions."
+    "Draw questions for a batch of pictures. One without phrases (an empty one is none) is not asked; where none has any, there are no questions."
     rows = []
-    for b, labelled in enumerate(batch.phrases):
+    for b, labelled in enumerate([[p for p in some if p.text.strip()] for some in batch.phrases]):
         taken, named = {content_words(p.text) for p in labelled}, [p.text for p in labelled if p.instances]
         for _ in range(asking.each if labelled else 0):
             kind = str(rng.choice(("easy", "hard", "positive"), p=(asking.easy, asking.hard, 1 - asking.easy - asking.hard)))

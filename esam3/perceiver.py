@@ -60,7 +60,7 @@ class LatentAttention(nn.Module):
     def project(self, latents, cells, pos=None):
         "Queries, keys and values [B, heads, ., dim/heads]."
         k, v = self.k_proj(cells), self.v_proj(cells)
-        if pos is not None: k, v = k + pos, v + pos
+        if pos is not None: k, v = (k + pos).to(k), (v + pos).to(v)  # places may be float32 beside maps of half precision
         return (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q_proj(latents), k, v))
 
     def forward(self, latents: Tensor, cells: Tensor, pos: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -209,7 +209,8 @@ class SpatialPerceiver(MemoryTokens):
             out.append(stream.latents.reshape(len(x), -1, x.shape[1]))
         latents = self.layer_norm(torch.cat(out, 1))
         at = torch.cat([kind.encoded_at(*x.shape[-2:]) for kind, _ in self.kinds()])
-        return latents, sine_encoding(at, x.shape[1]).nan_to_num(0).to(latents).expand_as(latents)
+        places = sine_encoding(at, x.shape[1]).nan_to_num(0).to(latents.device, torch.promote_types(latents.dtype, torch.float32))
+        return latents, places.expand_as(latents)
 
 # %% ../nbs/21_perceiver.ipynb #c031x
 def _latent_xy(self: SpatialPerceiver, height: int, width: int) -> Tensor:
@@ -290,8 +291,8 @@ class AveragePooling(MemoryTokens):
     def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         "[B, dim, H, W], [B or 1, dim, H, W] -> tokens [B, K, dim], encodings [B, K, dim]."
         cell, valid, _ = (t.to(x.device) for t in self.windows(*x.shape[-2:]))
-        share = (valid / valid.sum(1, keepdim=True))[..., None].to(x)
-        return tuple((t.flatten(2).mT[:, cell] * share).sum(2) for t in (x, pos.expand_as(x)))
+        share = (valid / valid.sum(1, keepdim=True))[..., None]
+        return tuple((t.flatten(2).mT[:, cell] * share.to(t)).sum(2) for t in (x, pos.expand_as(x)))
 
     def latent_xy(self, height: int, width: int) -> Tensor:
         "x, y of each window's centre [K, 2] in cell indices."

@@ -27,7 +27,7 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import S
 from .backbones import Encoder, load_backbone
 from .core import find_variant
 from .perceiver import AveragePooling, SpatialPerceiver
-from .teacher import Features, Sam3, read_memory, without_dropout
+from .teacher import HALF, Features, Sam3, in_own_precision, match_layers, read_memory, without_dropout
 
 # %% ../nbs/15_student.ipynb #c006
 @strict
@@ -149,11 +149,13 @@ class EfficientSam3(Sam3):
         make = {"dense": lambda: None, "perceiver": partial(SpatialPerceiver, self.tracker_model.mem_dim), "pooling": AveragePooling}[config.memory]
         self.perceiver = make(**(config.perceiver or {}))
         self.tracker_model = StudentTracker(config.tracker_config, self.perceiver)
+        if self.dtype in HALF: match_layers(self)
         self.eval()
 
+    @in_own_precision
     def encode(self, pixels: Tensor) -> Features:
         "Features of `pixels` [B, 3, S, S]: on the canvas, ImageNet-normalised."
-        return Features(*self.detector_model.vision_encoder.encoder(pixels))
+        return Features(*self.detector_model.vision_encoder.encoder(pixels.to(self.dtype)))
 
     def get_vision_features_for_tracker(self, vision_embeds: StudentVisionOutput) -> tuple[list[Tensor], list[Tensor]]:
         "The tracker's maps and the coarsest one's position encoding, as [h·w, B, c]."
