@@ -101,6 +101,7 @@ class Masklet(NamedTuple):
     phrase: Any               # category id
     score: float              # 1 for the truth
     number: int               # place in its file
+    crowd: bool = False       # many objects that nobody could tell apart
 
 
 def frame_ious(truths: Sequence[Masklet], preds: Sequence[Masklet],  # G and P of them
@@ -173,7 +174,7 @@ def _masklets(marks: Sequence[dict], videos: dict[Any, dict], where: str) -> dic
         if given != frames: raise ValueError(f"{where} {k}: {given} masks for {frames} frames; one for each, null where nothing is seen")
         if score >= 0.5:
             masks = compressed(m["segmentations"], (video["height"], video["width"]), f"{where} {k}")
-            out[m["video_id"]].append(Masklet(masks, m["category_id"], score, k))
+            out[m["video_id"]].append(Masklet(masks, m["category_id"], score, k, bool(m.get("iscrowd"))))
     return out
 
 # %% ../nbs/41_metrics.ipynb #c041
@@ -181,10 +182,12 @@ def _video_counts(true: list[Masklet], pred: list[Masklet], video: dict, phrases
     "`unit_counts` of each phrase of a video, and the sum of their `hota_counts`."
     iou, true_px, pred_px = frame_ious(true, pred, (video["height"], video["width"]), len(video["file_names"]))
     there = np.array([[mask is not None for mask in m.masks] for m in true], bool).reshape(len(true), len(iou)).T
-    sure, units, tracks = np.array([m.score > 0.5 for m in pred], bool), [], np.zeros((4, len(ALPHAS)))
+    single, sure = np.array([not m.crowd for m in true], bool), np.array([m.score > 0.5 for m in pred], bool)
+    units, tracks = [], np.zeros((4, len(ALPHAS)))
     for c in phrases:
         g, p = (np.array([m.phrase == c for m in some], bool) for some in (true, pred))
-        units.append(unit_counts(masklet_iou(iou[:, g][:, :, p], true_px[:, g], pred_px[:, p]).T))
+        one = g & single
+        units.append(unit_counts(masklet_iou(iou[:, one][:, :, p], true_px[:, one], pred_px[:, p]).T))
         tracks += hota_counts(iou[:, g][:, :, p & sure], there[:, g], pred_px[:, p & sure] > 0)
     return units, tracks
 
