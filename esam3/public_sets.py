@@ -55,7 +55,8 @@ class Coco:
         self.media, self.notes, self.files = Path(media), [], places(annotations)
         path = self.files[0]
         record = _load(path, path.name)
-        if isinstance(record, dict) and any(isinstance(a, dict) and "segments_info" in a for a in (record.get("annotations") or ())[:1]):
+        first = next(iter(record["annotations"]), None) if isinstance(record, dict) and isinstance(record.get("annotations"), list) else None
+        if isinstance(first, dict) and "segments_info" in first:
             raise ValueError(f"{path}: panoptic annotations; take the file of instances, or turn it into one (panopticapi's panoptic2detection)")
         record = fields_of(record, path, {"images": {"id": ID}, "annotations": {"image_id": ID}}, self.notes)
         self.pictures, found = record["images"], record["annotations"]

@@ -370,6 +370,16 @@ def test_strange_annotations_cost_one_sample(tiny, tmp_path, name):
     assert opened["good"] and opened["bad"] + opened["refused"] > 10, opened
 
 
+def test_what_nobody_thought_of_is_a_bad_sample(tmp_path):
+    picture(tmp_path / "c/0.jpg")
+    for segmentations in ([True], [3.5], [{"counts": 5, "size": "x"}], [["a"]]):
+        (tmp_path / "v.json").write_text(json.dumps({"videos": [{"id": 1, "file_names": ["c/0.jpg"]}], "video_np_pairs": [{"video_id": 1, "category_id": 5, "noun_phrase": "a"}],
+                                                     "annotations": [{"video_id": 1, "category_id": 5, "segmentations": segmentations}]}))
+        with pytest.raises(BadSample, match="^c[:,]"): SaCoVideo(tmp_path / "v.json", tmp_path).read(0)
+    with pytest.raises(BadSample):
+        Coco(coco_file(tmp_path / "a.json", [{"id": 1, "file_name": "c/0.jpg"}], [{"id": 1, "image_id": 1, "segmentation": [[1, 2, 3, 4], 3.5]}]), tmp_path).read(0)
+
+
 def test_no_sample_is_an_index_error(tmp_path):
     reader = Vos(clip(tmp_path, [(1, A)], [(1, A)]))
     with pytest.raises(IndexError): reader.read(1)
