@@ -352,14 +352,15 @@ Pairs = list[tuple[dict[str, Any], list[dict[str, Any]]]]  # entries of `images`
 
 
 def _add_pair(pairs: Pairs, pair: int, file_name: str, text: str, masks: np.ndarray, source: str,
-              whole: bool = True  # False: one crowd for all instances, and not exhaustive
+              told: bool = True,   # exhaustive: all instances are drawn, each by itself
+              crowd: bool = False  # one mark for all of them
               ) -> None:
     "One more pair of a file; annotations are numbered through it from 1."
-    first, masks = 1 + sum(len(marks) for _, marks in pairs), masks if whole else masks.any(0, keepdims=True)
+    first, masks = 1 + sum(len(marks) for _, marks in pairs), masks.any(0, keepdims=True) if crowd else masks
     image, marks = saco_pair(pair, file_name, text, "positive", masks, first)
     del image["negative"]
-    image |= {"queried_category": "0", "is_instance_exhaustive": int(whole), "is_pixel_exhaustive": 1}
-    pairs.append((image, [{**m, "source": source, "frame_index": -1, "iscrowd": int(not whole)} for m in marks]))
+    image |= {"queried_category": "0", "is_instance_exhaustive": int(told), "is_pixel_exhaustive": int(told or crowd)}
+    pairs.append((image, [{**m, "source": source, "frame_index": -1, "iscrowd": int(crowd)} for m in marks]))
 
 
 def _saco_file(path: Path, about: str, pairs: Pairs) -> None:
@@ -401,8 +402,11 @@ def write_gold(root: Path) -> Truth:
         # b draws two of all things, c a fish ball where there is none
         for (who, pairs), (pair, text, members) in ((f, a) for f in files.items() for a in asked):
             seen = {("b", "thing"): members[:2], ("c", "the fish ball"): [1]}.get((who, text), members)
-            _add_pair(pairs, pair, name, text, masks[seen], "manual", (who, k, text) != ("b", 1, "thing"))
-        for who, pairs in files.items(): _add_pair(pairs, first + 3, name, "crowd", masks, "manual", who != "a")
+            group = (who, k, text) == ("b", 1, "thing")
+            _add_pair(pairs, pair, name, text, masks[seen], "manual", not group, group)
+        # a draws all as one crowd in the first picture, and one instance only in the second
+        _add_pair(files["a"], first + 3, name, "crowd", masks[:1] if k else masks, "manual", False, k == 0)
+        for who in "bc": _add_pair(files[who], first + 3, name, "crowd", masks, "manual")
         samples.append(_as_read(name, picture, masks, asked))
     for who, pairs in files.items():
         file = place / "annotations" / f"gold_metaclip_merged_{who}_release_test.json"
@@ -458,7 +462,8 @@ class Format(NamedTuple):
 READ_IN: Mapping[str, str] = {  # repositories at the commit that was read
     "SAM": "facebookresearch/segment-anything @ dca509f", "SAM2": "facebookresearch/sam2 @ 2b90b9f",
     "SAM3": "facebookresearch/sam3 @ 99d02f2", "DAVIS": "davisvideochallenge/davis2017-evaluation @ ac7c43f",
-    "DAVIS site": "davisvideochallenge/davisvideochallenge.github.io @ 30be16f", "DAVIS 2016": "fperazzi/davis @ aaee12c",
+    "DAVIS site": "davisvideochallenge/davisvideochallenge.github.io @ 30be16f",
+    "DAVIS 2016": "fperazzi/davis @ aaee12c",
     "AOT": "yoxu515/aot-benchmark @ 601c138", "MOSE": "henghuiding/MOSE-api @ 241977a",
     "LVOS": "LingyiHongfd/LVOS @ 00e2c31", "LVOS evaluation": "LingyiHongfd/lvos-evaluation @ 25cb02d",
     "YTVOS site": "ychfan/youtube-vos.org @ bb4c3da", "vis2vos": "youtubevos/vis2vos @ 582ad5c",

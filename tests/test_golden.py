@@ -90,7 +90,7 @@ def test_gold_takes_the_annotator_who_agrees_most(gold, data):
 
 
 def test_gold_scores_what_all_three_call_exhaustive(gold, data):
-    "Of eight pairs, two are crowds to the first annotator and one to the second: what is said of them does not count."
+    "Of eight pairs, two are not exhaustive to the first annotator and one to the second: what is said of them does not count."
     files, truth = gold
     pred = [m for m in truth["a"]["annotations"] if not m["iscrowd"]]
     exhaustive = {i["id"] for i in truth["a"]["images"]} - {10000003, 10000007, 10000005}
