@@ -42,7 +42,7 @@ def small_picture(number: int, things: int = 3) -> tuple[np.ndarray, np.ndarray,
 @lru_cache(maxsize=64)
 def small_clip(number: int, frames: int, every: int = 1  # video frames to one frame of the scene
                ) -> tuple[np.ndarray, np.ndarray]:
-    "Frames uint8 [T, H, W, 3] and masks bool [N, T, H, W], not to be written to; the first thing leaves and comes back."
+    "Frames uint8 [T, H, W, 3] and masks bool [N, T, H, W], read-only; the first thing leaves and comes back."
     rng = _rng(number)
     scene = sample_scene(rng, 9, twins=False, exits=True)
     scene.noise = 1.0  # H.264 keeps what there is of it
@@ -344,7 +344,8 @@ def write_lvis(root: Path) -> Truth:
     dog = {"id": 18, "synset": "dog.n.01", "name": "dog", "def": "", "synonyms": ["dog"], "frequency": "f",
            "image_count": 2, "instance_count": 6}
     write_json(root / "coco" / "annotations" / "lvis_v1_val.json", {
-        "info": {"description": "LVIS v1"}, "licenses": [], "categories": [dog], "images": images, "annotations": marks})
+        "info": {"description": "LVIS v1"}, "licenses": [], "categories": [dog],
+        "images": images, "annotations": marks})
     return {("held_out", "images"): samples}
 
 # %% ../nbs/01e_golden.ipynb #c032
