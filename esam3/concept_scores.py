@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from .concept_video import Kernels, follow_concepts
+from .concept_video import Kernels, follow_concepts, meaning
 from .concepts import keep_concepts
 from .core import nearest, write_json
 from .data import ImageBatch
 from .heldout import as_batch, in_parts, look
 from .metrics import pcs_image, pcs_video, region_similarity  # chapter 4's definitions,
 from .predictions import rle  # and its form of masks
-from .samples import ImageSample, boxes_of
+from .samples import ImageSample, boxes_of, rle_area
 from .teacher import Concepts, Detections, Sam3
 
 # %% ../nbs/33_concept_scores.ipynb #c006
@@ -44,13 +44,21 @@ def answers(model: Sam3, found: Detections, n: int, batch: ImageBatch, b: int, l
 SHOWN = ("", "own", "other", "crop")  # how a concept is shown: by its phrase, or an exemplar
 
 
-def lending(reader: Any) -> dict[int, tuple[int, str]]:
-    "For each positive pair, by id, the next picture with the same phrase (its number), in a circle; pairs whose phrase is in one picture only are left out."
-    places = defaultdict(list)
+def lending(reader: Any) -> dict[int, tuple[int, int]]:
+    """For each positive pair, by id, the next picture with the same phrase (its number) and its pair there, in a circle.
+
+    Pairs whose phrase is in one picture only are left out."""
+    places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # phrase → picture → pairs
     for i, name in enumerate(reader.names):
-        for pair in reader.pairs[name]:
-            if reader.marks[pair["id"]]: places[pair["text_input"].lower()].append((pair["id"], i))
-    return {pair: (some[(k + 1) % len(some)][1], text) for text, some in places.items() if len(some) > 1 for k, (pair, _) in enumerate(some)}
+        for pair in filter(_labelled(reader), reader.pairs[name]):
+            if any(rle_area(m.get("segmentation")) for m in reader.marks[pair["id"]]): places[pair["text_input"].lower()][i].append(pair["id"])
+    circles = [[*where.items()] for where in places.values() if len(where) > 1]
+    return {pair: (some[(k + 1) % len(some)][0], some[(k + 1) % len(some)][1][0]) for some in circles for k, (_, pairs) in enumerate(some) for pair in pairs}
+
+
+def _labelled(reader: Any) -> Callable[[dict], bool]:
+    "Whether a pair's instances are all marked, one by one."
+    return lambda pair: pair.get("is_instance_exhaustive", 1) and not any(m.get("iscrowd") for m in reader.marks[pair["id"]])
 
 # %% ../nbs/33_concept_scores.ipynb #c010
 def exemplars_of(model: Sam3, batch: ImageBatch, instances: Sequence[int]) -> Concepts:
@@ -61,10 +69,10 @@ def exemplars_of(model: Sam3, batch: ImageBatch, instances: Sequence[int]) -> Co
     return model.concepts([None] * len(some), image, boxes, torch.ones(len(some), 1, dtype=torch.long, device=model.device))
 
 
-def shown_instance(reader: Any, i: int, text: str, crop: bool = False, margin: float = 0.3) -> ImageSample:
-    "Picture i with the first instance of a phrase as its only one; `crop`: cut to its box and a margin, a part of the box's sides."
+def shown_instance(reader: Any, i: int, pair: int, crop: bool = False, margin: float = 0.3) -> ImageSample:
+    "Picture i with the first instance of one of its pairs (by id) as its only one; `crop`: cut to its box and a margin, a part of the box's sides."
     sample = reader.read(i)
-    mask = sample.masks[[next(p.instances[0] for p in sample.phrases if p.text.lower() == text and p.instances)]]
+    mask = sample.masks[[next(p.instances[0] for p in sample.phrases if p.pair == pair)]]
     x0, y0, x1, y1 = boxes_of(mask)[0]
     h, w = mask.shape[1:]
     across, down = margin * (x1 - x0), margin * (y1 - y0)
@@ -80,8 +88,8 @@ def lent(model: Sam3, shown: Sequence[ImageSample], image: Tensor) -> Concepts:
 # %% ../nbs/33_concept_scores.ipynb #c012
 def _units(reader: Any, part: range, batch: ImageBatch) -> list[tuple[int, dict, Any]]:
     "(picture of the batch, pair of the file, its phrase) of every labelled question."
-    fine = lambda pair: pair.get("is_instance_exhaustive", 1) and not any(m.get("iscrowd") for m in reader.marks[pair["id"]])
-    return [(b, pair, p) for b, i in enumerate(part) for pair, p in zip(filter(fine, reader.pairs[reader.names[i]]), batch.phrases[b], strict=True)]
+    asked = [{p.pair: p for p in phrases} for phrases in batch.phrases]
+    return [(b, pair, asked[b][pair["id"]]) for b, i in enumerate(part) for pair in filter(_labelled(reader), reader.pairs[reader.names[i]])]
 
 
 def _told(model: Sam3, reader: Any, part: range, shown: str, lenders: Mapping[int, tuple[int, str]]) -> list[tuple[dict, list[dict]]]:
@@ -119,12 +127,14 @@ def image_scores(model: Sam3, reader: Any, count: int = 0, size: int = 8, shared
 
 # %% ../nbs/33_concept_scores.ipynb #c016
 def _masklets(model: Sam3, reader: Any, i: int) -> list[dict]:
-    "Predictions of a whole video for all its phrases."
-    clip, pairs = reader.read(i), reader.pairs[reader.videos[i]["id"]]
-    number = {p["noun_phrase"]: p["category_id"] for p in pairs}
-    code = lambda m: rle(m) if m.any() else None
-    return [{"video_id": reader.videos[i]["id"], "category_id": number[f.concept], "score": f.score, "segmentations": [code(m) for m in f.masks]}
-            for f in follow_concepts(model, clip.frames, list(number))]
+    "Predictions of a whole video for all its phrases; those that ask the same share their answers."
+    clip, video = reader.read(i), reader.videos[i]["id"]
+    if not clip.phrases: return []
+    categories = defaultdict(list)
+    for p in clip.phrases: categories[meaning(p.text)].append(p.pair)
+    found = follow_concepts(model, clip.frames, [p.text for p in clip.phrases])
+    return [{"video_id": video, "category_id": category, "score": f.score, "segmentations": [*f.masks.codes]}
+            for f in found for category in categories[meaning(clip.phrases[f.asked].text)]]
 
 
 def video_scores(model: Sam3, reader: Any, count: int = 0, shared: bool = False) -> dict[str, float]:
