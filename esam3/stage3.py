@@ -91,6 +91,7 @@ def image_queries(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], s
         samples = draw(reader, seed, step, schedule.share(ranks), rank, ranks, limit=sampling["phrases"])
         batch = collate_images([varied(s, rng, recipe, schedule) for s in samples], *sides, max_instances=0)
         asked, starts = ask(batch, rng, asking, confusables), np.cumsum([0, *map(len, batch.masks)])
+        if teacher is not None: batch.notes += teacher.cut_phrases(asked.phrases)
         pointed = [int(a) + k for a, m in zip(starts, batch.masks) for k in choose(len(m), sampling["instances"], rng)]  # at most so many of an image, as in stage 1
         return batch, asked, torch.tensor(pointed, dtype=torch.long)
     return batch_at
@@ -105,7 +106,9 @@ def clip_queries(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], se
         batch, rng = clips(step, rank, ranks), rng_at(seed + 4, step, rank)
         if confusables is None: return {"clips": batch}
         shown = frame_batch(batch, rng.integers(0, len(batch.images) // len(batch.names), len(batch.names)).tolist())
-        return {"clips": batch, "shown": shown, "shown_asked": ask(shown, rng, asking, confusables)}
+        asked = ask(shown, rng, asking, confusables)
+        if teacher is not None: batch.notes += teacher.cut_phrases(asked.phrases)
+        return {"clips": batch, "shown": shown, "shown_asked": asked}
     return batch_at
 
 
@@ -281,7 +284,7 @@ def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
                                   precision=precision, student=file_digest(base / "model.safetensors"), asking=asdict(asking), evaluation=asdict(limits))
     if (folder / "report.json").exists(): return folder
     torch.manual_seed(seed)
-    small, clock = EfficientSam3.from_pretrained(base).to(device).eval(), time.perf_counter()
+    small, clock = EfficientSam3.from_pretrained(base, dtype=torch.float32).to(device).eval(), time.perf_counter()
     score = lambda who, m: run_scores(m, recipe, folder / "evaluation" / who, wanted, limits, precision)
     scores = {"teacher": teacher_scores(big, recipe, wanted, limits, precision), "before": score("before", small)} if wanted and not brief else {}
     first = time.perf_counter() - clock
