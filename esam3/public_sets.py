@@ -6,7 +6,6 @@
 __all__ = ['NumberedSample', 'polygon_mask', 'Coco', 'folders_in', 'Vos', 'SaVFolders', 'frame_files', 'clip_stems']
 
 # %% ../nbs/01c_public_sets.ipynb #c003
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pycocotools import mask as coco
 from .readers import Davis, Where, bad_only, by_picture, choose, digest_of, fields_of, ids_of, masks_in, places, rle_size, same_sized, sizes_of
 from .readers import _load, _tracks, _unseen, _window, some_there, stated_size, ID, NO_MEDIA  # what the readers of the chapter before share
 from .samples import (VOID, BadSample, ClipSample, ImageSample, RunMasks, decode_rle, is_one_object, mask_size, natural, palette_mask, pictures_in,
-                           read_picture, resized)
+                           read_picture, resized, same_shape)
 
 # %% ../nbs/01c_public_sets.ipynb #c005
 @dataclass
@@ -37,12 +36,14 @@ def polygon_mask(segmentation: Any,       # COCO: polygons [[x0, y0, x1, …], �
                  ) -> np.ndarray:         # [H, W] bool
     """One instance. `BadSample` where it is neither, or of another size.
 
-    A polygon of fewer than three points has no inside, and is left out (`pycocotools` takes four numbers for a box, and all that follow with them)."""
+    A polygon of fewer than three points has no inside, and is left out (`pycocotools` takes four numbers for a box, and all that follow with them);
+    so is one with a point farther away than four pictures (it walks along each edge pixel by pixel, and dies of 1e30)."""
     if not isinstance(segmentation, list): return decode_rle(segmentation, size, where)
     try:
         polygons = [segmentation] if segmentation and not isinstance(segmentation[0], list) else segmentation
-        good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and all(math.isfinite(x) for x in p)]
-        if len(good) < len(polygons) and notes is not None: notes.append(("polygon of fewer than three points left out", where))
+        near = lambda p: all(abs(x) <= 4 * max(size) for x in p)  # NaN is not
+        good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and near(p)]
+        if len(good) < len(polygons) and notes is not None: notes.append(("polygon without three points on the picture left out", where))
         return coco.decode(coco.merge(coco.frPyObjects(good, *size))).astype(bool) if good else np.zeros(size, bool)
     except Exception as e: raise BadSample(f"{where}: not a COCO polygon ({e!r}); download the annotation again") from e  # pycocotools raises bare Exceptions
 
@@ -99,6 +100,8 @@ class Coco:
         stated = stated_size(self.pictures[i]) or rle_size(found)
         image = read_picture(self.media / name, name, stated, notes)
         size, kept, bad = image.shape[:2], {}, []
+        if found and stated and not (same_shape(stated, size) and stated[0] <= 4 * size[0]):  # polygons are drawn at this size
+            raise BadSample(f"{name}: annotated at {stated[0]}×{stated[1]} px, a picture of {size[0]}×{size[1]}; annotation and media do not belong together")
         for k in choose(len(found), limit, rng):
             where = f"{name}, annotation {found[k]['id']}"
             try: mask = resized(polygon_mask(found[k].get("segmentation"), stated or size, where, notes).view(np.uint8), size, name, notes).view(bool)

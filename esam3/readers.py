@@ -393,15 +393,20 @@ def ids_of(index: np.ndarray) -> np.ndarray:
 
 
 class Davis:
-    "DAVIS-2017 layout: `JPEGImages/480p/CLIP/*.jpg`, `Annotations/480p/CLIP/*.png`, `ImageSets/YEAR/SPLIT.txt`; in 2016 all objects are one."
+    """DAVIS layout: `JPEGImages/480p/CLIP/*.jpg`, `Annotations/480p/CLIP/*.png`, `ImageSets/YEAR/SPLIT.txt`; in 2016 all objects are one.
+
+    The archive of 2016 has its own lists, of files: `ImageSets/480p/SPLIT.txt`."""
     kind = "clips"
 
     def __init__(self, path: str | Path, split: str = "val", year: int = 2017, resolution: str = "480p",
                  truth: str = "auto"):  # what of the masks is public: of `TRUTHS`
         self.path, self.year, self.resolution, self.notes = Path(path), year, resolution, []
-        listed = self.path / "ImageSets" / str(year) / f"{split}.txt"
-        if not listed.exists(): raise FileNotFoundError(f"no {listed}; there: {[str(p) for p in sorted(self.path.glob('ImageSets/*/*.txt'))]}")
-        self.names = list(dict.fromkeys(line.strip() for line in listed.read_text("utf-8-sig").splitlines() if line.strip()))
+        lists = [self.path / "ImageSets" / str(year) / f"{split}.txt", self.path / "ImageSets" / resolution / f"{split}.txt"]
+        listed = next((f for f in lists[:1 + (year == 2016)] if f.exists()), None)
+        if not listed: raise FileNotFoundError(f"no {lists[0]}; there: {[str(p) for p in sorted(self.path.glob('ImageSets/*/*.txt'))]}")
+        lines = [line.strip() for line in listed.read_text("utf-8-sig").splitlines() if line.strip()]
+        if listed == lists[1]: lines = [line.split("/")[3] for line in lines if line.count("/") > 3]  # /JPEGImages/480p/CLIP/00000.jpg /Annotations/…
+        self.names = list(dict.fromkeys(lines))
         self._open(truth, str(listed))
 
     def _open(self, truth: str, where: str) -> None:
@@ -508,8 +513,8 @@ class SaCoImages:
         image = read_picture(self.media / name, size=stated, notes=notes)
         for k in choose(len(pairs), limit, rng):
             pair = pairs[k]
-            marks = self.marks[pair["id"]]
-            if not pair.get("is_instance_exhaustive", 1) or any(m.get("iscrowd") for m in marks):
+            marks = [m for m in self.marks[pair["id"]] if not m.get("iscrowd")]
+            if not pair.get("is_instance_exhaustive", 1):
                 notes.append(("phrase without instance labels", f"{name}: {pair['text_input']}")); continue
             members = []
             for mark in marks:
@@ -560,7 +565,7 @@ class SaCoVideo:
             kind = "empty phrase left out" if not pair["noun_phrase"].strip() else "phrase given twice" if pair["category_id"] in there else ""
             if kind: self.notes.append((kind, f"video {pair['video_id']}, category {pair['category_id']}"))
             else: self.pairs[pair["video_id"]].append(pair)
-        for mark in record["annotations"]: self.marks[mark["video_id"], mark["category_id"]].append(mark)
+        for mark in record["annotations"]: self.marks[mark["video_id"], mark["category_id"]].append(mark)  # crowds too: the metric wants them
         self.names = [PurePosixPath(str(v["file_names"][0])).parent.name if v["file_names"] else str(v["id"]) for v in self.videos]
         if not self.names: raise FileNotFoundError(f"{self.files[0]}: no video in it")
         if not any(some_there(_frame_files(self.media, v["file_names"])) for v in self.videos if v["file_names"]):
@@ -584,7 +589,7 @@ class SaCoVideo:
         pairs = [self.pairs[video["id"]][k] for k in choose(len(self.pairs[video["id"]]), limit, rng)]
         marks, number, members = [], {}, []
         for pair in pairs:
-            found = self.marks[video["id"], pair["category_id"]]
+            found = [m for m in self.marks[video["id"], pair["category_id"]] if not m.get("iscrowd")]
             for m in found:
                 if len(m.get("segmentations") or ()) != len(video["file_names"]):
                     raise BadSample(f"{name}, annotation {m.get('id')}: {len(m.get('segmentations') or ())} masks for {len(video['file_names'])} frames; download the annotation again")

@@ -12,7 +12,6 @@ from esam3.golden import FORMATS, READ_IN, differences, reader_of, unlike, write
 from esam3.metrics import pcs_image, pcs_video
 from esam3.predictions import as_answers
 
-REFUSED = {"davis_2016": pytest.mark.xfail(raises=FileNotFoundError, strict=True, reason="`Davis` reads no lists of pairs of files")}
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def data(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=REFUSED.get(n, ())) for n in FORMATS])
+@pytest.mark.parametrize("name", FORMATS)
 def test_read_back_equal(data, name):
     "Names, ids, frames, annotated frames, phrases, negatives and masks exactly; pixels as near as JPEG and H.264 keep them."
     assert unlike(name, data) == []
@@ -135,7 +134,6 @@ def said_in_video(path: Path, marks: list[dict]) -> Path:
     return path
 
 
-@pytest.mark.xfail(strict=True, reason="`SaCoImages` leaves out a phrase with any crowd; the reference leaves out the crowd alone")
 def test_a_crowd_beside_instances_is_left_out_alone(gold, data):
     "A pair that is exhaustive is scored without its crowd marks, so it must be asked."
     files, truth = gold

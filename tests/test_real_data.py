@@ -135,7 +135,9 @@ def test_annotation_of_another_picture_is_refused(tmp_path):
     picture(tmp_path / "a.jpg")
     for segmentation in (box_polygon(A), rle(filled(A, (40, 40)))):
         path = coco_file(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg", "height": 40, "width": 40}], [{"id": 1, "image_id": 1, "segmentation": segmentation}])
-        with pytest.raises(BadSample, match="40×40 px on a picture of 24×36"): Coco(path, tmp_path).read(0)
+        with pytest.raises(BadSample, match="at 40×40 px, a picture of 24×36"): Coco(path, tmp_path).read(0)
+    huge = [{"id": 1, "file_name": "a.jpg", "height": H * 10 ** 6, "width": W * 10 ** 6}]  # would be drawn before it is looked at
+    with pytest.raises(BadSample, match="do not belong together"): Coco(coco_file(tmp_path / "b.json", huge, [{"id": 1, "image_id": 1, "segmentation": box_polygon(A)}]), tmp_path).read(0)
 
 
 def test_turned_frames_and_pictures_of_every_layout(tmp_path):
@@ -512,11 +514,11 @@ def test_sav_with_other_suffixes(tiny, tmp_path):
 
 def test_polygons_without_an_inside(tmp_path):
     picture(tmp_path / "a.jpg")
-    marks = [[[3, 3, 9, 9]], box_polygon(A), [[1, 1, 5, 5], *box_polygon(B)], [[2.0, 2, 8, 2, 8]], box_polygon(C)[0], [[float("nan")] * 6]]
+    marks = [[[3, 3, 9, 9]], box_polygon(A), [[1, 1, 5, 5], *box_polygon(B)], [[2.0, 2, 8, 2, 8]], box_polygon(C)[0], [[float("nan")] * 6], [[1e30, 0, 5, 5, 0, -1e30]]]
     path = coco_file(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg", "height": H, "width": W}], [{"id": 10 + k, "image_id": 1, "segmentation": s} for k, s in enumerate(marks)])
     sample = Coco(path, tmp_path).read(0)
     assert sample.ids == [11, 12, 14] and (sample.masks == np.stack([filled(w) for w in (A, B, C)])).all()
-    assert sum(kind.startswith("polygon") for kind, _ in sample.notes) == 4
+    assert sum(kind.startswith("polygon") for kind, _ in sample.notes) == 5
 
 
 def test_one_bad_annotation_costs_itself(tmp_path):
