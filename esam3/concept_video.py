@@ -164,17 +164,21 @@ class ConceptSession(Sam3VideoInferenceSession):
 
     def __init__(self, model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H, W, 3], of one size
                  concepts: Sequence[str | Exemplar]):
+        size, device = images[0].shape[:2], model.device
         teacher, student = (model.image_size, 128) if model.frame == "teacher" else (128, model.image_size)
-        super().__init__(None, *images[0].shape[:2], inference_device=model.device, inference_state_device=model.device, dtype=torch.float32)
+        super().__init__(None, *size, inference_device=device, inference_state_device=device, dtype=torch.float32)
         self.images, self.number = images, distinct(concepts)  # of each prompt: its position in `concepts`
         self.pixels = partial(teacher_pixels, size=teacher) if model.frame == "teacher" else partial(student_pixels, canvas=student)
-        self.frames, self.told, self.now = Frames(torch.tensor([images[0].shape[:2]], device=model.device), teacher, student), (torch.empty(0), torch.empty(0)), 0
+        self.frames = Frames(torch.tensor([size], device=device), teacher, student)
+        self.told, self.now = (torch.empty(0), torch.empty(0)), 0  # what was propagated, and to which frame
         self.prompts = {k: str(concepts[n]) for k, n in enumerate(self.number)}
         self.exemplars = {k: concepts[n] for k, n in enumerate(self.number) if isinstance(concepts[n], Exemplar)}
         for e in self.exemplars.values():
-            if not 0 <= e.frame < len(images): raise ValueError(f"exemplar '{e}' is on frame {e.frame} of a clip of {len(images)}, counted from 0")
+            if not 0 <= e.frame < len(images):
+                raise ValueError(f"exemplar '{e}' is on frame {e.frame} of a clip of {len(images)}, counted from 0")
         phrases = [k for k in self.prompts if k not in self.exemplars]
-        self.asked: list[tuple[list[int], Concepts]] = [(phrases, of_one_picture(model, [self.prompts[k] for k in phrases]))] if phrases else []
+        self.asked: list[tuple[list[int], Concepts]] = []
+        if phrases: self.asked.append((phrases, of_one_picture(model, [self.prompts[k] for k in phrases])))
 
     @property
     def num_frames(self) -> int: return len(self.images)

@@ -62,8 +62,8 @@ class Prompts:
 class MaskSet:
     "Masks for N prompts, before the object score has gated them."
     masks: Tensor          # [N, M, 4g, 4g] logits
-    iou: Tensor            # [N, M] predicted IoU
-    object_logits: Tensor  # [N] > 0: the object is in the picture
+    iou: Tensor            # [N, M] predicted IoU, float32
+    object_logits: Tensor  # [N] > 0: the object is in the picture; float32
     pointers: Tensor       # [N, M, C] object pointers, gated
     read: Tensor | None = None  # [N, C, g, g] the map they were decoded from, when it has read memory
 
@@ -104,13 +104,13 @@ class Concepts:
 class Detections:
     "Q candidates for each of N concepts; with `all_layers`, a leading axis of decoder layers."
     boxes: Tensor     # [N, Q, 4] xyxy as fractions of the model's square
-    logits: Tensor    # [N, Q] class logits
-    presence: Tensor  # [N] logit: the concept is in the picture
+    logits: Tensor    # [N, Q] class logits, float32
+    presence: Tensor  # [N] logit: the concept is in the picture; float32
     masks: Tensor     # [N, Q, 4g, 4g] logits
     semantic: Tensor | None = None  # [N, 1, 4g, 4g] logits of the union
     read: Tensor | None = None  # [N, C, g, g] the coarse map after it has read the prompt; one, whatever the layers
 
-    def scores(self) -> Tensor: return self.logits.float().sigmoid() * self.presence.float().sigmoid()[..., None]
+    def scores(self) -> Tensor: return self.logits.sigmoid() * self.presence.sigmoid()[..., None]
 
 # %% ../nbs/03_teacher.ipynb #c006b
 def in_float32(device: torch.device) -> AbstractContextManager:

@@ -17,6 +17,7 @@ from esam3.concept_video import Exemplar, follow_concepts
 from esam3.concepts import PhraseBook
 from esam3.data import load_recipe, open_dataset
 from esam3.heldout import as_batch, look, opening, prompt_scores
+from esam3.perceiver import AveragePooling
 from esam3.protocols import answer_pictures, follow
 from esam3.samples import ImageSample, boxes_of
 from esam3.student import EfficientSam3, build_student
@@ -205,9 +206,7 @@ def test_call(who: str, name: str, dtype: torch.dtype) -> None:
     assert {p.dtype for p in model(who, dtype).parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("outer", HALF, ids=str)
-@pytest.mark.parametrize("inner", HALF, ids=str)
-@pytest.mark.parametrize("who", ["teacher", "pooling"])
+@pytest.mark.parametrize(("who", "inner", "outer"), [("teacher", a, b) for a in HALF for b in HALF] + [("pooling", *HALF)], ids=str)
 @torch.no_grad()
 def test_autocast_over_a_half_model(who: str, inner: torch.dtype, outer: torch.dtype) -> None:
     m, prompts = model(who, inner), pictures(who).prompts["box"]
@@ -337,6 +336,14 @@ def test_saved_as_it_is(tmp_path: Path) -> None:
         assert all(torch.equal(p, q.to(want)) for p, q in zip(m.parameters(), half.parameters())), asked
         prompts = pictures("perceiver").prompts["box"]
         assert m.decode(features("perceiver", want), prompts).masks.dtype == want
+
+
+@torch.no_grad()
+def test_pooled_places_are_not_rounded() -> None:
+    "Windows of a grid of 3 × 3 hold four, six or nine cells: a third is no bf16 number."
+    pool, at = AveragePooling((3, 3)), torch.Generator().manual_seed(0)
+    x, pos = torch.rand(1, 64, 8, 8, generator=at), torch.rand(1, 64, 8, 8, generator=at)
+    assert torch.equal(pool(x.bfloat16(), pos)[1], pool(x, pos)[1]) and pool(x.bfloat16(), pos)[0].dtype == torch.bfloat16
 
 
 def test_phrase_book_of_a_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
