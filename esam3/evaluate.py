@@ -403,8 +403,8 @@ def check_any(rows: Sequence[Mapping], why: Sequence[str]) -> None:
     "`ValueError` where no sample of any kind could be read: how many, and why."
     if any(r["samples"] for r in rows): return
     said, count = list(dict.fromkeys(why)), sum({r["kind"]: r["skipped"] for r in rows}.values())
-    more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
-    raise ValueError(f"{rows[0]['data']}, {rows[0]['split']}: nothing to score, none of {count} samples can be read: {'; '.join(said[:3])}{more}")
+    more = f" (and {len(said) - 2} more)" if len(said) > 2 else ""
+    raise ValueError(f"{rows[0]['data']}, {rows[0]['split']}: nothing to score, none of {count} samples can be read: {'; '.join(said[:2])}{more}")
 
 # %% ../nbs/40_evaluate.ipynb #c027
 def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split: str = "held_out", limit: int = 0, repeats: int = 5,
