@@ -232,7 +232,7 @@ def _open_mixture(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str
     "The reader of a mixture. `FileNotFoundError` names the part that is not there."
     readers = {}
     for k, one in enumerate(part["parts"], 1):
-        name = one.get("recipe") or one["format"]
+        name = Path(one["recipe"]).stem if "recipe" in one else one["format"]
         label = name if name not in readers else f"{name} {k}"
         try: readers[label] = _open_one(one, recipe, split, kind)
         except FileNotFoundError as e: raise FileNotFoundError(f"part {k} of the mixture, {name}: {e}") from e

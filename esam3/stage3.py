@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURES_A_CLIP', 'MAPS', 'stage3_schedule', 'Mixed', 'flipped', 'varied', 'image_queries', 'clip_queries',
-           'mixed_source', 'thing_means', 'thing_losses', 'map_losses', 'concept_terms', 'stage3_groups', 'Stage3',
-           'MapLesson', 'take_map_lesson', 'train_stage3', 'run_stage3']
+           'check_concepts', 'mixed_source', 'thing_means', 'thing_losses', 'map_losses', 'concept_terms',
+           'stage3_groups', 'Stage3', 'MapLesson', 'take_map_lesson', 'train_stage3', 'run_stage3']
 
 # %% ../nbs/30_stage3.ipynb #c005
 import time
@@ -112,17 +112,23 @@ def clip_queries(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], se
     return batch_at
 
 
+def check_concepts(recipe: Mapping, schedule: Schedule) -> None:
+    "`ValueError` where a recipe has nothing that stage 3 can learn from."
+    parts = recipe["splits"].get("train", {})
+    if "concept_images" in parts or "concept_clips" in parts and schedule.clip_every: return
+    raise ValueError(f"{recipe['name']}: stage 3 learns from concept_images or concept_clips, and its training split holds {', '.join(parts)}")
+
+
 def mixed_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int, asking: Asking, teacher: Sam3 | None = None
                  ) -> Callable[[int, int, int], Mixed]:
     """A function (micro-batch, rank, ranks) → the images and queries of this rank, and every `clip_every` steps clips: beside them, or in their place (`alternate`).
 
     `teacher`: whose text embeddings say which phrases are easily confused. `ValueError` where the recipe has nothing that stage 3 can learn from."""
+    check_concepts(recipe, schedule)
     parts, many = recipe["splits"]["train"], max(ranks().num_processes * schedule.accumulate, schedule.batch_size // PICTURES_A_CLIP)
     kinds = [k for k in ("concept_clips", "clips") if k in parts] if schedule.clip_every else []
     images = image_queries(recipe, schedule, sides, seed, asking, teacher) if "concept_images" in parts else None
     clips = [clip_queries(recipe, replace(schedule, batch_size=many), sides, seed, asking, kind, teacher) for kind in kinds]
-    if images is None and "concept_clips" not in kinds:
-        raise ValueError(f"{recipe['name']}: stage 3 learns from concept_images or concept_clips, and its training split holds {', '.join(parts)}")
     def batch_at(step: int, rank: int, ranks: int) -> Mixed:
         turn, rest = divmod(step // schedule.accumulate, schedule.clip_every or 1)
         moving = clips[turn % len(clips)](step, rank, ranks) if clips and (rest == 0 or images is None) else {"clips": None}
@@ -273,6 +279,7 @@ def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     recipe, asking = with_sampling(load_recipe(recipe), sampling), Asking(each, easy, hard=hard, exemplar=exemplar)
     options = ({"lesson_steps": lesson_steps} if lesson_steps >= 0 else {}) | dict(options or {})
     s = stage3_schedule(recipe, encoder_lr, distill, options, schedule=schedule, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr)
+    check_concepts(recipe, s)
     name, device, find = teacher or recipe["teacher"], pick_device(), find_variant(variant)
     precision = pick_precision(device, precision)
     limits = limits_of(recipe, images=eval_images, instances=eval_instances, clips=eval_clips, frames=eval_frames)

@@ -229,9 +229,10 @@ def test_stage_1_from_a_folder_of_pictures(folder, tmp_path):
 
 def test_stage_3_of_a_folder_is_refused(folder):
     from esam3.concepts import Asking
-    from esam3.stage3 import mixed_source
-    with pytest.raises(ValueError, match="stage 3 learns from concept_images or concept_clips, and its training split holds images, clips"):
-        mixed_source(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, Asking())
+    from esam3.stage3 import mixed_source, run_stage3
+    said = "folder: stage 3 learns from concept_images or concept_clips, and its training split holds images, clips"
+    with pytest.raises(ValueError, match=said): mixed_source(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, Asking())
+    with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)  # before it asks for a student of stage 2
 
 
 def test_pictures_without_a_thing_teach_features(folder):
