@@ -97,7 +97,7 @@ def cache_settings(teacher: Sam3, pictures: Replays,
                    records: int = 512    # pictures in a file (2.7 GB at SAM3's size)
                    ) -> dict[str, Any]:
     "What must be equal for a cache to be the right one. The number of replays is not part of it: a cache can be given more."
-    names = "\n".join(n.decode() if isinstance(n, bytes) else str(n) for n in pictures.reader.names)
+    names = "\n".join(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in pictures.reader.names)
     defaults = {k: p.default for k, p in list(signature(augment).parameters.items())[2:]}
     changes = None if pictures.augmentation is None else {**defaults, **pictures.augmentation}
     return {"format": 1, "dtype": dtype, "teacher": vit_digest(teacher), "image_size": teacher.image_size, "tokens": teacher.grid ** 2,
