@@ -6,7 +6,7 @@
 __all__ = ['ASK', 'KEPT', 'REPORTED', 'EVALUATION_SEED', 'EVALUATION_VERSION', 'sample_digest', 'Task', 'of_pictures',
            'clip_name', 'object_names', 'write_truth', 'of_clip', 'questions', 'of_concepts', 'exemplar',
            'of_concept_clip', 'lacking', 'predict', 'truth_of', 'first_frames', 'sequences', 'score_clips', 'score',
-           'append_rows', 'read_rows', 'as_table', 'gold_readers', 'has_changed', 'as_row', 'check_any', 'evaluate',
+           'as_row', 'check_any', 'append_rows', 'read_rows', 'as_table', 'gold_readers', 'has_changed', 'evaluate',
            'Limits', 'limits_of', 'cases', 'held_tasks', 'run_scores', 'by_count', 'teacher_scores', 'cost_table']
 
 # %% ../nbs/40_evaluate.ipynb #c005
@@ -37,7 +37,7 @@ from .mixtures import Mixture, sample_names
 from .predictions import instances, masklet_answer, phrase_answers, prompt_answers, some_pairs, some_phrases, write_labels, write_objects
 from .protocols import BY_FRAME, CONTROLS, FrameScores, answer_pictures, chosen_protocols, follow, mean_rows
 from .public_sets import NumberedSample, SaVFolders, clip_stems, folders_in
-from .readers import Davis, SaCoImages, choose
+from .readers import Davis, SaCoImages, choose, masks_in
 from .samples import BadSample, ClipSample, Reported, RunMasks, boxes_of
 from .teacher import Sam3
 
@@ -112,7 +112,7 @@ class Task:
 def of_pictures(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
     "What prompts gave on some pictures: protocol → predictions and truth."
     samples, account = task.read(unit)
-    found = answer_pictures(task.model, samples, names, seed_at(task.seed, unit.start)) if any(len(s.masks) for s in samples) else {}
+    found = answer_pictures(task.model, samples, names, seed_at(task.seed, unit.start)) if samples else {}
     own = [(s.number, s.ids) if isinstance(s, NumberedSample) else (i, [10_000 * i + k for k in range(len(s.masks))])
            for i, s in zip(account["samples"], samples)]
     truth = [instances(number, ids, s.name, s.masks) for (number, ids), s in zip(own, samples)]
@@ -274,6 +274,7 @@ def score_clips(task: Task, name: str, clips: Sequence[str]) -> tuple[dict[str, 
     found, halves, unfit, notes, reported, meta = {}, [], [], [], Reported(), getattr(task.reader, "meta", None)
     for one, truth, said in (s for clip in clips for s in sequences(task, name, clip)):
         try:
+            if not masks_in(truth): raise ValueError("no object is marked in it")
             objects = sequence_scores(truth, said, notes)
             if not objects: raise ValueError(NEVER_SCORED)
             if meta: halves.append(by_category(one, objects, load_json(meta, "videos")["videos"], meta))
@@ -332,10 +333,26 @@ def _concept_scores(task: Task, name: str, asked: set) -> dict[str, float]:
     "Scores of phrases, or exemplars, for the pairs that were asked."
     files, said = [task.folder / name / f"truth{k or ''}.json" for k in range(max(1, len(task.gold)))], task.folder / name / "predictions.json"
     images = task.kind == "concept_images"
-    for path, reader in zip(files, task.gold or [task.reader]):
-        write_json(path, some_pairs(truth_of(reader), asked) if images else some_phrases(first_frames(truth_of(reader), task.frames), asked))
+    whole = [some_pairs(truth_of(r), asked) if images else some_phrases(first_frames(truth_of(r), task.frames), asked) for r in task.gold or [task.reader]]
+    for path, truth in zip(files, whole): write_json(path, truth)
+    if not any(truth["annotations"] for truth in whole): return {}  # not marked is not absent
     found = pcs_image(files, said) if images else pcs_video(files[0], said)
     return {k: v for k, v in found.items() if name == "phrase" or k not in ("cgF1", "IL_MCC")}
+
+# %% ../nbs/40_evaluate.ipynb #c026r
+def as_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    "Of what `score` says: numbers, counts, and the reason where there are no numbers."
+    counts = {k: result[k] for k in ("samples", "skipped", "unscored")}
+    numbers = {k: v for k, v in result.items() if isinstance(v, int | float) and v == v and k not in counts}
+    return {"scores": numbers, **counts, **({"reason": result["reason"]} if "reason" in result else {})}
+
+
+def check_any(rows: Sequence[Mapping], why: Sequence[str]) -> None:
+    "`ValueError` where no sample of any kind could be read: how many, and why."
+    if any(r["samples"] for r in rows): return
+    said, count = list(dict.fromkeys(why)), sum({r["kind"]: r["skipped"] for r in rows}.values())
+    more = f" (and {len(said) - 2} more)" if len(said) > 2 else ""
+    raise ValueError(f"{rows[0]['data']}, {rows[0]['split']}: nothing to score, none of {count} samples can be read: {'; '.join(said[:2])}{more}")
 
 # %% ../nbs/40_evaluate.ipynb #c023
 def append_rows(path: Path, rows: Sequence[Mapping]) -> int:
@@ -378,33 +395,19 @@ def gold_readers(recipe: Mapping, split: str) -> list[Any]:
 
 # %% ../nbs/40_evaluate.ipynb #c026c
 def has_changed(task: Task, names: Sequence[str], limit: int = 0, look: int = 20) -> bool:
-    "Whether parts that are there are of data that have changed since. `ValueError` where of the first `look` samples of such parts none is as it was."
-    changed, there = False, 0
+    "Whether parts that are there are of data that have changed since. `ValueError` where the first `look` samples of such parts and those of now share none."
+    before, now, changed = set(), set(), False
     for unit in task.units(limit):
         kept = [p for n in names if (p := task.part(n, unit)).exists()]
         part = json.loads(kept[0].read_text()) if kept else {"data": task.data}
         if part.get("data") == task.data: continue
-        changed, before = True, {*part.get("digests", ())}
-        if before & {*task.read(unit)[1]["digests"]}: return True
-        there += len(before)
-        if there >= look: break
-    if there: raise ValueError(f"{task.folder} holds answers on other data (of {there} samples none is as it was): pass resume=False to replace them, or another `runs`")
+        changed = True
+        before |= {*part.get("digests", ())}
+        now |= {*task.read(unit)[1]["digests"]}
+        if before & now or len(before) >= look: break
+    if before and not before & now:
+        raise ValueError(f"{task.folder} holds answers on other data (of {len(before)} samples none is as it was): pass resume=False to replace them, or another `runs`")
     return changed
-
-# %% ../nbs/40_evaluate.ipynb #c026r
-def as_row(result: Mapping[str, Any]) -> dict[str, Any]:
-    "Of what `score` says: numbers, counts, and the reason where there are no numbers."
-    counts = {k: result[k] for k in ("samples", "skipped", "unscored")}
-    numbers = {k: v for k, v in result.items() if isinstance(v, int | float) and v == v and k not in counts}
-    return {"scores": numbers, **counts, **({"reason": result["reason"]} if "reason" in result else {})}
-
-
-def check_any(rows: Sequence[Mapping], why: Sequence[str]) -> None:
-    "`ValueError` where no sample of any kind could be read: how many, and why."
-    if any(r["samples"] for r in rows): return
-    said, count = list(dict.fromkeys(why)), sum({r["kind"]: r["skipped"] for r in rows}.values())
-    more = f" (and {len(said) - 2} more)" if len(said) > 2 else ""
-    raise ValueError(f"{rows[0]['data']}, {rows[0]['split']}: nothing to score, none of {count} samples can be read: {'; '.join(said[:2])}{more}")
 
 # %% ../nbs/40_evaluate.ipynb #c027
 def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split: str = "held_out", limit: int = 0, repeats: int = 5,
@@ -507,6 +510,7 @@ def run_scores(model: Sam3, recipe: Mapping, folder: Path,   # folder keeps the 
         for name in names if PartialState().is_main_process else ():
             found = _kept_score(task, name, many)
             out["samples"][kind], out["skipped"][kind] = found["samples"], found["skipped"]
+            if "reason" in found: print(f"{kind}, {name}: no score, {found['reason']}")
             if name in CONTROLS: out.setdefault("controls", {})[name] = {k: found.get(k) for k in ("J", "F", "J&F", "absent_acc")}
             out |= {key: _number(found.get(k)) for k, key in REPORTED.get((kind, name), {}).items()}
         if kind == "images" and PartialState().is_main_process: out["by_count"] = by_count(task, names)

@@ -136,6 +136,20 @@ def test_one_clip_with_hidden_truth_among_others(tmp_path):
     assert all(r["scores"] == {} and r["unscored"] == 2 for r in rows.values()), "with another `truth` the answers are made anew"
 
 
+def test_what_nobody_marked_is_not_absent(tmp_path, tiny, teacher):
+    "Siblings: phrases of a file without its instances, and a video that has no labels."
+    truth = json.loads((tiny / "saco" / "images.json").read_text())
+    (tmp_path / "bare.json").write_text(json.dumps({**truth, "annotations": []}))
+    parts = {"concept_images": {"format": "saco_images", "annotations": str(tmp_path / "bare.json"), "media": str(tiny / "saco")},
+             "clips": {"format": "videos", "path": "clip"}}
+    rows, folder = scored(tmp_path, tiny, "phrase,mask,visible", parts, limit=1)
+    assert all(r["scores"] == {} and r["samples"] == 1 and r["reason"] for r in rows.values()), rows
+    assert json.loads((folder / "concept_images/phrase/truth.json").read_text())["images"] and "no object is marked" in rows["mask"]["reason"]
+    found = load_recipe(recipe(tmp_path, tiny, parts))
+    got = run_scores(teacher, found, tmp_path / "kept", {"concept_images": ("phrase",), "clips": ("visible",)}, limits_of(found, images=1, clips=1))
+    assert got["cgF1"] is got["IL_MCC"] is got["J"] is None and got["samples"] == {"concept_images": 1, "clips": 1}
+
+
 # ---- row 4: one bad clip costs itself
 
 def test_a_bad_clip_costs_itself(tmp_path):
