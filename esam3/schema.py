@@ -203,6 +203,6 @@ def _check(given: Said, rule: Rule | Mapping, at: tuple = ()) -> None:
     if not isinstance(given.value, dict): raise given.wrong(at, f"expected lines `{noun}: …`, got {given.plain()!r}")
     for key, value in given.items():
         if key in rule: _check(value, rule[key], (*at, key)); continue
-        if at == ("stages",): raise value.wrong((), f"nothing reads `stages: {key}`: the stages are 1, 2 and 3")
+        if at == ("stages",): raise value.wrong((), f"nothing reads `stages: {key}`: the stages are 1, 2 and 3" + ", without quotes" * isinstance(key, str))
         if at[:1] == ("stages",): _belongs([str(key)], at[1], f"{value.where}: `stages: {at[1]}`: ")
         raise value.wrong(at, "has an " * bool(at) + nearest(str(key), [*map(str, rule)], noun))

@@ -33,6 +33,7 @@ from .stage1 import prompt_losses
 from .stage2 import EncodeOnce, Stage2, clip_source, nothing_learned, present, run_stage2
 from .student import EfficientSam3
 from .teacher import Features, Sam3, load_teacher
+from .tracks import sought
 from .training import THAW, TRAINS, Schedule, fit, parameter_groups, recomputed, schedule_for
 
 # %% ../nbs/30_stage3.ipynb #c008
@@ -261,6 +262,7 @@ def train_stage3(small: EfficientSam3, big: Sam3, recipe: Mapping, s: Schedule, 
     "The lesson on maps, where the schedule has one and thaws the encoder, and the concepts, in place; the account of both. `options` of `fit`."
     small.detector_model.vision_encoder.to(memory_format=torch.channels_last)  # quicker, above all on a CPU
     task, sides, options = Stage3(big, small, s), (big.image_size, small.image_size), {"bad": recipe["sampling"]["bad"], **options}
+    if "clips" in recipe["splits"]["train"]: task.tracking.sampled = sought(open_dataset(recipe, "train", "clips"), recipe["sampling"]["tracks"])
     source = mixed_source(recipe, s, sides, seed, asking, big)
     lesson = take_map_lesson(task, recipe, sides, folder, seed, **options) if s.encoder_lr and s.lesson_steps and s.lambda2 else {"seconds": 0.0}
     groups = stage3_groups(small, s)

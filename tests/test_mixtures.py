@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from esam3.core import seed_everything
+from esam3 import tracks
+from esam3.core import Frames, seed_everything
 from esam3.data import augment, collate_clips, collate_images, data_digest, draw, load_recipe, open_dataset
 from esam3.mixtures import Mixture, Stills, turn
 from esam3.runs import digests
@@ -79,7 +80,9 @@ def test_the_same_step_is_the_same_batch():
     make = lambda: Mixture({"a": Numbers(12), "b": Numbers(30), "c": Mixture({"d": Numbers(5), "e": Numbers(7)}, (1, 1))}, (3, 5, 2))
     names = lambda mixture, seed, steps: [[s.name for s in draw(mixture, seed, k, batch=4, frames=(1, 3))] for k in steps]
     whole = names(make(), 1, range(30))
-    assert names(make(), 1, range(20, 30)) == whole[20:] and names(make(), 2, range(30)) != whole
+    assert names(make(), 1, range(20, 30)) == whole[20:]
+    order = lambda seed: [make().part_at(seed, k)[0] for k in range(30)]
+    assert order(1) == order(1) != order(2)
 
 
 def test_a_bad_sample_is_replaced_from_its_own_part():
@@ -235,8 +238,8 @@ def test_stage_3_of_a_folder_is_refused(folder):
     with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)  # before it asks for a student of stage 2
 
 
-def test_pictures_without_a_thing_teach_features(folder):
-    "A picture in which the teacher sees nothing costs no step."
+def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
+    "A picture in which the teacher sees nothing, or nothing of a pixel's size, costs no step."
     for f in folder.iterdir(): Image.fromarray(np.full((96, 128, 3), 127, np.uint8)).save(f)
     recipe = load_recipe("folder")
     batch = picture_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)(0, 0, 1)
@@ -244,3 +247,20 @@ def test_pictures_without_a_thing_teach_features(folder):
     from esam3.stage1 import Stage1
     terms = Stage1(*networks(), TINY, sampled=4)(batch)
     assert all(v.isfinite() for v in terms.values()) and terms["features"] > 0
+    bare = collate_images([Stills(open_dataset("folder", "train", "images")).reader.read(0)], *SIDES)
+    monkeypatch.setattr(tracks, "choose_masks", lambda masks, *rest: torch.tensor([0, 1]))
+    monkeypatch.setattr(Frames, "to_source", lambda self, maps, *rest: torch.stack([torch.full((96, 128), -1.0), torch.ones(96, 128)]))
+    teacher = networks()[0]
+    with torch.no_grad(): found = tracks.propose(teacher, teacher.encode(bare.teacher_pixels), bare, 4)
+    assert [len(m) for m in found] == [1]
+
+
+def test_stage_3_takes_images_among_its_clips(tmp_path):
+    "And with their phrases."
+    from esam3.concepts import Asking
+    from esam3.stage3 import mixed_source
+    (tmp_path / "talk.yaml").write_text("extends: tiny\nsplits: {train: {clips: null, concept_images: null, concept_clips: {format: mixture, parts: ["
+        "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: images}]}}}\nstages: {2: null}\n")
+    source = mixed_source(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, Asking())
+    batches = [source(step, 0, 1) for step in range(4)]
+    assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.shown.phrases and len(b.shown_asked.image) for b in batches)

@@ -108,6 +108,8 @@ SLIPS = [  # old line, new line, where, what is said
     ("  flip: 0.5", "  flip: 1.5", 14, "`augment: flip` is a share, 0 … 1, not 1.5"),
     ("  flip: 0.5", "  flip: '0.5'", 14, "not '0.5'"),
     ("  flip: 0.5", "  flip: .nan", 14, "not nan"),
+    ("  flip: 0.5", "  jitter: .inf", 14, "`augment: jitter` is a number from 0 on, not inf"),
+    ("  1: {steps: 3}", "  '1': {steps: 3}", 16, "nothing reads `stages: 1`: the stages are 1, 2 and 3, without quotes"),
     ("  flip: 0.5", "  hue: 1e-2", 14, "write 1.0e-3, not 1e-3"),
     ("  flip: 0.5", "  short: [64, 64]", 14, "`short` stands here and in line 13"),
     ("root: x", "root: x\nroot: y", 3, "`root` stands here and in line 2"),
@@ -249,14 +251,16 @@ def test_a_folder_is_images_or_clips(tmp_path, data):
     "By the place at which it stands; each leaves out what the other reads."
     (data / "folder/deep").mkdir(parents=True)
     shutil.copy(toyworld("tiny") / "clip/toy_000000.mp4", data / "folder/deep")
-    for k in range(3): shutil.copy(next((toyworld("tiny") / "saco").rglob("*.jpg")), data / f"folder/{k}.JPG")
+    for name in ("a.JPG", "b.JPG", "c.JPG", ".trash/3.jpg", "__MACOSX/4.jpg", "deep/.5.jpg"):
+        (data / "folder" / name).parent.mkdir(exist_ok=True)
+        shutil.copy(next((toyworld("tiny") / "saco").rglob("*.jpg")), data / "folder" / name)
     images, clips = open_dataset("folder", "train", "images"), open_dataset("folder", "train", "clips")
-    assert images.names == ["0.JPG", "1.JPG", "2.JPG"] and not images.labelled and images.read(0).masks.shape[0] == 0 and isinstance(clips, Videos)
-    assert any("toy_000000.mp4" in detail for _, detail in images.notes) and "toy_000000" in clips.names
+    assert images.names == ["a.JPG", "b.JPG", "c.JPG"] and not images.labelled and images.read(0).masks.shape[0] == 0 and isinstance(clips, Videos)
+    assert any("toy_000000.mp4" in detail for _, detail in images.notes) and clips.names == ["toy_000000"]
     before = data_digest("folder")
     (data / "folder/3.jpg").write_bytes(b"x")
     assert data_digest("folder")["images"] != before["images"]
-    assert images.digest == before["images"] and open_dataset("folder", "train", "images").names[-1] == "3.jpg"
+    assert images.digest == before["images"] and open_dataset("folder", "train", "images").names[0] == "3.jpg"
 
 
 # ---- files
