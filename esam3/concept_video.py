@@ -103,8 +103,8 @@ def _propagate(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_i
     "Masks [N, 4g, 4g] (gated, mended) and object logits [N] of all objects in a frame, read from their memories."
     if reverse: raise ValueError("concepts are followed forwards in time: reverse the frames")
     session, n = inference_session, len(inference_session.obj_ids)
-    seen, zeros = frame_features(self, session, frame_idx), partial(torch.zeros, device=self.device)  # float32, whatever the model is
-    masks, logits = zeros(n, 4 * self.grid, 4 * self.grid), zeros(n)
+    seen = frame_features(self, session, frame_idx)
+    masks, logits = seen.tracker[0].new_zeros(n, 4 * self.grid, 4 * self.grid), seen.tracker[0].new_zeros(n)
     forget(session, frame_idx, self.tracker_model.config)
     banks = [history_of(session, i, self.tracker_model.config).bank(frame_idx) for i in range(n)]
     for some, bank in alike(banks):
@@ -213,7 +213,7 @@ def _run_detection(self: Sam3, inference_session: Sam3VideoInferenceSession, vis
         for k, p, boxes, masks in zip(numbers, found.scores(), found.boxes, found.masks):
             if self.det_nms_thresh > 0: p = p * library.nms_masks(p, masks, self.score_threshold_detection, self.det_nms_thresh)
             kept = p > self.score_threshold_detection
-            out[k] = {"bbox": boxes[kept], "mask": masks[kept].float(), "scores": p[kept]}
+            out[k] = {"bbox": boxes[kept], "mask": masks[kept], "scores": p[kept]}
     return dict(sorted(out.items()))
 
 # %% ../nbs/32_concept_video.ipynb #c020

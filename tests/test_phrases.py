@@ -124,9 +124,16 @@ def test_a_run_counts_cut_phrases(teacher, tmp_path, monkeypatch):
     "As notes on the batch, from which the tally of a run makes `counts` of its report."
     phrases = ["red star", LONG, None, LONG]
     monkeypatch.setattr("esam3.stage3.ask", lambda batch, *rest: replace(ask(batch, *rest), phrases=phrases))
-    schedule, sides = Schedule(steps=1, batch_size=2, lr=1e-4), (teacher.image_size, 128)
-    batch = mixed_source(load_recipe("tiny"), schedule, sides, 0, Asking(), teacher)(0, 0, 1)
-    assert [kind for kind, _ in batch.notes].count(KIND) == 2 * sum(b is not None for b in (batch.images, batch.shown))
+    schedule, sides = Schedule(steps=4, batch_size=2, lr=1e-4, clip_every=1, alternate=False), (teacher.image_size, 128)
+    recipe = load_recipe("tiny")
+    recipe["splits"]["train"]["concept_clips"] = recipe["splits"]["held_out"]["concept_clips"]
+    batch_at, asked = mixed_source(recipe, schedule, sides, 0, Asking(), teacher), 0
+    for step in range(2):
+        batch = batch_at(step, 0, 1)
+        pictures = (batch.images is not None) + (batch.shown is not None)
+        assert [kind for kind, _ in batch.notes].count(KIND) == 2 * pictures
+        asked += pictures
+    assert asked == 3, "pictures twice, and a frame of a clip with phrases"
 
 
 def test_concepts_given_twice_are_followed_once(teacher, clip):
@@ -134,8 +141,8 @@ def test_concepts_given_twice_are_followed_once(teacher, clip):
     text = [p.text for p in clip.phrases if p.instances][-1]
     frames, other = clip.frames[:3], next(p.text for p in clip.phrases if not p.instances)
     alone = follow_concepts(teacher, frames, [text])
-    found = follow_concepts(teacher, frames, [other, text.upper(), other, text, f" {text}  "])
-    assert {f.asked for f in alone} == {0} and {(f.asked, f.concept) for f in found} == {(1, text.upper())}
+    found = follow_concepts(teacher, frames, [other, other, text.upper(), text, f" {text}  "])
+    assert {f.asked for f in alone} == {0} and {(f.asked, f.concept) for f in found} == {(2, text.upper())}
     assert [np.asarray(f.masks).sum() for f in found] == [np.asarray(f.masks).sum() for f in alone]
 
 
