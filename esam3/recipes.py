@@ -212,16 +212,21 @@ def with_sampling(recipe: Mapping[str, Any], changes: str  # YAML without its br
     return {**recipe, "sampling": {**recipe["sampling"], **given.plain()}}
 
 # %% ../nbs/01h_recipes.ipynb #c041
-def _open(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: str) -> Any:
-    "The reader of one part of a split. `FileNotFoundError` says what to download."
-    if part.get("format") == "mixture": return _open_mixture(part, recipe, split, kind)
-    root = part.get("root", recipe["root"])
-    if "$" in root: raise FileNotFoundError(f"{root}: set this environment variable to the folder of your data sets\n{recipe['name']}: {recipe['download']}")
+def _reader(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: str) -> Any:
+    "The reader of one part that is no mixture, though its media may not be there. `FileNotFoundError` says what to download."
+    root, told = part.get("root", recipe["root"]), f"\n{recipe['name']}: {recipe['download']}" * bool(recipe["download"])
+    if "$" in root: raise FileNotFoundError(f"{root}: set this environment variable to the folder of your data sets{told}")
     folder = TOYS[root](split) if root in TOYS else Path(root)
     at = lambda v: [folder / p for p in v] if isinstance(v, list) else folder / v
     given = {k: at(v) if k in PLACES else v for k, v in part.items() if k not in ("format", "share", "kind", "root")}
-    try: reader = reader_for(part["format"], kind)(**given)
-    except FileNotFoundError as e: raise FileNotFoundError(f"{e}\n{recipe['name']}: {recipe['download']}") from e
+    try: return reader_for(part["format"], kind)(**given)
+    except FileNotFoundError as e: raise FileNotFoundError(f"{e}{told}") from e
+
+
+def _open(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: str) -> Any:
+    "The reader of one part of a split. `FileNotFoundError` says what to download, also where there are annotations alone."
+    if part.get("format") == "mixture": return _open_mixture(part, recipe, split, kind)
+    reader = _reader(part, recipe, split, kind)
     lacking = [detail for what, detail in reader.notes if what == NO_MEDIA]
     if lacking: raise FileNotFoundError(f"{lacking[0]}\n{recipe['name']}: {recipe['download']}")
     Reported().add(reader.notes)  # what is left out is said

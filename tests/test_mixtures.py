@@ -264,3 +264,14 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
     source = mixed_source(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, Asking())
     batches = [source(step, 0, 1) for step in range(4)]
     assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.shown.phrases and len(b.shown_asked.image) for b in batches)
+
+
+@pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])
+def test_stage_3_finds_tracks_where_nobody_has_marked_any(tmp_path, monkeypatch, part, count):
+    from esam3 import stage3
+    (tmp_path / "plain.yaml").write_text(f"extends: tiny\nsplits: {{train: {{clips: {part}}}}}\n")
+    tasks, recipe, (teacher, student) = [], load_recipe(tmp_path / "plain.yaml"), networks()
+    monkeypatch.setattr(stage3, "fit", lambda task, *rest, **options: tasks.append(task) or {})
+    schedule = stage3.stage3_schedule(recipe, options={"lesson_steps": 0, "encoder_lr": 0.0})
+    stage3.train_stage3(student, teacher, recipe, schedule, stage3.Asking(), tmp_path, 0)
+    assert tasks[0].tracking.sampled == count

@@ -115,10 +115,41 @@ def test_every_format_is_surveyed(word, kind, tmp_path, capsys):
     assert ("not annotated" in str(found)) == (word in ("folder", "videos"))
 
 
+@pytest.mark.parametrize("word", ["davis", "vos", "sav_folders", "videos"])
+@pytest.mark.parametrize("what", ["picture", "broken", "whole"])
+def test_a_late_frame_of_another_size_is_found(word, what, tmp_path):
+    "Or one that cannot be read: the heads of all frames are looked at, though one frame is opened."
+    at = tmp_path / "data"
+    at.mkdir()
+    if word == "videos":
+        for t in range(40): picture(at / f"film/{t:05d}.jpg")
+        part, last = {"format": word, "path": "film", "every": 1}, at / "film/00039.jpg"
+    else:
+        part = some_data(word, at)
+        shutil.rmtree(next(p for p in at.rglob("b") if "Images" in str(p)))
+        for p in at.rglob("b"): shutil.rmtree(p)
+        if word == "davis": (at / "ImageSets/2017/val.txt").write_text("a\n")
+        last = sorted(p for p in at.rglob("*.jpg"))[-1]
+    if what == "picture": picture(last, (38, 60))
+    if what == "broken": last.write_bytes(b"broken")
+    found = survey({**load_recipe("tiny"), "root": str(at), "splits": {"train": {"clips": part}}})
+    kind = {"picture": ["pictures of different sizes"], "broken": ["not a readable picture"], "whole": []}[what]
+    assert [*found.faults] == kind, found.faults
+
+
+def test_annotations_alone_are_counted(tmp_path):
+    part = some_data("coco", tmp_path)
+    for f in tmp_path.glob("*.jpg"): f.unlink()
+    (tmp_path / "alone.yaml").write_text(f"root: .\nsplits: {{val: {{images: {json.dumps(part)}}}}}\n")
+    found = survey(tmp_path / "alone.yaml")
+    assert "val, images: 2 samples (Coco), annotations alone: none of the 2 pictures" in str(found) and "instances 1 of a sample, 2 in all" in str(found)
+
+
 def test_faults_are_grouped():
     from esam3.samples import BadSample
     kind = lambda text: fault(BadSample(text))
     assert kind("a 1.json, annotation 12: mask of 10×20 px on a picture of 30×40; x") == kind("b.json, masklet 3: mask of 1×2 px on a picture of 3×40; y") == "mask of n×n px on a picture of n×n"
+    assert kind("x: pictures of different sizes, [(1, 2), (3, 4)]; y") == "pictures of different sizes"
     assert kind("/x/y.mp4: damaged, frame 17 of 90 cannot be decoded (HEVC); z") == "damaged, frame n of n cannot be decoded" and kind("") == "BadSample"
 
 
@@ -156,6 +187,16 @@ def test_a_change_is_noticed(mine, opened, change):
     opened.clear()
     survey(mine)
     assert not opened
+
+
+def test_other_readers_look_again(mine, opened, tmp_path, monkeypatch):
+    "What an older version of a reader could not read is no fault for ever."
+    survey(mine)
+    opened.clear()
+    (tmp_path / "new.py").write_text("# another version")
+    monkeypatch.setattr(module, "CODE", [*module.CODE[:-1], tmp_path / "new.py"])
+    survey(mine)
+    assert len(opened) == 24 and len(module.CODE) == 5
 
 
 def test_a_survey_that_is_killed_goes_on(mine, opened, cache, monkeypatch):
