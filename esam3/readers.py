@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_MEDIA', 'Where', 'ENDS_EARLY', 'Fields', 'ID', 'TEXT', 'TRUTHS', 'bad_only', 'some_there', 'tar_index',
-           'kept_places', 'places', 'sizes_of', 'digest_of', 'folder_index', 'fields_of', 'stated_size', 'rle_size',
-           'choose', 'Sa1b', 'TooShort', 'SaV', 'masks_in', 'by_picture', 'same_sized', 'ids_of', 'Davis', 'SaCoImages',
-           'SaCoVideo', 'Videos']
+           'kept_places', 'below', 'places', 'sizes_of', 'digest_of', 'folder_index', 'fields_of', 'stated_size',
+           'rle_size', 'choose', 'Sa1b', 'TooShort', 'SaV', 'masks_in', 'by_picture', 'same_sized', 'ids_of', 'Davis',
+           'SaCoImages', 'SaCoVideo', 'Videos']
 
 # %% ../nbs/01b_readers.ipynb #c003
 import hashlib, json, tarfile
@@ -90,6 +90,12 @@ def kept_places(found: Iterable[Path], without: Where) -> list[Path]:
     return [p for p in found if not gone or gone.isdisjoint([p.absolute(), *p.absolute().parents])]
 
 
+def below(folder: Path, without: Where = ()) -> list[Path]:
+    "What lies below a folder at any depth, in order; neither hidden, nor in a hidden folder, nor to be left out."
+    seen = (f for f in folder.rglob("*") if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    return kept_places(sorted(seen), without)
+
+
 def places(path: Where, without: Where = ()) -> list[Path]:
     "What is there, but for what is to be left out. `FileNotFoundError` when a path or pattern finds nothing else."
     if isinstance(path, Sequence) and not isinstance(path, str): return [q for p in path for q in places(p, without)]
@@ -123,7 +129,7 @@ def digest_of(names: Iterable[str | bytes],     # of samples or files, in order
 def folder_index(path: Path, without: Where = ()) -> dict[str, Any]:
     "The like of `tar_index` for loose files at any depth: names, sizes and nothing to seek; `files` [n, 2] are their paths below the folder."
     found: tuple[dict[bytes, str], ...] = {}, {}
-    for f in sorted(kept_places(path.rglob("*"), without)):
+    for f in below(path, without):
         if (part := _part(f)) is not None: found[part].setdefault(_stem(f.relative_to(path)), str(f.relative_to(path)))
     names = sorted({*found[0], *found[1]})
     files = [[found[part].get(n, "") for part in (0, 1)] for n in names]
@@ -212,7 +218,7 @@ class Sa1b:
 
     def _tars(self, folder: Path) -> list[Path]:
         "The tars below a folder; loose pictures beside them are left out, and noted."
-        tars = sorted(f for f in folder.rglob("*") if is_media(f, (".tar",)))
+        tars = [f for f in below(folder) if is_media(f, (".tar",))]
         if tars and (loose := pictures_in(folder)): self.notes.append(("loose pictures beside tars left out", f"{len(loose)} in {folder}"))
         return tars
 
@@ -320,9 +326,9 @@ class SaV:
                  by: str = "manual",     # whose masklets: "manual" (people) or "auto" (a model)
                  without: Where = ()):   # folders to leave out; may find nothing
         self.suffix, self.notes, found = f"_{by}.json", [], places(path, without)
-        below = kept_places([f for p in found for f in p.rglob("*") if not f.name.startswith(".")], without)
-        tail, self.videos = len(self.suffix), {f.with_suffix(""): f for f in sorted(below) if is_media(f, VIDEOS)}
-        self.paths = sorted({*self.videos} | {f.with_name(f.name[:-tail]) for f in below if f.name.endswith(self.suffix)})
+        files = [f for p in found for f in below(p, without)]
+        tail, self.videos = len(self.suffix), {f.with_suffix(""): f for f in files if is_media(f, VIDEOS)}
+        self.paths = sorted({*self.videos} | {f.with_name(f.name[:-tail]) for f in files if f.name.endswith(self.suffix)})
         if not self.paths: raise FileNotFoundError(f"no mp4 below {path}")
         self.names = [p.name for p in self.paths]
         if not self.videos: self.notes.append((NO_MEDIA, f"none of the {len(self.names)} videos annotated below {path}, no {self.names[0]}.mp4 and the like"))
@@ -618,8 +624,7 @@ class Videos:
                  every: int = 4,        # video frames to one of a clip: 24 fps to SA-V's 6
                  without: Where = ()):  # files or folders to leave out; may find nothing
         self.every, self.notes, found = every, [], places(path, without)
-        below = kept_places([f for p in found for f in (sorted(p.rglob("*")) if p.is_dir() else [p])], without)
-        files = [f for f in below if not f.name.startswith(".") and not f.is_dir()]
+        files = [f for p in found for f in (below(p, without) if p.is_dir() else kept_places([p], without)) if not f.is_dir()]
         videos = {f for f in files if is_media(f, VIDEOS)}
         beside = {f.parent for f in videos}
         stills = {f for f in files if is_media(f, PICTURES)}

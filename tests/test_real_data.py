@@ -478,7 +478,7 @@ def test_folders_of_videos(tmp_path):
     for name in ("B.MP4", "c.m4v", "d.mov"): shutil.copy(tmp_path / "a.mp4", tmp_path / name)
     Image.fromarray(frames[0]).save(tmp_path / "e.GIF", save_all=True, append_images=[Image.fromarray(f) for f in frames[1:]], duration=100)
     for k in (1, 2, 10): picture(tmp_path / f"stills/{k}.JPEG")
-    picture(tmp_path / "cover.jpg"); picture(tmp_path / "._a.jpg")
+    picture(tmp_path / "cover.jpg"); picture(tmp_path / "._a.jpg"); picture(tmp_path / ".trash/old/3.jpg")
     for name in ("notes.txt", "Thumbs.db"): (tmp_path / name).write_text("x")
     reader = Videos(tmp_path, every=1)
     assert reader.names == ["B", "a", "c", "d", "e", "stills"] and [len(reader.read(i).frames) for i in range(6)] == [8] * 5 + [3]
