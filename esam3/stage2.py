@@ -354,7 +354,7 @@ def take_first_lesson(base: Path, task: Stage2, batch_at: Callable, clips: int, 
     "The first lesson, in place, on the first batches of `clips` clips again and again. `folder/lesson` holds its state and metrics; `options` of `fit`."
     own = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr)
     period = own.accumulate * min(-(-clips // own.batch_size), LESSON_BATCHES)
-    lesson = FirstLesson(task, EfficientSam3.from_pretrained(base).to(task.student.device))
+    lesson = FirstLesson(task, EfficientSam3.from_pretrained(base, dtype=torch.float32).to(task.student.device))
     groups = parameter_groups(task.student, present(LESSON, task.student), own.lr, own.inherited)
     return fit(lesson, lambda step, *of: batch_at(step % period, *of), groups, own, folder / "lesson", seed, **options)
 
@@ -401,7 +401,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
                                   memory=memory, distill=distill, student=file_digest(base / "model.safetensors"), evaluation=asdict(limits))
     if (folder / "report.json").exists(): return folder
     torch.manual_seed(seed)
-    small, clock = give_memory(EfficientSam3.from_pretrained(base), memory, s).to(device).eval(), time.perf_counter()
+    small, clock = give_memory(EfficientSam3.from_pretrained(base, dtype=torch.float32), memory, s).to(device).eval(), time.perf_counter()
     score = lambda who, m, some: run_scores(m, recipe, folder / "evaluation" / who, some, limits, precision)
     only = {kind: ("visible",) for kind in wanted}
     before, first = score("before", small, only) if only and not brief else {}, time.perf_counter() - clock

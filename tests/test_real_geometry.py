@@ -2,6 +2,7 @@
 
 The teacher is `thin-sam3` (1008 px, 288² masks, random), the data are `miniatures`: nothing is learned here, everything is shaped as it will be."""
 import json
+import shutil
 import os
 import subprocess
 import sys
@@ -142,6 +143,8 @@ def everything(data, tmp_path_factory) -> Path:
     public_layouts(root)
     for name in ("sa1b", "saco", "videos"): (root / name).symlink_to(data / name)
     (root / "sav" / "sav_train").symlink_to(data / "sav" / "sav_train")
+    shutil.copytree(root / "coco" / "val2017", root / "folder" / "photos")
+    shutil.copytree(data / "videos", root / "folder" / "films")
     return root
 
 
