@@ -45,20 +45,23 @@ SHOWN = ("", "own", "other", "crop")  # how a concept is shown: by its phrase, o
 
 
 def lending(reader: Any) -> dict[int, tuple[int, int]]:
-    """For each positive pair, by id, the next picture with the same phrase (its number) and its pair there, in a circle.
+    """For each positive pair, by id, the next picture with its phrase (a number) and the pair there, in a circle.
 
     Pairs whose phrase is in one picture only are left out."""
     places: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))  # phrase → picture → pairs
     for i, name in enumerate(reader.names):
         for pair in filter(_labelled(reader), reader.pairs[name]):
-            if any(rle_area(m.get("segmentation")) for m in reader.marks[pair["id"]]): places[pair["text_input"].lower()][i].append(pair["id"])
+            there = any(rle_area(m.get("segmentation")) for m in reader.marks[pair["id"]])
+            if there: places[pair["text_input"].lower()][i].append(pair["id"])
     circles = [[*where.items()] for where in places.values() if len(where) > 1]
-    return {pair: (some[(k + 1) % len(some)][0], some[(k + 1) % len(some)][1][0]) for some in circles for k, (_, pairs) in enumerate(some) for pair in pairs}
+    turns = [(pairs, some[(k + 1) % len(some)]) for some in circles for k, (_, pairs) in enumerate(some)]
+    return {pair: (i, lenders[0]) for pairs, (i, lenders) in turns for pair in pairs}
 
 
 def _labelled(reader: Any) -> Callable[[dict], bool]:
     "Whether a pair's instances are all marked, one by one."
-    return lambda pair: pair.get("is_instance_exhaustive", 1) and not any(m.get("iscrowd") for m in reader.marks[pair["id"]])
+    crowd = lambda pair: any(m.get("iscrowd") for m in reader.marks[pair["id"]])
+    return lambda pair: pair.get("is_instance_exhaustive", 1) and not crowd(pair)
 
 # %% ../nbs/33_concept_scores.ipynb #c010
 def exemplars_of(model: Sam3, batch: ImageBatch, instances: Sequence[int]) -> Concepts:
@@ -70,7 +73,9 @@ def exemplars_of(model: Sam3, batch: ImageBatch, instances: Sequence[int]) -> Co
 
 
 def shown_instance(reader: Any, i: int, pair: int, crop: bool = False, margin: float = 0.3) -> ImageSample:
-    "Picture i with the first instance of one of its pairs (by id) as its only one; `crop`: cut to its box and a margin, a part of the box's sides."
+    """Picture i with the first instance of one of its pairs (by id) as its only one.
+
+    `crop`: cut to its box and a margin, a part of the box's sides."""
     sample = reader.read(i)
     mask = sample.masks[[next(p.instances[0] for p in sample.phrases if p.pair == pair)]]
     x0, y0, x1, y1 = boxes_of(mask)[0]
@@ -89,7 +94,8 @@ def lent(model: Sam3, shown: Sequence[ImageSample], image: Tensor) -> Concepts:
 def _units(reader: Any, part: range, batch: ImageBatch) -> list[tuple[int, dict, Any]]:
     "(picture of the batch, pair of the file, its phrase) of every labelled question."
     asked = [{p.pair: p for p in phrases} for phrases in batch.phrases]
-    return [(b, pair, asked[b][pair["id"]]) for b, i in enumerate(part) for pair in filter(_labelled(reader), reader.pairs[reader.names[i]])]
+    pairs = [(b, pair) for b, i in enumerate(part) for pair in reader.pairs[reader.names[i]]]
+    return [(b, pair, asked[b][pair["id"]]) for b, pair in pairs if _labelled(reader)(pair)]
 
 
 def _told(model: Sam3, reader: Any, part: range, shown: str, lenders: Mapping[int, tuple[int, str]]) -> list[tuple[dict, list[dict]]]:

@@ -34,7 +34,8 @@ from .heldout import as_batch, look
 from .mask_metrics import NEVER_SCORED, by_category, category_means, load_json, object_means, sequence_scores
 from .metrics import pcs_image, pcs_video, prompt_miou
 from .mixtures import Mixture, sample_names
-from .predictions import instances, masklet_answer, phrase_answers, prompt_answers, some_pairs, some_phrases, write_labels, write_objects
+from .predictions import (instances, masklet_answer, phrase_answers, prompt_answers, some_pairs, some_phrases,
+                               write_labels, write_objects)
 from .protocols import BY_FRAME, CONTROLS, FrameScores, answer_pictures, chosen_protocols, follow, mean_rows
 from .public_sets import NumberedSample, SaVFolders, clip_stems, folders_in
 from .readers import Davis, SaCoImages, choose, masks_in
@@ -91,7 +92,7 @@ class Task:
         return {name for name, n in Counter(Path(n).name for n in sample_names(self.reader)).items() if n > 1}
 
     def read(self, unit: range) -> tuple[list, dict[str, Any]]:
-        "Samples of a unit that can be read; and the account of them in a part: numbers, digests, and what is wrong with the others."
+        "Samples of a unit that can be read; and a part's account of them: numbers, digests, and why others are not."
         samples, account = [], {"data": self.data, "samples": [], "digests": [], "skipped": []}
         for i in unit:
             try: samples.append(self._bounded(i))
@@ -116,8 +117,8 @@ def of_pictures(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict
     own = [(s.number, s.ids) if isinstance(s, NumberedSample) else (i, [10_000 * i + k for k in range(len(s.masks))])
            for i, s in zip(account["samples"], samples)]
     truth = [instances(number, ids, s.name, s.masks) for (number, ids), s in zip(own, samples)]
-    return {name: {**account, "predictions": [a for (number, ids), m in zip(own, found.get(name, ())) for a in prompt_answers(number, ids, m)], "truth": truth}
-            for name in names}
+    told = {name: [prompt_answers(*one, masks) for one, masks in zip(own, found.get(name, ()))] for name in names}
+    return {name: {**account, "predictions": sum(some, []), "truth": truth} for name, some in told.items()}
 
 # %% ../nbs/40_evaluate.ipynb #c012
 def clip_name(task: Task, i: int, sample: ClipSample) -> str:
@@ -134,7 +135,7 @@ def object_names(reader: Any, sample: ClipSample) -> list[int] | list[str]:
 
 def write_truth(place: Path, sample: ClipSample, write: Any,  # `write_labels` or `write_objects`
                 stems: Sequence[str], ids: Sequence[int | str]) -> None:
-    "The truth of a clip in its benchmark's layout: a frame, or an object's frame, where a mask file says something of it."
+    "The truth of a clip in its benchmark's layout: frames, or frames of objects, of which a mask file says something."
     with atomically(place) as new:
         new.mkdir(parents=True)
         for t, stem in enumerate(stems):
@@ -147,10 +148,12 @@ def of_clip(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
     (samples, account), reader = task.read(unit), task.reader
     numbered = [(i, s, clip_name(task, i, s)) for i, s in zip(account["samples"], samples)]
     shared = {**account, "clips": [c for *_, c in numbered], "kept": [c for _, s, c in numbered if not s.public]}
-    out, files = {n: {**shared, **({"rows": []} if n in BY_FRAME else {})} for n in names}, [n for n in names if n not in BY_FRAME]
+    out = {n: {**shared, **({"rows": []} if n in BY_FRAME else {})} for n in names}
+    files, labels = [n for n in names if n not in BY_FRAME], isinstance(reader, Davis)
+    write = write_labels if labels else write_objects
     for i, sample, clip in numbered:
-        stems, ids, write = clip_stems(reader, i, sample), object_names(reader, sample), write_labels if isinstance(reader, Davis) else write_objects
-        wanted = sample.annotated.any(0) | isinstance(reader, Davis) | (not sample.public)  # SA-V judges its annotated frames
+        stems, ids = clip_stems(reader, i, sample), object_names(reader, sample)
+        wanted = sample.annotated.any(0) | labels | (not sample.public)  # SA-V judges its annotated frames
         if files and sample.public: write_truth(task.folder / "truth" / clip, sample, write, stems, ids)
         kept = {n: FrameScores(sample) for n in names if n in BY_FRAME}
         with contextlib.ExitStack() as stack:
@@ -163,14 +166,17 @@ def of_clip(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
     return out
 
 # %% ../nbs/40_evaluate.ipynb #c014
-def questions(reader: Any, samples: Sequence[Any], batch: ImageBatch, name: str) -> dict[tuple[int, Hashable], list[int]]:
+def questions(reader: Any, samples: Sequence[Any], batch: ImageBatch,
+              name: str  # "phrase" or "exemplar"
+              ) -> dict[tuple[int, Hashable], list[int]]:
     "(picture of the batch, its phrase or its instance) → the pairs, by id, that this answers."
     asked = defaultdict(list)
     for b, sample in enumerate(samples):
         phrases = {p.pair: p for p in batch.phrases[b]}
         for pair in reader.pairs[sample.name]:
             p = phrases.get(pair["id"])
-            if p and (name == "phrase" or p.instances): asked[b, p.text if name == "phrase" else p.instances[0]].append(pair["id"])
+            if p and (name == "phrase" or p.instances):
+                asked[b, p.text if name == "phrase" else p.instances[0]].append(pair["id"])
     return asked
 
 
@@ -186,7 +192,8 @@ def of_concepts(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict
         asked = [*questions(task.reader, samples, batch, name).items()]
         for some in (asked[k:k + 16] for k in range(0, len(asked), 16)):
             what, image = [w for (_, w), _ in some], torch.tensor([b for (b, _), _ in some], device=model.device)
-            found = model.detect(seen, model.concepts(what, image) if name == "phrase" else exemplars_of(model, batch, what))
+            concepts = model.concepts(what, image) if name == "phrase" else exemplars_of(model, batch, what)
+            found = model.detect(seen, concepts)
             for n, ((b, _), pairs) in enumerate(some):
                 told = answers(model, found, n, batch, b)
                 out[name]["predictions"] += [a for pair in pairs for a in phrase_answers(pair, told)]
@@ -223,7 +230,8 @@ ASK = {"images": of_pictures, "clips": of_clip, "concept_images": of_concepts, "
 def lacking(task: Task, names: Sequence[str], unit: range) -> list[str]:
     """Protocols for which a unit must be asked: without a part, or whose part is of other samples than can be read now.
 
-    Samples are read again where the data have changed since, and where some could not be read: a failure is not kept. Masks that are gone are made again."""
+    Samples are read again where the data have changed since, and where some could not be read: a failure is not kept.
+    Masks that are gone are made again."""
     parts = {n: json.loads(task.part(n, unit).read_text()) for n in names if task.part(n, unit).exists()}
     gone = lambda n, part: [clip for clip in part.get("clips", ()) if not (task.folder / n / "masks" / clip).is_dir()]
     parts = {n: part for n, part in parts.items() if n in BY_FRAME or not gone(n, part)}
@@ -290,25 +298,28 @@ KEPT = "only the masks that open its tracks are public"  # of a clip; the benchm
 
 def _unscored_clips(parts: Sequence[Mapping], name: str) -> list[tuple[str, str]]:
     "Clips whose truth is not public, and what to do with their predictions."
-    todo = "ask `mask` for what its benchmark's server scores" if name in BY_FRAME else f"send {name}/masks to its benchmark's server"
+    file = f"send {name}/masks to its benchmark's server"
+    todo = "ask `mask` for what its benchmark's server scores" if name in BY_FRAME else file
     return [(clip, f"{KEPT}: {todo}") for p in parts for clip in p["kept"]]
 
 
 def _reason(samples: int, why: Sequence[tuple[str, str]]) -> str:
     "Why there is no score, in a line: the commonest reasons, and how often each."
     often = Counter(reason for _, reason in why).most_common(3)
-    return "; ".join(f"{n} × {reason}" for reason, n in often) or ("nothing to score in its samples" if samples else "no samples")
+    none = "nothing to score in its samples" if samples else "no samples"
+    return "; ".join(f"{n} × {reason}" for reason, n in often) or none
 
 # %% ../nbs/40_evaluate.ipynb #c020
 def score(task: Task, name: str, limit: int = 0) -> dict[str, Any]:
-    """Join the parts of a protocol, write the submission, and score it: scores, how many samples they are of, and `why` others are not in them.
+    """Join the parts of a protocol, write the submission, and score it.
 
-    Without a score there is a `reason` for it."""
+    Scores, how many samples they are of, and `why` others are not in them; without a score the `reason`."""
     parts = [json.loads(task.part(name, unit).read_text()) for unit in task.units(limit)]
     bad, count = [("", w) for p in parts for w in p["skipped"]], sum(len(p["samples"]) for p in parts)
     found, unfit = _scores_of(task, name, parts)
     told = {k: v for k, v in found.items() if v is not None and v == v}
-    out = {"data": task.data, "samples": count, "skipped": len(bad), "unscored": len(unfit), "why": [w for _, w in bad] + [f"{one}: {w}" for one, w in unfit]}
+    why = [w for _, w in bad] + [f"{one}: {w}" for one, w in unfit]
+    out = {"data": task.data, "samples": count, "skipped": len(bad), "unscored": len(unfit), "why": why}
     return out | found | ({} if told else {"reason": _reason(count, unfit or bad)})
 
 
@@ -331,9 +342,10 @@ def _scores_of(task: Task, name: str, parts: Sequence[Mapping]) -> tuple[dict[st
 
 def _concept_scores(task: Task, name: str, asked: set) -> dict[str, float]:
     "Scores of phrases, or exemplars, for the pairs that were asked."
-    files, said = [task.folder / name / f"truth{k or ''}.json" for k in range(max(1, len(task.gold)))], task.folder / name / "predictions.json"
-    images = task.kind == "concept_images"
-    whole = [some_pairs(truth_of(r), asked) if images else some_phrases(first_frames(truth_of(r), task.frames), asked) for r in task.gold or [task.reader]]
+    folder, images = task.folder / name, task.kind == "concept_images"
+    whole = [truth_of(reader) for reader in task.gold or [task.reader]]
+    files, said = [folder / f"truth{k or ''}.json" for k in range(len(whole))], folder / "predictions.json"
+    whole = [some_pairs(t, asked) if images else some_phrases(first_frames(t, task.frames), asked) for t in whole]
     for path, truth in zip(files, whole): write_json(path, truth)
     if not any(truth["annotations"] for truth in whole): return {}  # not marked is not absent
     found = pcs_image(files, said) if images else pcs_video(files[0], said)
@@ -352,7 +364,8 @@ def check_any(rows: Sequence[Mapping], why: Sequence[str]) -> None:
     if any(r["samples"] for r in rows): return
     said, count = list(dict.fromkeys(why)), sum({r["kind"]: r["skipped"] for r in rows}.values())
     more = f" (and {len(said) - 2} more)" if len(said) > 2 else ""
-    raise ValueError(f"{rows[0]['data']}, {rows[0]['split']}: nothing to score, none of {count} samples can be read: {'; '.join(said[:2])}{more}")
+    where = f"{rows[0]['data']}, {rows[0]['split']}"
+    raise ValueError(f"{where}: nothing to score, none of {count} samples can be read: {'; '.join(said[:2])}{more}")
 
 # %% ../nbs/40_evaluate.ipynb #c023
 def append_rows(path: Path, rows: Sequence[Mapping]) -> int:
@@ -395,7 +408,9 @@ def gold_readers(recipe: Mapping, split: str) -> list[Any]:
 
 # %% ../nbs/40_evaluate.ipynb #c026c
 def has_changed(task: Task, names: Sequence[str], limit: int = 0, look: int = 20) -> bool:
-    "Whether parts that are there are of data that have changed since. `ValueError` where the first `look` samples of such parts and those of now share none."
+    """Whether parts that are there are of data that have changed since.
+
+    `ValueError` where the first `look` samples of such parts and those of now have none in common."""
     before, now, changed = set(), set(), False
     for unit in task.units(limit):
         kept = [p for n in names if (p := task.part(n, unit)).exists()]
@@ -406,7 +421,8 @@ def has_changed(task: Task, names: Sequence[str], limit: int = 0, look: int = 20
         now |= {*task.read(unit)[1]["digests"]}
         if before & now or len(before) >= look: break
     if before and not before & now:
-        raise ValueError(f"{task.folder} holds answers on other data (of {len(before)} samples none is as it was): pass resume=False to replace them, or another `runs`")
+        raise ValueError(f"{task.folder} holds answers on other data (of {len(before)} samples none is as it was): "
+                         "pass resume=False to replace them, or another `runs`")
     return changed
 
 # %% ../nbs/40_evaluate.ipynb #c027
@@ -425,7 +441,7 @@ def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split
         wanted["clips"] = [n for n in wanted["clips"] if n in BY_FRAME]
     readers = {kind: open_dataset(found, split, kind) for kind in wanted}
     if mixed := [kind for kind, reader in readers.items() if isinstance(reader, Mixture)]:
-        raise ValueError(f"{found['name']}, {split}, {mixed[0]} is a mixture: evaluate its parts by recipes of their own")
+        raise ValueError(f"{found['name']}, {split}, {mixed[0]} is a mixture: evaluate its parts by their recipes")
     net = load_model(model).to(pick_device())
     label, bounds = model_label(model, net), {"instances": instances, "frames": frames, "precision": pick_precision(net.device, precision)}
     settings = {"weights": label, "seed": seed, **{k: v for k, v in bounds.items() if v not in (0, "no")}}
@@ -437,11 +453,12 @@ def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split
         task = Task(net, readers[kind], kind, folder / kind, seed, gold, options=found["splits"][split][kind], **bounds)
         changed = has_changed(task, names, limit)
         asked = predict(task, names, limit)
-        if changed: print(f"{kind}: the data have changed since the run began; {asked} of {len(task.units(limit))} units asked again")
+        if changed: print(f"{kind}: its data have changed since; {asked} of {len(task.units(limit))} units asked again")
         for name in names:
             write_json(folder / kind / name / "scores.json", result := score(task, name, limit))
             why += result["why"]
-            rows.append({"run": run, "model": model, "data": found["name"], "digest": task.data, "split": split, "kind": kind, "protocol": name, **as_row(result)})
+            rows.append({"run": run, "model": model, "data": found["name"], "digest": task.data, "split": split,
+                         "kind": kind, "protocol": name, **as_row(result)})
     check_any(rows, why)
     if not (folder / "costs.json").exists(): write_json(folder / "costs.json", costs(model, repeats))
     rows = [r | json.loads((folder / "costs.json").read_text()) | {"date": time.strftime("%Y-%m-%d"), "machine": machine()} for r in rows]

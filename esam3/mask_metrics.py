@@ -134,11 +134,13 @@ def sequence_scores(truth: Path, pred: Path,             # folders of label maps
     for t, file in enumerate(files):
         true = _map(file, mask_size(file), single, notes)
         if rows and file != files[-1]:
-            if t not in said: raise FileNotFoundError(f"{pred / file.name}: no such mask; each annotated frame but the first and last needs one")
+            if t not in said:
+                raise FileNotFoundError(f"{pred / file.name}: no such mask; annotated frames but the first and last need one")
             found = _map(said[t], true.shape, either, notes)
             highest = max(highest, (int(found.max()), said[t]))
             for row, score in zip(rows.values(), frame_scores(found, true, list(rows)).T): row.append(score)
-        rows |= {k: [] for k in set(true.tobytes().translate(None, bytes([0, *rows])))}  # a quick way to new ids: delete the known
+        new = true.tobytes().translate(None, bytes([0, *rows]))  # a quick way to new ids: delete the known
+        rows |= {k: [] for k in set(new)}
     if highest[0] > max(rows, default=0):
         raise ValueError(f"{highest[1]}: object {highest[0]}, but {truth} has {sorted(rows)}; write 0 for background")
     return {k: np.mean(row, 0) for k, row in rows.items() if row}
@@ -149,7 +151,8 @@ def _folders(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, dict[int, np
     gt, notes, reported = Path(gt_dir), [], Reported()
     truths = [gt / n for n in (folders_in(gt) if gt.is_dir() else ()) if masks_in(gt / n)]
     if not truths: raise FileNotFoundError(f"no SEQUENCE/*.png below {gt_dir}; give the folder of the sequences, such as Annotations/480p")
-    found = {t.name: sequence_scores(t, Path(pred_dir) / t.name, notes) for t in tqdm(truths, desc="J&F", leave=False, delay=1)}
+    shown = tqdm(truths, desc="J&F", leave=False, delay=1)
+    found = {t.name: sequence_scores(t, Path(pred_dir) / t.name, notes) for t in shown}
     reported.add(notes)
     return found
 
@@ -157,7 +160,8 @@ def _folders(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, dict[int, np
 def object_means(found: Mapping[str, Mapping[int, np.ndarray]]  # sequence → object → J and F [2]
                  ) -> dict[str, Any]:                           # J, F, J&F; per_object: {"SEQUENCE_ID": {"J", "F"}}
     "Means over the objects of some sequences."
-    objects = {f"{name}_{k}": dict(zip("JF", jf.tolist())) for name, scores in found.items() for k, jf in scores.items()}
+    rows = [(f"{name}_{k}", jf.tolist()) for name, scores in found.items() for k, jf in scores.items()]
+    objects = {one: dict(zip("JF", jf)) for one, jf in rows}
     j, f = (float(np.mean([o[m] for o in objects.values()])) for m in "JF")
     return {"J": j, "F": f, "J&F": (j + f) / 2, "per_object": objects}
 
@@ -211,7 +215,8 @@ def by_category(name: str, found: Mapping[int, np.ndarray],  # a sequence, and J
     halves = {"seen": [], "unseen": []}
     for k, jf in found.items():
         try: category = videos[name]["objects"][str(k)]["category"]
-        except (KeyError, TypeError) as e: raise ValueError(f"{meta_json}: no category of object {k} of {name}; is it of these annotations?") from e
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"{meta_json}: no category of object {k} of {name}; is it of these annotations?") from e
         halves["seen" if category in seen else "unseen"].append(jf)
     return halves
 

@@ -51,15 +51,19 @@ def write_labels(folder: Path, frame: str, logits: np.ndarray, ids: Sequence[int
 
 
 def write_objects(folder: Path, frame: str, logits: np.ndarray,  # [N, H, W], or masks (bool)
-                  ids: Sequence[int | str]                       # N: numbers, written with three digits, or names of folders
+                  ids: Sequence[int | str]                       # N: numbers (of three digits), or names of folders
                   ) -> None:
     "One frame of a clip as SA-V wants it: `folder/OBJECT/FRAME.png`."
-    for k, one in zip(ids, logits): write_png(folder / (k if isinstance(k, str) else f"{k:03d}") / f"{frame}.png", (one > 0).astype(np.uint8))
+    for k, one in zip(ids, logits):
+        place = folder / (k if isinstance(k, str) else f"{k:03d}")
+        write_png(place / f"{frame}.png", (one > 0).astype(np.uint8))
 
 # %% ../nbs/42_predictions.ipynb #c009
 def read_clip(folder: Path  # of either layout
               ) -> dict[int, dict[str, np.ndarray]]:  # object → frame → bool [H, W]
-    "Predicted masks of a clip, without hidden files. `BadSample` for a file that is no label map, or an object's folder that is no number."
+    """Predicted masks of a clip, without hidden files.
+
+    `BadSample` for a file that is no label map, or an object's folder that is no number."""
     def index(file: Path) -> np.ndarray:
         with Image.open(file) as picture: found = np.asarray(picture)
         if found.ndim != 2: raise BadSample(f"{file}: shape {found.shape} is no label map; write it anew")

@@ -95,7 +95,8 @@ def follow(model: Sam3, sample: ClipSample, wanted: Sequence[str],  # names in P
            seed: int = 0) -> Iterator[dict[str, np.ndarray]]:       # protocol → logits [N, H, W] of each frame
     "Every track of a clip, prompted on the frame where it begins; `NO_OBJECT` before. Protocols that go the same way share their answers."
     visible = sample.visible
-    first, ways = visible.argmax(1), {name: (PROTOCOLS[name].start, PROTOCOLS[name].more, PROTOCOLS[name].memory) for name in wanted}
+    first, asked = visible.argmax(1), {name: PROTOCOLS[name] for name in wanted}
+    ways = {name: (p.start, p.more, p.memory) for name, p in asked.items()}
     groups: dict[tuple, list] = {way: [] for way in ways.values()}
     for t, image in enumerate(sample.frames):
         rows = np.flatnonzero((first == t) & visible[:, t])
@@ -124,7 +125,9 @@ class FrameScores:
         "What was said of frame t: [N, H, W] logits, `NO_OBJECT` where the object is said to be absent."
         s = self.sample
         for n in self.tracks if t else ():
-            if self.visible[n, t]: self.seen[n].append(tuple(frame_scores((logits[n] > 0).astype(np.uint8), s.masks[n, t].astype(np.uint8), [1])[:, 0]))
+            if self.visible[n, t]:
+                said, true = (m.astype(np.uint8) for m in (logits[n] > 0, s.masks[n, t]))
+                self.seen[n].append(tuple(frame_scores(said, true, [1])[:, 0]))
             elif s.annotated[n, t]: self.gone[n].append(float(logits[n].max() < NO_OBJECT / 2))
 
     def rows(self) -> list[tuple[float | None, float | None, float | None]]:
