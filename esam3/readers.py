@@ -258,14 +258,14 @@ class Sa1b:
         try: found = [a for a in record["annotations"] if a.get("area", self.min_area) >= self.min_area]
         except (KeyError, TypeError, AttributeError) as e: raise BadSample(f"{name}.json: not an SA-1B annotation ({e!r}); download it again") from e
         image = read_picture(pixels, f"{name}.jpg", stated_size(record.get("image")) or rle_size(found), notes)
-        masks = [np.zeros((0, *image.shape[:2]), bool)]
+        size, codes, lost = image.shape[:2], [], 0
         for k in choose(len(found), limit, rng):
-            mask = decode_rle(found[k].get("segmentation"), image.shape[:2], f"{name}.json, annotation {k}")
-            masks.append(mask[None] if "id" in found[k] else components(mask, self.min_area))
-        masks = np.concatenate(masks)
-        some = masks.any((1, 2))
-        if not some.all(): notes.append(("empty mask left out", name))
-        return ImageSample(name, image, masks[some], notes=notes)
+            code = checked_rle(found[k].get("segmentation"), size, f"{name}.json, annotation {k}")
+            some = [code] if "id" in found[k] or code is None else RunMasks.of(components(decode_rle(code, size), self.min_area)).codes
+            codes += [c for c in some if c]
+            lost += code is None
+        if lost: notes.append(("empty mask left out", name))
+        return ImageSample(name, image, RunMasks(codes, size), notes=notes)
 
 # %% ../nbs/01b_readers.ipynb #c018
 class TooShort(BadSample):
@@ -524,13 +524,13 @@ class SaCoImages:
                 notes.append(("phrase without instance labels", f"{name}: {pair['text_input']}")); continue
             members = []
             for mark in marks:
-                mask = decode_rle(mark.get("segmentation"), image.shape[:2], f"{name}, annotation {mark.get('id', 'without id')}")
-                if not mask.any(): notes.append(("empty mask left out", f"{name}: {pair['text_input']}")); continue
-                number = known.setdefault(np.packbits(mask).tobytes(), len(known))
-                if number == len(masks): masks.append(mask)
+                code = checked_rle(mark.get("segmentation"), image.shape[:2], f"{name}, annotation {mark.get('id', 'without id')}")
+                if not code: notes.append(("empty mask left out", f"{name}: {pair['text_input']}")); continue
+                number = known.setdefault(code["counts"], len(known))
+                if number == len(masks): masks.append(code)
                 members.append(number)
             phrases.append(Phrase(pair["text_input"], tuple(members), "" if members else pair.get("negative") or "easy", pair["id"]))
-        return ImageSample(name, image, np.array(masks).reshape(-1, *image.shape[:2]).astype(bool), phrases, notes)
+        return ImageSample(name, image, RunMasks(masks, image.shape[:2]), phrases, notes)
 
 # %% ../nbs/01b_readers.ipynb #c036
 def _frame_files(media: Path, files: Sequence[str]) -> list[Path]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PICTURES', 'VIDEOS', 'TURN', 'VOID', 'CODECS', 'BadSample', 'Reported', 'natural', 'is_media', 'pictures_in',
            'boxes_of', 'deepest_points', 'components', 'Phrase', 'ImageSample', 'ClipSample', 'rle_runs', 'checked_rle',
-           'decode_rle', 'rle_area', 'RunMasks', 'same_shape', 'read_picture', 'is_one_object', 'resized', 'mask_size',
-           'palette_mask', 'VideoIndex', 'video_index', 'Video', 'video_frames']
+           'decode_rle', 'rle_area', 'Cut', 'RunMasks', 'same_shape', 'read_picture', 'is_one_object', 'resized',
+           'mask_size', 'palette_mask', 'VideoIndex', 'video_index', 'Video', 'video_frames']
 
 # %% ../nbs/01a_samples.ipynb #c003
 import io, json, re, warnings, zlib
@@ -70,9 +70,10 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda f: natural(f.name))
 
 # %% ../nbs/01a_samples.ipynb #c009
-def boxes_of(masks: np.ndarray  # [N, H, W] bool
-             ) -> np.ndarray:   # [N, 4] float32
+def boxes_of(masks: "np.ndarray | RunMasks"  # [N, H, W] bool
+             ) -> np.ndarray:                # [N, 4] float32
     "Tight boxes x0, y0, x1, y1 in continuous px; NaN for an empty mask."
+    if isinstance(masks, RunMasks): return np.concatenate([_box_of(code, masks.size) for code in masks.codes] or [np.empty((0, 4), np.float32)])
     columns, rows = masks.any(1), masks.any(2)
     x0, y0 = columns.argmax(1), rows.argmax(1)
     x1, y1 = (a.shape[1] - a[:, ::-1].argmax(1) for a in (columns, rows))
@@ -117,7 +118,7 @@ class ImageSample:
     "A picture with its instances."
     name: str
     image: np.ndarray                                 # [H, W, 3] uint8, RGB, upright
-    masks: np.ndarray                                 # [N, H, W] bool
+    masks: "np.ndarray | RunMasks"                    # [N, H, W] bool
     phrases: list[Phrase] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)  # (kind, detail) of what was mended or passed over on the way
 
@@ -129,7 +130,7 @@ class ImageSample:
     @cached_property
     def points(self) -> np.ndarray:
         "[N, 2] float32, the deepest point of each mask in continuous source px."
-        return deepest_points(self.masks)
+        return deepest_points(np.asarray(self.masks))
 
 # %% ../nbs/01a_samples.ipynb #c021
 @dataclass
@@ -190,7 +191,7 @@ def decode_rle(rle: dict[str, Any] | None,  # {"size": [H, W], "counts": …}; N
                ) -> np.ndarray:             # [H, W] bool
     "One mask. `BadSample` when it is of another size or its run lengths are broken."
     code = checked_rle(rle, size, where)
-    return coco.decode(code).astype(bool) if code else np.zeros(size, bool)
+    return coco.decode(code).view(bool) if code else np.zeros(size, bool)
 
 
 
@@ -201,21 +202,30 @@ def rle_area(rle: dict[str, Any] | None, where: str = "mask") -> int:
         raise BadSample(f"{where}: unreadable run lengths ({e}); download the annotation again") from e
 
 # %% ../nbs/01a_samples.ipynb #c027b
+class Cut(NamedTuple):
+    "A mask as the window that holds it."
+    top: int
+    left: int
+    pixels: np.ndarray  # [h, w] bool
+
+
 class RunMasks:
-    """Masks as run lengths, to be read like an array of bools: [N, T, H, W], or [T, H, W] of one track.
+    """Masks as run lengths, or windows, to be read like an array of bools: [N, T, H, W], or [T, H, W] of one track, or [N, H, W] of a picture.
 
     What stays a part of tracks stays run lengths (`masks[keep]`, `masks[:, 2:5]`, `masks[n]`); one mask, or several of one frame, are decoded
     (`masks[n, t]`, `masks[:, t]`). `any` over pixels decodes nothing; whatever else is asked of it is asked of the whole array."""
     dtype = np.dtype(bool)
 
-    def __init__(self, codes: np.ndarray | Sequence,  # [N, T], or [T]: compressed run lengths, or None for an empty mask
+    def __init__(self, codes: np.ndarray | Sequence,  # [N, T], or [T]: compressed run lengths, a `Cut`, or None for an empty mask
                  size: Sequence[int]):                # H, W
         self.size = tuple(size)
         if not isinstance(codes, np.ndarray):
-            tracks = codes if len(codes) and not isinstance(codes[0], dict | None) else [codes]
-            table = np.empty((len(tracks), len(tracks[0])), object)
-            for n, track in enumerate(tracks): table[n] = track
-            codes = table if tracks is codes else table[0]
+            one = not len(codes) or isinstance(codes[0], dict | Cut | None)
+            rows = [codes] if one else codes
+            table = np.empty((len(rows), len(rows[0])), object)
+            for n, row in enumerate(rows):
+                for t, code in enumerate(row): table[n, t] = code  # a `Cut` is a sequence, too
+            codes = table[0] if one else table
         self.codes = codes
 
     @classmethod
@@ -249,11 +259,20 @@ class RunMasks:
 
     def rle(self, *at: int) -> dict[str, Any] | None:
         "One mask as run lengths; None where it is empty."
-        return self.codes[at]
+        code = self.codes[at]
+        return _coded(_mask(code, self.size)) if isinstance(code, Cut) else code
+
+    def seen_at(self, rows: np.ndarray, columns: np.ndarray) -> "RunMasks":
+        "The masks at some rows [h] and columns [w] of theirs, each in ascending or descending order: [..., h, w]."
+        found = np.empty(self.codes.shape, object)
+        for at in np.ndindex(found.shape):
+            code = self.codes[at] if isinstance(self.codes[at], dict | None) else self.rle(*at)
+            found[at] = code and _cut(code, rows, columns)
+        return RunMasks(found, (len(rows), len(columns)))
 
     def any(self, axis: Any = None, **options: Any) -> np.ndarray:
         "As of the array."
-        seen = self.codes != np.array(None)
+        seen = np.frompyfunc(lambda code: code is not None, 1, 1)(self.codes).astype(bool)
         if axis is None: return seen.any(**options)
         axes = {a % self.ndim for a in np.atleast_1d(axis)}
         pixels = {self.ndim - 2, self.ndim - 1}
@@ -287,8 +306,32 @@ def _coded(mask: np.ndarray) -> dict[str, Any] | None:
     return {"size": [*code["size"]], "counts": code["counts"].decode()}
 
 
-def _mask(code: dict[str, Any] | None, size: Sequence[int]) -> np.ndarray:
-    return coco.decode(code).astype(bool) if code else np.zeros(size, bool)
+def _box_of(code: dict[str, Any] | Cut | None, size: Sequence[int]) -> np.ndarray:
+    "The tight box [1, 4] of one mask, as `boxes_of` gives it."
+    if not isinstance(code, Cut): return boxes_of(_mask(code, size)[None])
+    return boxes_of(code.pixels[None]) + np.array([code.left, code.top, code.left, code.top], np.float32)
+
+
+def _mask(code: dict[str, Any] | Cut | None, size: Sequence[int]) -> np.ndarray:
+    if isinstance(code, dict): return coco.decode(code).view(bool)
+    out = np.zeros(size, bool)
+    if code: out[code.top:code.top + code.pixels.shape[0], code.left:code.left + code.pixels.shape[1]] = code.pixels
+    return out
+
+
+def _cut(code: dict[str, Any], rows: np.ndarray, columns: np.ndarray) -> Cut | None:
+    "A mask of run lengths at some rows and columns; None where it has no pixel there. Only the columns that the object is in are decoded."
+    high, ends = code["size"][0], rle_runs(code["counts"]).cumsum()
+    first, last = ends[0] // high, (ends[len(ends) // 2 * 2 - 1] - 1) // high          # columns of the first and the last pixel
+    across = np.flatnonzero((columns >= first) & (columns <= last))
+    if not len(across): return None
+    first, last = np.sort(columns[across[[0, -1]]])
+    lengths = np.diff(ends.clip(first * high, (last + 1) * high), prepend=first * high)
+    part = np.repeat(np.arange(len(ends)) % 2 == 1, lengths).reshape(-1, high)         # [columns, rows]
+    tall = np.flatnonzero(part.any(0))
+    down = np.flatnonzero((rows >= tall[0]) & (rows <= tall[-1])) if len(tall) else tall
+    pixels = part[columns[across] - first][:, rows[down]].T
+    return Cut(int(down[0]), int(across[0]), pixels) if pixels.any() else None
 
 # %% ../nbs/01a_samples.ipynb #c029
 TURN = 0x0112  # EXIF's Orientation
