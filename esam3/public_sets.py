@@ -7,7 +7,6 @@ __all__ = ['NumberedSample', 'polygon_mask', 'Coco', 'folders_in', 'Vos', 'SaVFo
 
 # %% ../nbs/01c_public_sets.ipynb #c003
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path

@@ -21,7 +21,7 @@ import numpy as np
 
 from .core import atomically, cache_dir, fingerprint, nearest
 from .samples import (PICTURES, VIDEOS, VOID, BadSample, ClipSample, ImageSample, Phrase, RunMasks, Video, checked_rle, components, decode_rle,
-                           is_media, is_one_object, mask_size, natural, palette_mask, pictures_in, read_picture, rle_area)
+                           is_media, is_one_object, mask_size, palette_mask, pictures_in, read_picture, rle_area)
 
 # %% ../nbs/01b_readers.ipynb #c004b
 def bad_only(read: Callable) -> Callable:
@@ -156,9 +156,9 @@ def fields_of(record: Any, file: Path, wanted: Fields,
     for part, keys in wanted.items():
         found = record.get(part) if isinstance(record, dict) else None
         if not isinstance(found, list): raise ValueError(f"{file}: no list `{part}` in it; is it the right file?")
-        right = lambda entry: isinstance(entry, dict) and all(isinstance(entry.get(k), what) for k, what in keys.items())
-        out[part] = [entry for entry in found if right(entry)]
-        bad = [(n, entry) for n, entry in enumerate(found) if not right(entry)]
+        right = [isinstance(entry, dict) and all(isinstance(entry.get(k), what) for k, what in keys.items()) for entry in found]
+        out[part] = [entry for entry, fine in zip(found, right) if fine]
+        bad = [(n, entry) for n, (entry, fine) in enumerate(zip(found, right)) if not fine]
         if bad and not out[part]: raise ValueError(f"{file}: no entry of `{part}` has {', '.join(keys)}, as those of its format have; is it the right file?")
         notes += [(f"entry of `{part}` left out", f"{file}, number {n}: {str(entry)[:80]}") for n, entry in bad]
     return out

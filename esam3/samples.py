@@ -73,7 +73,7 @@ def pictures_in(folder: Path) -> list[Path]:
 def boxes_of(masks: "np.ndarray | RunMasks"  # [N, H, W] bool
              ) -> np.ndarray:                # [N, 4] float32
     "Tight boxes x0, y0, x1, y1 in continuous px; NaN for an empty mask."
-    if isinstance(masks, RunMasks): return np.concatenate([_box_of(code, masks.size) for code in masks.codes] or [np.empty((0, 4), np.float32)])
+    if not isinstance(masks, np.ndarray): return masks.boxes()  # `RunMasks`, below
     columns, rows = masks.any(1), masks.any(2)
     x0, y0 = columns.argmax(1), rows.argmax(1)
     x1, y1 = (a.shape[1] - a[:, ::-1].argmax(1) for a in (columns, rows))
@@ -270,6 +270,12 @@ class RunMasks:
             found[at] = code and _cut(code, rows, columns)
         return RunMasks(found, (len(rows), len(columns)))
 
+    def boxes(self) -> np.ndarray:
+        "[N, 4] of masks [N, H, W], as `boxes_of`."
+        window = lambda c: c if isinstance(c, Cut) else Cut(0, 0, _mask(c, self.size))
+        found = [boxes_of(c.pixels[None]) + np.array([c.left, c.top] * 2, np.float32) for c in map(window, self.codes)]
+        return np.concatenate(found or [np.empty((0, 4), np.float32)])
+
     def any(self, axis: Any = None, **options: Any) -> np.ndarray:
         "As of the array."
         seen = np.frompyfunc(lambda code: code is not None, 1, 1)(self.codes).astype(bool)
@@ -304,12 +310,6 @@ def _coded(mask: np.ndarray) -> dict[str, Any] | None:
     if not mask.any(): return None
     code = coco.encode(np.asfortranarray(mask, np.uint8))
     return {"size": [*code["size"]], "counts": code["counts"].decode()}
-
-
-def _box_of(code: dict[str, Any] | Cut | None, size: Sequence[int]) -> np.ndarray:
-    "The tight box [1, 4] of one mask, as `boxes_of` gives it."
-    if not isinstance(code, Cut): return boxes_of(_mask(code, size)[None])
-    return boxes_of(code.pixels[None]) + np.array([code.left, code.top, code.left, code.top], np.float32)
 
 
 def _mask(code: dict[str, Any] | Cut | None, size: Sequence[int]) -> np.ndarray:

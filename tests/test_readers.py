@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from esam3.data import Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at
+from esam3.data import Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at, turned_hue
 from esam3.public_sets import SaVFolders, Vos
 from esam3.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort, Videos
-from esam3.samples import (BadSample, ClipSample, ImageSample, Phrase, Reported, Video, boxes_of, decode_rle, read_picture, rle_area,
+from esam3.samples import (BadSample, ClipSample, ImageSample, Phrase, Reported, RunMasks, Video, boxes_of, decode_rle, read_picture, rle_area,
                            video_frames)
 from esam3.toyworld import toyworld, write_mp4
 
@@ -557,3 +557,45 @@ def test_recipe_opens_real_davis(monkeypatch, tmp_path):
 def test_recipe_slips(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=said): load_recipe(tmp_path / "mine.yaml")
+
+
+# ---- what an augmentation looks at
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masks_are_seen_as_torchvision_moves_them(seed):
+    "Run lengths looked at through an augmentation are the masks that `v2` would have resized, cropped and mirrored with the same chance."
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+    rng = np.random.default_rng(seed)
+    h, w = rng.integers(40, 200, 2)
+    masks = np.zeros((5, h, w), bool)
+    for n, m in enumerate(masks[:4]):
+        y, x = rng.integers(0, h - 8), rng.integers(0, w - 8)
+        m[y:y + int(rng.integers(1, h)), x:x + int(rng.integers(1, w))] = rng.random() < 0.9 if n else True
+    masks[3] &= rng.random((h, w)) < 0.3
+    sample = ImageSample("a", rng.integers(0, 256, (h, w, 3), np.uint8), RunMasks.of(masks))
+    ours = augment(sample, rng_at(0, seed), short=(30, 90), crop=64, jitter=0.2)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(rng_at(0, seed).integers(2**63)))
+        pair = tv_tensors.Image(torch.from_numpy(sample.image).movedim(-1, 0)), tv_tensors.Mask(torch.from_numpy(masks).byte())
+        pair = v2.RandomShortestSize(list(range(30, 91)))(*pair)
+        size = tuple(min(n, 64) for n in pair[0].shape[-2:])
+        image, moved = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5), v2.ColorJitter(0.2, 0.2, 0.2)])(*pair)
+    there = moved.any(2).any(1)
+    assert (ours.image == image.movedim(0, -1).numpy()).all()
+    assert (np.asarray(ours.masks) == moved[there].bool().numpy()).all() and len(ours.masks) == int(there.sum())
+    dense = augment(ImageSample("a", sample.image, masks), rng_at(0, seed), short=(30, 90), crop=64, jitter=0.2)
+    assert (dense.masks == np.asarray(ours.masks)).all() and np.array_equal(dense.boxes, ours.boxes) and np.array_equal(dense.points, ours.points)
+
+
+def test_hue_turns_colours_and_keeps_greys():
+    "A third of a turn and back; greys and luma stay as they are; small turns are near HSV's."
+    from torchvision.transforms import v2
+    greys = torch.arange(0, 256, 5, dtype=torch.uint8).expand(3, 4, -1)
+    assert (turned_hue(greys, 0.2).int() - greys.int()).abs().max() <= 1
+    mild = 90 + (torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 80).byte()
+    there = turned_hue(mild, 1 / 3)
+    luma = lambda x: (x.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3)
+    assert there.shape == mild.shape and there.dtype == torch.uint8 and (luma(there) - luma(mild)).abs().max() <= 1.5
+    assert (turned_hue(there, -1 / 3).int() - mild.int()).abs().max() <= 3 and (there.int() - mild.int()).abs().float().mean() > 10
+    assert (turned_hue(mild, 0.02).float() - v2.functional.adjust_hue(mild, 0.02).float()).abs().mean() < 4

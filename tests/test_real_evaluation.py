@@ -22,6 +22,7 @@ from esam3.concept_video import Followed
 from esam3.data import load_recipe, open_dataset
 from esam3.evaluate import (Task, by_count, cases, evaluate, limits_of, of_clip, of_concept_clip, predict, read_rows,
                             run_scores, score)
+from esam3.heldout import as_batch
 from esam3.mask_metrics import davis, ytvos
 from esam3.predictions import link_sequences, read_clip
 from esam3.protocols import FrameScores, clip_scores, follow
@@ -357,6 +358,8 @@ def test_a_pair_twice_is_a_pair_twice(tmp_path, tiny, real_files, teacher):
     lenders = lending(reader)
     own = {p["id"]: name for name, pairs in reader.pairs.items() for p in pairs}
     assert lenders and all(reader.names[i] == own[k] != own[pair] for pair, (i, k) in lenders.items()), "of another picture"
+    units = concept_scores._units(reader, range(2), as_batch(teacher, [reader.read(k) for k in range(2)]))
+    assert len(units) > 4 and all(p.pair == pair["id"] for _, pair, p in units)
     pair, (i, lender) = next(iter(lenders.items()))
     assert len(shown_instance(reader, i, lender).masks) == 1
 
