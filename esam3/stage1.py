@@ -164,7 +164,7 @@ def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str
 @ends_together
 def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", refinements: int = -1, weights: str = "", cache: str = "", replays: int = 4,
-               eval_images: int = -1, eval_instances: int = -1, sampling: str = "", seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50,
+               eval_images: int = -1, eval_instances: int = -1, sampling: str = "", seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, workers: int = -1,
                widths: Sequence[int] | None = None, options: Mapping[str, object] | None = None) -> Path:
     """Run stage 1 and return its folder, with `student/`, `metrics.jsonl` and `report.json`. A finished run is returned as it is.
 
@@ -190,7 +190,7 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
         print_groups(groups)
         source = cached_source(recipe, s, pictures, kept, sides, seed) if cache else picture_source(recipe, s, sides, seed)
         task = Stage1(big, small, s, sought(open_dataset(recipe, "train", "images"), recipe["sampling"]["instances"]))
-        trained = fit(task, source, groups, s, folder, seed, every=every, precision=precision, bad=recipe["sampling"]["bad"])
+        trained = fit(task, source, groups, s, folder, seed, every=every, precision=precision, bad=recipe["sampling"]["bad"], workers=0 if cache else workers)
         save_student(folder, small, trained | ({"cache_written": written, "cache_waited": kept.waited} if cache else {}))
     small, trained = saved_student(folder, device)
     start = time.perf_counter()

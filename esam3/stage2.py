@@ -6,8 +6,8 @@
 __all__ = ['MEMORIES', 'FOUR', 'LARGE', 'KINDS', 'FADES', 'LESSON', 'LESSON_BATCHES', 'give_memory', 'there_and_back',
            'clip_source', 'Kept', 'EncodeOnce', 'draw_kind', 'first_prompts', 'latent_attention', 'present', 'Shown',
            'teach', 'frame_losses', 'read_weight', 'Stage2', 'nothing_learned', 'track_losses', 'to_remember', 'Book',
-           'open_book', 'FirstLesson', 'ablations', 'stage2_schedule', 'take_first_lesson', 'told_the_step',
-           'train_stage2', 'run_stage2', 'compare']
+           'open_book', 'FirstLesson', 'ablations', 'stage2_schedule', 'take_first_lesson', 'train_stage2',
+           'run_stage2', 'compare']
 
 # %% ../nbs/20_stage2.ipynb #c005
 import json, math, time
@@ -359,14 +359,6 @@ def take_first_lesson(base: Path, task: Stage2, batch_at: Callable, clips: int, 
     return fit(lesson, lambda step, *of: batch_at(step % period, *of), groups, own, folder / "lesson", seed, **options)
 
 # %% ../nbs/20_stage2.ipynb #c032
-def told_the_step(task: Stage2, batch_at: Callable) -> Callable:
-    "The source of batches, telling the task at which step it is."
-    def at(step: int, *of: int) -> ClipBatch:
-        task.step = step // task.schedule.accumulate
-        return batch_at(step, *of)
-    return at
-
-
 def train_stage2(small: EfficientSam3, big: Sam3, base: Path, recipe: Mapping, s: Schedule, folder: Path, seed: int, **options) -> dict[str, Any]:
     "The first lesson, where the schedule has one, and the rollouts, in place; the account of both. `options` of `fit`."
     videos = open_dataset(recipe, "train", "clips")
@@ -376,7 +368,7 @@ def train_stage2(small: EfficientSam3, big: Sam3, base: Path, recipe: Mapping, s
     lesson = take_first_lesson(base, task, forth, len(videos), folder, seed, **options) if s.lesson_steps else {"seconds": 0.0}
     groups = parameter_groups(small, present(TRAINS[2], small), s.lr, s.inherited)
     print_groups(groups)
-    return fit(task, told_the_step(task, source), groups, s, folder, seed, **options) | {"lesson": lesson["seconds"]}
+    return fit(task, source, groups, s, folder, seed, **options) | {"lesson": lesson["seconds"]}
 
 # %% ../nbs/20_stage2.ipynb #c0run
 @ends_together
@@ -384,7 +376,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
                schedule: str = "", precision: str = "auto", student: str = "", memory: str = "perceiver", distill: bool = True, lambda_read: float = -1.0,
                read_decay: str = "", detach_every: int = 0, checkpoint: bool = False, sampling: str = "",
                eval_clips: int = -1, eval_frames: int = -1, lesson_steps: int = -1, seed: int = 42, runs: str = "runs",
-               resume: bool = True, every: int = 50, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+               resume: bool = True, every: int = 50, workers: int = -1, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
     """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
@@ -407,7 +399,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     before, first = score("before", small, only) if only and not brief else {}, time.perf_counter() - clock
     if not is_saved(folder):
         print(f"stage 2 of {variant}: {s.steps} steps of {s.batch_size} clips; writing to {printable(folder)}")
-        save_student(folder, small, train_stage2(small, big, base, recipe, s, folder, seed, every=every, precision=precision))
+        save_student(folder, small, train_stage2(small, big, base, recipe, s, folder, seed, every=every, precision=precision, workers=workers))
     small, trained = saved_student(folder, device)
     clock = time.perf_counter()
     scores = {"teacher": teacher_scores(big, recipe, wanted, limits, precision) if not brief else {}, "before": before,

@@ -274,7 +274,7 @@ def train_stage3(small: EfficientSam3, big: Sam3, recipe: Mapping, s: Schedule, 
 def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", encoder_lr: float = -1.0, student: str = "", each: int = 4, easy: float = 0.15, hard: float = 0.3,
                exemplar: float = 0.35, distill: bool = True, lesson_steps: int = -1, sampling: str = "", eval_images: int = -1, eval_instances: int = -1, eval_clips: int = -1, eval_frames: int = -1,
-               seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+               seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, workers: int = -1, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
     """Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student on images."""
@@ -299,7 +299,7 @@ def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     first = time.perf_counter() - clock
     if not is_saved(folder):
         print(f"stage 3 of {variant}: {s.steps} steps of {s.batch_size} images; writing to {printable(folder)}")
-        save_student(folder, small, train_stage3(small, big, recipe, s, asking, folder, seed, every=every, precision=precision))
+        save_student(folder, small, train_stage3(small, big, recipe, s, asking, folder, seed, every=every, precision=precision, workers=workers))
     small, trained = saved_student(folder, device)
     clock = time.perf_counter()
     if wanted: scores["student"] = score("student", small)

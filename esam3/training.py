@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRAINS', 'THAW', 'NEW_GROUPS', 'STAGES_OF', 'PAPER', 'PROVEN', 'SCHEDULES', 'RECIPE', 'NOT_FINITE',
-           'select_trainable', 'train_mode', 'parameter_groups', 'Schedule', 'schedule_for', 'Departure', 'fit',
-           'recomputed', 'in_ranks']
+           'select_trainable', 'train_mode', 'parameter_groups', 'Schedule', 'schedule_for', 'Departure',
+           'MicroBatches', 'loader', 'pick_workers', 'fit', 'Clock', 'recomputed', 'in_ranks']
 
 # %% ../nbs/05_training.ipynb #c003
 import json, math, os, re, socket, sys, time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoints import Tally, keep_batch, load_state, restore, save_state, trained  # the next notebook: what a run keeps
@@ -222,6 +223,36 @@ RECIPE: tuple[Departure, ...] = (
 )
 
 # %% ../nbs/05_training.ipynb #c014
+class MicroBatches(Dataset):
+    "Item k: the batch of micro-batch k on one rank."
+
+    def __init__(self, batch_at: Callable[[int, int, int], object], rank: int, ranks: int): self.batch_at, self.place = batch_at, (rank, ranks)
+
+    def __getitem__(self, k: int) -> object: return self.batch_at(k, *self.place)
+
+
+def _as_it_is(batch: object) -> object: return batch
+
+
+def loader(batch_at: Callable[[int, int, int], object], which: range,  # micro-batches
+           rank: int = 0, ranks: int = 1,
+           workers: int = 0,        # processes that read ahead; 0: here, when a batch is wanted
+           pinned: bool = False     # where they lie in memory that a GPU reads from directly
+           ) -> DataLoader:
+    """Batches in order, whoever makes them: a batch depends on its number alone, so any number of workers gives the same ones.
+
+    An error in a worker is raised here and names its file; a worker that dies ends the run."""
+    more = {"prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}  # a fork has the open recipe and the index of its files
+    return DataLoader(MicroBatches(batch_at, rank, ranks), batch_size=None, sampler=which, num_workers=workers, pin_memory=pinned,
+                      collate_fn=_as_it_is, generator=torch.Generator(), **more)
+
+
+def pick_workers(device: torch.device, wanted: int = -1) -> int:
+    "How many processes read ahead: `wanted`, or where it is −1 a rank's share of the cores, at most 8, beside a GPU, and none on a CPU, which has enough to do."
+    if wanted >= 0 or device.type != "cuda": return max(0, wanted)
+    return min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 NOT_FINITE = 10  # steps in a row that end a run
 
 
@@ -233,11 +264,12 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
         watch: Callable[[int], None] | None = None, # called by rank 0 after each checkpoint
         precision: str = "auto",                    # or `no`, `bf16`, `fp16`
         bad: float = 0.01,                          # share of unreadable samples that ends the run
+        workers: int = -1,                          # processes of each rank that read ahead; −1: as `pick_workers`
         stop: int | None = None                     # stop here though the schedule goes on (tests, sessions)
         ) -> dict[str, object]:
-    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one.
+    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one. A task that has a `step` is told it.
 
-    Returns seconds and steps of this call, and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much cannot be
+    Returns seconds and steps of this call, the seconds `waited` for batches, and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much cannot be
     read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite."""
     folder, device = Path(folder), next(task.parameters()).device
     AcceleratorState._reset_state()  # a process may train again in another precision
@@ -249,16 +281,20 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     first, average, kept = load_state(folder, task, optimizer, accelerator.scaler, accelerator.is_main_process)
     accelerator.wait_for_everyone()  # all have read the checkpoint before a next one is written
     last, main, row = min(schedule.steps, stop or schedule.steps), accelerator.is_main_process, 0
-    started, tally = time.perf_counter(), Tally(folder, bad, kept)
+    started, tally, clock = time.perf_counter(), Tally(folder, bad, kept), Clock()
+    ahead = loader(batch_at, range(first * schedule.accumulate, last * schedule.accumulate), accelerator.process_index, accelerator.num_processes,
+                   pick_workers(device, workers), device.type == "cuda")
+    batches = clock.waiting(iter(ahead))
     bar = tqdm(range(first, last), initial=first, total=last, desc=f"{folder.name}", disable=not main, mininterval=2)
     average = average or ({n: t.clone() for n, t in trained(task).items()} if schedule.ema else None)
     log = open(folder / "metrics.jsonl", "a") if main else None
     for step in bar:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * schedule.factor(step)
-        logged, batch = _step(accelerator, wrapped, optimizer, batch_at, step, seed, schedule, tally)
+        if hasattr(task, "step"): task.step = step
+        logged, batch = _step(accelerator, wrapped, optimizer, batches, step, seed, schedule, tally)
         row = row + 1 if "not_finite" in logged else 0
         if average and not row: _follow(average, trained(task), min(schedule.ema, (step + 1) / (step + 20)))
-        if main: log.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **logged}) + "\n"); bar.set_postfix(loss=f"{logged['loss']}")
+        if main: log.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **logged}) + "\n"); bar.set_postfix(loss=f"{logged['loss']}", waits=f"{clock.share:.0%}")
         if row == NOT_FINITE: _give_up(log, folder, step, batch, logged)
         if (step + 1) % every == 0 or step + 1 == last:
             tally.gather(main)
@@ -267,16 +303,34 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     if log: log.close()
     accelerator.wait_for_everyone()
     if average and last == schedule.steps: restore(task, average)
-    return {"seconds": time.perf_counter() - started, "steps": last - first, "samples": tally.state()}
+    return {"seconds": time.perf_counter() - started, "steps": last - first, "waited": clock.waited, "samples": tally.state()}
+
+
+class Clock:
+    "How much of the time since it began was spent waiting for batches."
+
+    def __init__(self): self.began, self.waited = time.perf_counter(), 0.0
+
+    @property
+    def share(self) -> float: return self.waited / max(1e-9, time.perf_counter() - self.began)
+
+    def waiting(self, batches: Iterator) -> Iterator:
+        "The same batches; the time that each takes to come is added up."
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None: return
+            yield batch
 
 # %% ../nbs/05_training.ipynb #c015
-def _step(accelerator: Accelerator, task: nn.Module, optimizer, batch_at: Callable, step: int, seed: int, schedule: Schedule, tally: Tally
+def _step(accelerator: Accelerator, task: nn.Module, optimizer, batches: Iterator, step: int, seed: int, schedule: Schedule, tally: Tally
           ) -> tuple[dict[str, object], object]:
     "One optimiser step over the micro-batches: losses and the gradient's norm by name, and the last batch. Left out by all ranks where a loss or the gradient is not finite."
     sums: dict[str, float] = {}
     for micro in range(step * schedule.accumulate, (step + 1) * schedule.accumulate):
         seed_everything(seed, micro, accelerator.process_index)
-        batch = batch_at(micro, accelerator.process_index, accelerator.num_processes)
+        batch = next(batches)
         tally.add(step, batch, accelerator.process_index)
         with accelerator.autocast(): losses = task(batch)
         loss = sum(losses.values())

@@ -1,0 +1,91 @@
+"""Batches made ahead by worker processes: the same ones whoever makes them, and an error that names its file."""
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from esam3.checkpoints import tensors_in
+from esam3.concepts import Asking
+from esam3.data import load_recipe
+from esam3.readers import Sa1b
+from esam3.samples import BadSample
+from esam3.stage1 import picture_source, run_stage1
+from esam3.stage2 import clip_source
+from esam3.stage3 import mixed_source
+from esam3.training import Clock, Schedule, loader, pick_workers
+
+SIDES, RECIPE = (144, 128), load_recipe("tiny")
+SOURCES = {
+    "stage 1": lambda: picture_source(RECIPE, Schedule(batch_size=4), SIDES, 7),
+    "stage 2": lambda: clip_source(RECIPE, Schedule(batch_size=2, augment=True, back=0.5), SIDES, 7),
+    "stage 3": lambda: mixed_source(RECIPE, Schedule(batch_size=8, clip_every=2, alternate=False), SIDES, 7, Asking(2))}
+
+
+def content(batch: object) -> tuple:
+    return batch.names, batch.notes, {k: t.clone() for k, t in tensors_in(batch).items()}
+
+
+def same(a: tuple, b: tuple) -> bool:
+    return a[:2] == b[:2] and a[2].keys() == b[2].keys() and all(torch.equal(t, b[2][k]) or t.isnan().any() and torch.allclose(t, b[2][k], 0, 0, equal_nan=True) for k, t in a[2].items())
+
+
+@pytest.mark.parametrize("stage", SOURCES)
+@pytest.mark.parametrize("rank, ranks", [(0, 1), (1, 2)])
+def test_any_number_of_workers_makes_the_same_batches(stage, rank, ranks):
+    source = SOURCES[stage]()
+    here = [content(source(k, rank, ranks)) for k in range(6)]
+    torch.manual_seed(1)
+    for workers in (0, 1, 4):
+        ahead = [content(b) for b in loader(source, range(6), rank, ranks, workers)]
+        assert len(ahead) == 6 and all(map(same, here, ahead))
+    late = [content(b) for b in loader(source, range(4, 6), rank, ranks, 2)]
+    assert all(map(same, here[4:], late)), "from where a cut run goes on"
+    assert not same(here[0], here[1])
+
+
+def test_chance_is_not_touched():
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    list(loader(lambda k, rank, ranks: k, range(3), workers=1)); list(loader(lambda k, rank, ranks: k, range(3)))
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_an_error_names_its_file(tmp_path):
+    for name in ("a.jpg", "a.json"): (tmp_path / name).write_bytes(b"<html>")
+    reader = Sa1b(tmp_path)
+    with pytest.raises(BadSample, match=r"a\.json: not a readable annotation"): list(loader(lambda k, *of: reader.read(0), range(2), workers=1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dead_worker_ends_the_run():
+    def die(k: int, rank: int, ranks: int) -> int:
+        if k == 2: os.kill(os.getpid(), signal.SIGKILL)
+        return k
+    with pytest.raises(RuntimeError, match="worker .*(killed|exited)"): list(loader(die, range(5), workers=1))
+
+
+def test_a_run_with_workers_is_the_run_without(tmp_path):
+    weights = {}
+    for workers in (0, 2):
+        folder = run_stage1("es-ev-s", "tiny", steps=3, runs=str(tmp_path / str(workers)), workers=workers, eval_images=1)
+        weights[workers] = (folder / "student/model.safetensors").read_bytes(), (folder / "metrics.jsonl").read_text()
+        shutil.rmtree(folder)
+    assert weights[0] == weights[2]
+
+
+def test_how_many_workers(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(48))
+    assert [pick_workers(cpu), pick_workers(cpu, 3), pick_workers(cuda), pick_workers(cuda, 0)] == [0, 3, 8, 0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert pick_workers(cuda) == 6
+
+
+def test_waiting_is_measured():
+    import time
+    def slow(k: int, rank: int, ranks: int) -> int: time.sleep(0.05); return k
+    clock = Clock()
+    assert list(clock.waiting(iter(loader(slow, range(4))))) == [0, 1, 2, 3] and 0.2 <= clock.waited and clock.share > 0.8
