@@ -260,7 +260,8 @@ def atomically(path: str | Path) -> typing.Iterator[Path]:
 
 def write_json(path: str | Path, value: object) -> None:
     "Write JSON, indented, atomically."
-    with atomically(path) as p: p.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    with atomically(path) as p: p.write_bytes(text.encode(errors="backslashreplace"))  # a file's name need not be UTF-8, and JSON can say it
 
 # %% ../nbs/00_core.ipynb #c036
 def fingerprint(settings: Mapping[str, object]) -> str:
