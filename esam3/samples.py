@@ -247,6 +247,9 @@ class RunMasks:
 
     def __getitem__(self, at: Any) -> "RunMasks | np.ndarray":
         at = at if isinstance(at, tuple) else (at,)
+        if any(a is ... for a in at):  # as many whole axes as are not named
+            k = next(k for k, a in enumerate(at) if a is ...)
+            at = (*at[:k], *(slice(None),) * (self.ndim - len(at) + 1), *at[k + 1:])
         if len(at) > self.codes.ndim:  # inside the masks
             found = np.asarray(self[at[:self.codes.ndim]])
             return found[(*(slice(None),) * (found.ndim - 2), *at[self.codes.ndim:])]
