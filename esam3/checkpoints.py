@@ -93,7 +93,7 @@ def load_state(folder: Path, task: nn.Module, optimizer, scaler: "torch.amp.Grad
     saved = read_state(folder, main) or {"step": 0}
     if main:
         for log in ("metrics.jsonl", "skipped.jsonl"): cut_back(folder / log, saved["step"])
-        for box in (folder / "state").glob(".last.pt.*"): shutil.rmtree(box, ignore_errors=True)
+        for box in (*folder.glob(".*.jsonl.*"), *(folder / "state").glob(".last.pt.*")): shutil.rmtree(box, ignore_errors=True)
     if "task" not in saved: return 0, None, {}
     restore(task, saved["task"]); optimizer.load_state_dict(saved["optimizer"])
     if scaler and saved["scaler"]: scaler.load_state_dict(saved["scaler"])

@@ -179,8 +179,8 @@ def test_a_feature_cache_killed_anywhere(begin, tmp_path):
         number += 1
         folder, over = tmp_path / f"cut {number}", False
         while not over and done < kills:
-            after = chance.uniform(0.1, 0.8) * length
-            over = not kill(begin(write_features, folder=str(folder), replays=replays), after)
+            after, file = (chance.uniform(0.0, 0.6) * length, folder / "000000.trunk") if done % 2 == 0 else (chance.uniform(0.1, 0.9) * length, None)
+            over = not kill(begin(write_features, folder=str(folder), replays=replays), after, file)
             kept = FeatureCache(folder, settings)
             there = [i for i in range(len(pictures)) if kept.holds(i)]
             for i in there: kept.read([i])  # checks the checksum
