@@ -99,7 +99,14 @@ def make_hostile(last: Path, form: str) -> None:
     last.with_name("executed").unlink()
 
 
-DAMAGE = {"cut": lambda p: p.write_bytes(p.read_bytes()[:-100]), "empty": lambda p: p.write_bytes(b""), "gone": Path.unlink, "nonsense": lambda p: torch.save([1], p),
+def flip(last: Path) -> None:
+    "One bit of one weight is another."
+    data, weights = bytearray(last.read_bytes()), torch.load(last, weights_only=True)["task"]["w"]
+    data[data.index(weights.numpy().tobytes())] ^= 1
+    last.write_bytes(data)
+
+
+DAMAGE = {"flip": flip, "cut": lambda p: p.write_bytes(p.read_bytes()[:-100]), "empty": lambda p: p.write_bytes(b""), "gone": Path.unlink, "nonsense": lambda p: torch.save([1], p),
           "pickle": partial(make_hostile, form="pickle"), "torch": partial(make_hostile, form="torch")}
 
 
@@ -109,6 +116,8 @@ def test_the_checkpoint_before_takes_over(damage, tmp_path, capsys):
     last = tmp_path / "cut" / "state" / "last.pt"
     trained_line(tmp_path / "cut", 6)
     DAMAGE[damage](last)
+    trained_line(tmp_path / "cut", 6)
+    assert (last.with_name("damaged.pt").exists(), checkpoints._checked(last.with_name("before.pt"))["step"]) == (damage != "gone", 4), "no damaged one takes its place"
     again, whole = trained_line(tmp_path / "cut"), trained_line(tmp_path / "whole")
     said = [line for line in capsys.readouterr().out.splitlines() if "last.pt" in line]
     assert len(said) == 1 and "going on from the checkpoint before it, step 4" in said[0] and ("missing" if damage == "gone" else "damaged") in said[0]
