@@ -38,12 +38,13 @@ def restore(task: nn.Module, saved: Mapping[str, Tensor]) -> None:
 # %% ../nbs/05a_checkpoints.ipynb #k008
 def save_state(folder: Path, task: nn.Module, optimizer, average: dict[str, Tensor] | None, step: int,
                scaler: "torch.amp.GradScaler | None" = None, more: Mapping[str, object] | None = None) -> None:
-    """Write folder/state/last.pt: weights, optimiser, average, scaler, step, and `more` (plain values). The one before it stays, as before.pt.
+    """Write folder/state/last.pt: weights, optimiser, average, scaler, step, and `more` (plain values). The one before it
+    stays, as before.pt.
 
     `OSError` where it cannot be written (a full disk): what was there is whole."""
     path = folder / "state" / "last.pt"
-    state = {"step": step, "task": _on_cpu(trained(task)), "optimizer": _on_cpu(optimizer.state_dict()), "average": _on_cpu(average),
-             "scaler": scaler.state_dict() if scaler else None, "more": dict(more or {})}
+    state = {"step": step, "task": _on_cpu(trained(task)), "optimizer": _on_cpu(optimizer.state_dict()),
+             "average": _on_cpu(average), "scaler": scaler.state_dict() if scaler else None, "more": dict(more or {})}
     try:
         with atomically(path) as p:
             with open(p, "wb") as f: torch.save(state, f); f.flush(); os.fsync(f.fileno())
@@ -51,14 +52,15 @@ def save_state(folder: Path, task: nn.Module, optimizer, average: dict[str, Tens
     except (OSError, RuntimeError) as e:  # torch's writer hides the system's error behind its own
         why = e if isinstance(e, OSError) else e.__context__
         if not isinstance(why, OSError): raise
-        say = f"the checkpoint of step {step} cannot be written to {path} ({why.strerror}); those before it are whole: make room, and the same command goes on"
-        raise OSError(why.errno, say) from e
+        say = f"the checkpoint of step {step} cannot be written to {path} ({why.strerror}); those before it are whole"
+        raise OSError(why.errno, f"{say}: make room, and the same command goes on") from e
 
 
 def read_state(folder: Path, main: bool = True) -> dict | None:
     """What folder/state/last.pt holds, or before.pt where that cannot be read; None where there is neither.
 
-    The main rank says so in a line and moves the damaged one aside. `ValueError` where none can be read. No code of a file is run."""
+    The main rank says so in a line and moves the damaged one aside. `ValueError` where none can be read. No code of a
+    file is run."""
     last, before = (folder / "state" / name for name in ("last.pt", "before.pt"))
     wrong = {}
     for path in (last, before):
@@ -67,10 +69,12 @@ def read_state(folder: Path, main: bool = True) -> dict | None:
         except (MemoryError, PermissionError): raise
         except Exception as e: wrong[path] = type(e).__name__; continue
         if path == before and main:
-            print(f"{last} is {f'damaged ({wrong[last]})' if last in wrong else 'missing'}: going on from the checkpoint before it, step {saved['step']}")
+            fault = f"damaged ({wrong[last]})" if last in wrong else "missing"
+            print(f"{last} is {fault}: going on from the checkpoint before it, step {saved['step']}")
             if last in wrong: os.replace(last, last.with_name("damaged.pt"))
         return saved
-    if wrong: raise ValueError(f"{', '.join(f'{p} is damaged ({e})' for p, e in wrong.items())}: remove {last.parent} to start this stage again")
+    faults = ", ".join(f"{p} is damaged ({e})" for p, e in wrong.items())
+    if wrong: raise ValueError(f"{faults}: remove {last.parent} to start this stage again")
     return None
 
 
@@ -79,21 +83,24 @@ def _checked(path: Path) -> dict:
     with zipfile.ZipFile(path) as z:
         if odd := z.testzip(): raise ValueError(f"{odd} has another checksum")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict) or not {"step", "task", "optimizer"} <= saved.keys(): raise ValueError("no checkpoint")
+    if not (isinstance(saved, dict) and {"step", "task", "optimizer"} <= saved.keys()): raise ValueError("no checkpoint")
     return saved
 
 
 def load_state(folder: Path, task: nn.Module, optimizer, scaler: "torch.amp.GradScaler | None" = None,
                main: bool = True  # the rank that writes the logs
                ) -> tuple[int, dict[str, Tensor] | None, dict]:
-    """Step, average (on the task's device) and `more` of the checkpoint that `read_state` finds, after weights, optimiser and scaler were restored; step 0 where there is none.
+    """Step, average (on the task's device) and `more` of the checkpoint that `read_state` finds, after weights, optimiser
+    and scaler were restored; step 0 where there is none.
 
-    The main rank cuts `metrics.jsonl` and `skipped.jsonl` back to the step, and removes what a killed process has left half-written. `ValueError` names a damaged file."""
+    The main rank cuts `metrics.jsonl` and `skipped.jsonl` back to the step, and removes what a killed process has left
+    half-written. `ValueError` names a damaged file."""
     folder.mkdir(parents=True, exist_ok=True)
     saved = read_state(folder, main) or {"step": 0}
     if main:
         for log in ("metrics.jsonl", "skipped.jsonl"): cut_back(folder / log, saved["step"])
-        for box in (*folder.glob(".*.jsonl.*"), *(folder / "state").glob(".last.pt.*")): shutil.rmtree(box, ignore_errors=True)
+        left = *folder.glob(".*.jsonl.*"), *(folder / "state").glob(".last.pt.*")
+        for box in left: shutil.rmtree(box, ignore_errors=True)
     if "task" not in saved: return 0, None, {}
     restore(task, saved["task"]); optimizer.load_state_dict(saved["optimizer"])
     if scaler and saved["scaler"]: scaler.load_state_dict(saved["scaler"])

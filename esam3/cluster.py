@@ -35,7 +35,9 @@ _HELD: dict[Path, IO] = {}  # folders that this process has for itself, and thei
 
 def hold(folder: Path, patience: float = 20.0  # seconds in which another process may end
          ) -> None:
-    "Have a folder for this process alone, until it ends or `letting_go` does. `RuntimeError` names the process that has it already."
+    """Have a folder for this process alone, until it ends or `letting_go` does.
+
+    `RuntimeError` names the process that has it already."""
     folder = folder.resolve()
     if folder in _HELD: return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ def _locked(file: IO) -> bool:
     "Lock a file; False where another process has. A file system that has no locks says so, and lets all in."
     try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError): return False
-    except OSError as e: print(f"{file.name} cannot be locked ({e.strerror}): see to it that no other process uses this run")
+    except OSError as e: print(f"{file.name} cannot be locked ({e.strerror}): let no other process use this run")
     return True
 
 
