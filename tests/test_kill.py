@@ -102,14 +102,15 @@ def kill(process: multiprocessing.Process, after: float, file: Path | None = Non
 
 # ---- the three stages
 
-STAGES = {1: {"steps": 6, "options": {"ema": 0.9}}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2, "options": {"lesson_steps": 3}},
-          3: {"steps": 4, "batch_size": 4, "options": {"lesson_steps": 2}, "brief": True}}
+FEW = {"eval_images": 1, "eval_instances": 1}
+STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2, "options": {"lesson_steps": 3}},
+          3: {"steps": 4, "batch_size": 4, "options": {"lesson_steps": 2}, "brief": True, **FEW}}
 
 
 def run(stage: int, **given) -> None:
     "A stage on a handful of samples, with a checkpoint at every step."
     module = __import__(f"esam3.stage{stage}", fromlist=["run"])
-    getattr(module, f"run_stage{stage}")(variant="es-ev-s", recipe="tiny", every=1, eval_images=1, eval_instances=1, **STAGES[stage], **given)
+    getattr(module, f"run_stage{stage}")(variant="es-ev-s", recipe="tiny", every=1, **STAGES[stage], **given)
 
 
 def reached(folder: Path) -> str:
@@ -170,7 +171,7 @@ def write_features(folder: str, replays: int) -> None:
 
 def test_a_feature_cache_killed_anywhere(begin, tmp_path):
     "After each kill a record says that it is complete, or it is not read; in the end all bytes are those of a cache that was written at once."
-    replays, kills = (24, 8) if FULL else (4, 2)
+    replays, kills = (12, 8) if FULL else (4, 2)
     length = ended(begin(write_features, folder=str(tmp_path / "whole"), replays=replays))
     pictures = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
     settings = cache_settings(load_teacher("toy"), pictures, "int8", 16) | {"precision": "no"}

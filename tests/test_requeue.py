@@ -18,7 +18,7 @@ from esam3.cluster import Stopped
 from esam3.core import declared_in
 from esam3.training import Schedule, fit, in_ranks
 
-STEPS = 12
+STEPS = 6
 full = pytest.mark.skipif(os.environ.get("ESAM3_FULL") != "1", reason="takes long: ESAM3_FULL=1 runs it")
 SRUN = '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nexport SLURM_NODEID=0\nexec "$@"\n'
 SCONTROL = '#!/usr/bin/env bash\nif [ "$1" = show ]; then echo localhost; else echo "$@" >> "$ASKED"; fi\n'
@@ -46,7 +46,7 @@ def cluster(root: Path, tmp_path: Path):
         log.close()
 
 
-def printed(place: Path) -> str: return "\n".join(p.read_text()[-2500:] for p in sorted(place.glob("log-*.txt")))
+def printed(place: Path) -> str: return "\n".join(p.read_text()[-9000:] for p in sorted(place.glob("log-*.txt")))
 
 
 def wait_for(path: Path, process: subprocess.Popen, place: Path) -> None:
@@ -59,10 +59,10 @@ def wait_for(path: Path, process: subprocess.Popen, place: Path) -> None:
 @pytest.mark.parametrize("file, ranks", [("stage.sbatch", 1), pytest.param("nodes.sbatch", 2, marks=full)])
 def test_signalled_job_is_queued_again_and_goes_on(cluster, tmp_path, file, ranks):
     "The notebook knows no checkpoint before step 50: the one it goes on from was made for the signal."
-    run = lambda place: cluster(file, 1, *[w for k, v in {
-        "variant": "es-ev-s", "recipe": "tiny", "steps": STEPS, "eval_images": 1, "eval_instances": 1, "runs": tmp_path / place}.items() for w in ("-p", k, v)], ranks=ranks)
+    run = lambda place, job="77": cluster(file, 1, *[w for k, v in {
+        "variant": "es-ev-s", "recipe": "tiny", "steps": STEPS, "eval_images": 1, "eval_instances": 1, "runs": tmp_path / place}.items() for w in ("-p", k, v)], ranks=ranks, SLURM_JOB_ID=job)
     folder = {name: tmp_path / name / "tiny" / "es-ev-s" / "stage1" for name in ("whole", "cut")}
-    cut, whole = run("cut"), run("whole")
+    cut, whole = run("cut"), run("whole", "78")
     wait_for(folder["cut"] / "metrics.jsonl", cut, tmp_path)  # it trains
     begun = time.monotonic()
     cut.send_signal(signal.SIGUSR1)
