@@ -145,7 +145,7 @@ def test_a_stage_killed_anywhere(stage, kills, begin, tmp_path, request):
         number += 1
         folder, over = place(f"cut {number}"), False
         while not over and done < kills:
-            after, file = (chance.uniform(0.0, 0.2) * length, folder / "state" / "last.pt") if done % 2 else (chance.uniform(0.02, 1.0) * length, None)
+            after, file = (chance.uniform(0.0, 0.1) * length, folder / "state" / "last.pt") if done % 2 else (chance.uniform(0.02, 1.0) * length, None)
             over = not kill(begin_run(f"cut {number}"), after, file)
             whole(folder)
             if not over: done += 1; note(f"stage {stage}", after, run=number, reached=reached(folder))
