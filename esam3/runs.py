@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from .cluster import hold
 from .core import atomically, fingerprint, machine, open_run, peak_memory, pick_device, printable, runs_folder, versions, write_json
 from .data import open_dataset
 from .evaluate import Limits  # chapter 4 scores what these chapters train
@@ -55,11 +56,14 @@ def digests(recipe: Mapping, parts: Mapping[str, Sequence[str]]  # split → kin
 def open_stage(stage: int, recipe: Mapping, variant: str, teacher: str, schedule: Schedule, seed: int, runs: str, resume: bool,
                kinds: Mapping[str, Sequence[str]],  # split → kinds of data that the stage reads
                **more) -> tuple[Path, dict]:
-    "The folder of a stage's run and the settings that change its result. `ValueError` where the batch does not divide among ranks, or the folder has other settings."
+    """The folder of a stage's run, for this job alone, and the settings that change its result.
+
+    `ValueError` where the batch does not divide among ranks, or the folder has other settings; `RuntimeError` where another process uses it."""
     schedule.share(ranks().num_processes)
     settings = {"stage": stage, "variant": variant, "recipe": {k: recipe[k] for k in ("name", "sampling", "augment")}, "data": digests(recipe, kinds),
                 "teacher": model_name(teacher), "schedule": asdict(schedule), "ranks": ranks().num_processes, "seed": seed, **more}
     with ranks().main_process_first():  # only the first one removes a run that is begun anew
+        if ranks().is_main_process: hold(runs_folder(runs) / recipe["name"] / variant / f"stage{stage}")
         folder = open_run(runs_folder(runs), recipe["name"], variant, f"stage{stage}", settings, resume or not ranks().is_main_process)
     return folder, settings
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoints import Tally, keep_batch, load_state, restore, save_state, trained  # the next notebook: what a run keeps
+from .cluster import Stopped, stop_asked
 from .core import nearest, pick_device, pick_precision, seed_everything
 
 # %% ../nbs/05_training.ipynb #c005
@@ -270,7 +271,8 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     """Train; continue from `folder/state` when it is there. The weights end as their average when there is one. A task that has a `step` is told it.
 
     Returns seconds and steps of this call, the seconds `waited` for batches, and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much cannot be
-    read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite."""
+    read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite,
+    `Stopped` after a checkpoint where `$ESAM3_STOP` names a file that is there."""
     folder, device = Path(folder), next(task.parameters()).device
     AcceleratorState._reset_state()  # a process may train again in another precision
     accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
@@ -291,15 +293,21 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     for step in bar:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * schedule.factor(step)
         if hasattr(task, "step"): task.step = step
-        logged, batch = _step(accelerator, wrapped, optimizer, batches, step, seed, schedule, tally)
+        asked = main and stop_asked()
+        logged, batch, stopped = _step(accelerator, wrapped, optimizer, batches, step, seed, schedule, tally, asked)
         row = row + 1 if "not_finite" in logged else 0
         if average and not row: _follow(average, trained(task), min(schedule.ema, (step + 1) / (step + 20)))
         if main: log.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **logged}) + "\n"); bar.set_postfix(loss=f"{logged['loss']}", waits=f"{clock.share:.0%}")
         if row == NOT_FINITE: _give_up(log, folder, step, batch, logged)
-        if (step + 1) % every == 0 or step + 1 == last:
+        if (step + 1) % every == 0 or step + 1 == last or stopped:
             tally.gather(main)
             if main: log.flush(); save_state(folder, task, optimizer, average, step + 1, accelerator.scaler, tally.state())
             if main and watch: watch(step + 1)
+        if stopped:
+            if log: log.close()
+            accelerator.wait_for_everyone()  # the checkpoint is written before any rank ends
+            kept = f"{step + 1} of {schedule.steps} steps are in {folder / 'state'}"
+            raise Stopped(f"stopped as asked: {kept}, and the same command goes on from there")
     if log: log.close()
     accelerator.wait_for_everyone()
     if average and last == schedule.steps: restore(task, average)
@@ -324,9 +332,10 @@ class Clock:
             yield batch
 
 # %% ../nbs/05_training.ipynb #c015
-def _step(accelerator: Accelerator, task: nn.Module, optimizer, batches: Iterator, step: int, seed: int, schedule: Schedule, tally: Tally
-          ) -> tuple[dict[str, object], object]:
-    "One optimiser step over the micro-batches: losses and the gradient's norm by name, and the last batch. Left out by all ranks where a loss or the gradient is not finite."
+def _step(accelerator: Accelerator, task: nn.Module, optimizer, batches: Iterator, step: int, seed: int, schedule: Schedule, tally: Tally,
+          asked: bool = False  # to stop
+          ) -> tuple[dict[str, object], object, bool]:
+    "One optimiser step over the micro-batches: losses and the gradient's norm by name, the last batch, and whether any rank was asked to stop. Left out by all ranks where a loss or the gradient is not finite."
     sums: dict[str, float] = {}
     for micro in range(step * schedule.accumulate, (step + 1) * schedule.accumulate):
         seed_everything(seed, micro, accelerator.process_index)
@@ -339,12 +348,13 @@ def _step(accelerator: Accelerator, task: nn.Module, optimizer, batches: Iterato
     overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1   # then a gradient that is not finite is the scaler's business
     norm = float(accelerator.clip_grad_norm_(task.parameters(), schedule.clip or math.inf))
     odd = [k for k, v in sums.items() if not math.isfinite(v)] + (["gradient"] if not (overflow or math.isfinite(norm)) else [])
-    left_out = accelerator.reduce(torch.tensor(float(bool(odd)), device=accelerator.device)) > 0
+    told = torch.tensor([float(bool(odd)), float(asked)], device=accelerator.device)
+    left_out, stopped = (accelerator.reduce(told) > 0).tolist()
     if not left_out: optimizer.step()  # fp16: the scaler itself leaves an overflow out
     elif accelerator.scaler is not None: accelerator.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     logged = {**{k: _rounded(v, 5) for k, v in sums.items()}, "gradient": _rounded(norm, 4)}
-    return logged | ({"not_finite": odd or ["another rank"]} if left_out else {}), batch
+    return logged | ({"not_finite": odd or ["another rank"]} if left_out else {}), batch, stopped
 
 
 def _rounded(value: float, digits: int) -> float | str:

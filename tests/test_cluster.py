@@ -19,12 +19,13 @@ JOB = '''
 import contextlib, os, time
 from pathlib import Path
 import torch.distributed as dist
-from esam3.cluster import together
+from esam3.cluster import Stopped, together
 
 def run(place: Path, does: str) -> None:
     rank = dist.get_rank()
     (place / f"{{rank}}.tmp").write_text(str(os.getpid())); (place / f"{{rank}}.tmp").rename(place / f"{{rank}}.pid")
-    if does == "end": time.sleep({limit} * 1.5 * rank)  # rank 0 has finished long before
+    if does == "stop": time.sleep(2 * rank); raise Stopped(f"{{rank}} as asked")
+    elif does == "end": time.sleep({limit} * 1.5 * rank)  # rank 0 has finished long before
     elif rank == 1 and does != "sleep": raise ValueError("bad.jpg")
     elif does == "barrier": dist.barrier(dist.new_group([0, 1], use_local_synchronization=True))
     else: time.sleep(600)
@@ -150,3 +151,11 @@ def test_good_end_is_silent(job):
     "Also when one rank has finished long before the other."
     run = job("end")
     assert run.ended(60) == 0 and run.printed() == "", run.printed()
+
+
+def test_ranks_that_are_asked_to_stop_all_say_so(job):
+    "None ends another: a notebook of each would keep what it says. The job fails, so that its script knows."
+    run = job("stop")
+    assert run.ended(60) not in (0, None), run.printed()
+    said = run.printed()
+    assert "Stopped: 0 as asked" in said and "Stopped: 1 as asked" in said and not re.search(r"^rank \d: ", said, re.M), said
