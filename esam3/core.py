@@ -290,7 +290,10 @@ def open_run(runs: str | Path, recipe: str, variant: str, stage: str,
              ) -> Path:
     "Make or re-open a run's folder. `ValueError` when it was made with other settings."
     folder = Path(runs) / recipe / variant / stage
-    if not resume and folder.exists(): shutil.rmtree(folder)
+    if not resume and folder.exists():  # at once: a kill must not leave half of it
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        os.replace(folder, old)
+        shutil.rmtree(old)
     mark, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if mark.exists():
         old, new = _flat(json.loads(mark.read_text())), _flat(settings)

@@ -544,7 +544,7 @@ def _numbered(path: Path, index: VideoIndex, n: int) -> Iterator[tuple[int, "av.
         yield from enumerate(frames if at is None else dropwhile(lambda f: f.pts != time, frames), first)
 
 
-def _sum(frame: "av.VideoFrame") -> int: return zlib.crc32(frame.to_ndarray(format="gray"))
+def _sum(frame: "av.VideoFrame") -> int: return zlib.crc32(np.ascontiguousarray(frame.to_ndarray(format="gray")))
 
 
 def _pixels(frame: "av.VideoFrame", size: Sequence[int]) -> np.ndarray:

@@ -8,13 +8,14 @@ import yaml
 from esam3.core import cache_dir, check_parameters, fingerprint, pick_device, pick_precision
 from esam3.data import load_recipe, open_dataset
 from esam3.feature_cache import Replays, cache_settings, plan, write_cache
-from esam3.stage1 import check_cache, encode_rate
+from esam3.stage1 import check_cache, decode_rate, encode_rate, together_rate
 from esam3.teacher import load_teacher
+from esam3.training import pick_workers
 
-DECLARED = {"recipe": (str, "toy"), "teacher": (str, ""), "precision": (str, "auto"), "cache": (str, "int8"), "replays": (int, 4), "workers": (int, 8)}
+DECLARED = {"recipe": (str, "toy"), "teacher": (str, ""), "precision": (str, "auto"), "cache": (str, "int8"), "replays": (int, 4), "workers": (int, -1)}
 
 
-def write_part(part: int, parts: int, recipe: str = "toy", teacher: str = "", precision: str = "auto", cache: str = "int8", replays: int = 4, workers: int = 8) -> None:
+def write_part(part: int, parts: int, recipe: str = "toy", teacher: str = "", precision: str = "auto", cache: str = "int8", replays: int = 4, workers: int = -1) -> None:
     "Write what part `part` of `parts` lacks. Errors are those of `write_cache`; `ValueError` for a part that is none."
     if not 0 <= part < parts: raise ValueError(f"part {part} of {parts}: parts are 0 … {parts - 1}")
     told, device = load_recipe(recipe), pick_device()
@@ -22,9 +23,11 @@ def write_part(part: int, parts: int, recipe: str = "toy", teacher: str = "", pr
     precision, vit = pick_precision(device, precision), load_teacher(teacher or told["teacher"]).to(device)
     pictures = Replays(open_dataset(told, "train", "images"), 0, replays, told["augment"])
     settings = cache_settings(vit, pictures, cache) | {"precision": precision}
-    print(f"all parts: {plan(len(pictures.reader), settings, replays, parts * encode_rate(vit, precision))}", flush=True)
+    many = pick_workers(device, workers)
+    rate = parts * together_rate(encode_rate(vit, precision), decode_rate(pictures, vit.image_size, many), many)
+    print(f"all parts: {plan(len(pictures.reader), settings, replays, rate)}", flush=True)
     folder = cache_dir() / f"features-{told['name']}-{cache}-{fingerprint(settings)[:8]}"
-    print(write_cache(folder, vit, pictures, cache, rank=part, world=parts, workers=workers, precision=precision))
+    print(write_cache(folder, vit, pictures, cache, rank=part, world=parts, workers=many, precision=precision))
 
 
 if __name__ == "__main__":

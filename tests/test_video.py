@@ -292,3 +292,13 @@ def test_files_from_elsewhere(real_files):
     path = real_files / "faults/15_av1/av1.mp4"
     truth = list(straight(path))
     for wanted in draws(len(truth)): assert (Video(path).frames(wanted) == np.stack([truth[n] for n in wanted])).all()
+
+
+def test_a_width_that_decoders_pad(tmp_path):
+    "104 px: rows of a decoded frame do not lie one after the other."
+    with av.open(str(tmp_path / "a.mp4"), "w") as box:
+        stream = box.add_stream("libx264", rate=24, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 104, 72, "yuv420p"
+        for t in range(5): box.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((72, 104, 3), 40 * t, np.uint8))))
+        box.mux(stream.encode())
+    assert video_index(tmp_path / "a.mp4", trusting=False).whole == 5
