@@ -100,7 +100,7 @@ def cache_settings(teacher: Sam3, pictures: Replays,
     names = "\n".join(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in pictures.reader.names)
     defaults = {k: p.default for k, p in list(signature(augment).parameters.items())[2:]}
     changes = None if pictures.augmentation is None else {**defaults, **pictures.augmentation}
-    return {"format": 1, "dtype": dtype, "teacher": vit_digest(teacher), "image_size": teacher.image_size, "tokens": teacher.grid ** 2,
+    return {"format": 2, "dtype": dtype, "teacher": vit_digest(teacher), "image_size": teacher.image_size, "tokens": teacher.grid ** 2,
             "width": teacher.detector_model.vision_encoder.backbone.config.hidden_size, "preprocessing": preprocessing(teacher.image_size),
             "pictures": len(pictures.reader), "names": blake2b(names.encode(), digest_size=8).hexdigest(),
             "augment": changes, "seed": pictures.seed, "records": records}

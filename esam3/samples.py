@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import dropwhile
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,6 +247,9 @@ class RunMasks:
 
     def __getitem__(self, at: Any) -> "RunMasks | np.ndarray":
         at = at if isinstance(at, tuple) else (at,)
+        if any(a is ... for a in at):  # as many whole axes as are not named
+            k = next(k for k, a in enumerate(at) if a is ...)
+            at = (*at[:k], *(slice(None),) * (self.ndim - len(at) + 1), *at[k + 1:])
         if len(at) > self.codes.ndim:  # inside the masks
             found = np.asarray(self[at[:self.codes.ndim]])
             return found[(*(slice(None),) * (found.ndim - 2), *at[self.codes.ndim:])]
@@ -453,6 +456,30 @@ def _opened(path: Path) -> Iterator[tuple["av.container.InputContainer", "av.Vid
         stream.codec_context.thread_count = 1
         yield box, stream
 
+# %% ../nbs/01a_samples.ipynb #c034v
+@dataclass(frozen=True)
+class VideoIndex:
+    "What a video file holds."
+    codec: str                                     # FFmpeg's name: h264, hevc, av1 …
+    clean: bool                                    # read by `times`, `keys` and `spare`; other streams by what stands before these
+    count: int = 0                                 # frames of a decode from the start
+    whole: int = 0                                 # those before the first that cannot be decoded
+    size: Sequence[int] = (0, 0)                   # height and width, px, before turning
+    turn: int = 0                                  # quarter turns, counter-clockwise, that make it upright
+    safe: Sequence[Sequence[int]] = ()             # (where to seek to, when the frame is shown, its number), times in ticks, in order
+    times: Sequence[int] = ()                      # when each frame is shown, in ticks
+    keys: Sequence[Sequence[int]] = ()             # (when decoded, in ticks; number) of each keyframe, in order
+    spare: Sequence[int] = ()                      # numbers of the frames that no other refers to
+
+    def key(self, n: int) -> Sequence[int]:
+        "The last keyframe up to frame n of a clean stream."
+        return self.keys[bisect_right(self.keys, n, key=lambda point: point[-1]) - 1]
+
+    def start(self, n: int) -> Sequence[int | None]:
+        "The last safe point up to frame n."
+        k = bisect_right(self.safe, n, key=lambda point: point[-1])
+        return self.safe[k - 1] if k else (None, None, 0)
+
 # %% ../nbs/01a_samples.ipynb #c034c
 def _decoded(path: Path,
              at: int | None = None          # where to seek first, in ticks of the stream; else from the start
@@ -486,50 +513,30 @@ def _units(packet: "av.Packet",
     return found
 
 
-def _clean(path: Path) -> bool:
-    "Whether decord finds every frame: H.264 in mp4, whole, each keyframe an IDR picture, evenly timed from 0, no edits."
-    import decord  # here, because it takes half a second that pictures need not wait for
+def _clean(path: Path) -> VideoIndex | None:
+    "The index of H.264 in mp4, whole, each keyframe an IDR picture, evenly timed from 0, no edits; None of anything else."
     with _opened(path) as (box, stream):
-        head, times = bytes(stream.codec_context.extradata or b""), []
+        head, packets = bytes(stream.codec_context.extradata or b""), []
         codec = stream.codec_context.codec.canonical_name
-        if codec != "h264" or "mp4" not in box.format.name or head[:1] != b"\1": return False
+        if codec != "h264" or "mp4" not in box.format.name or head[:1] != b"\1": return None
         for packet in box.demux(stream):
             if not packet.size: break       # the end
-            if packet.is_corrupt or packet.is_discard or packet.pts is None: return False
+            if packet.is_corrupt or packet.is_discard or None in (packet.pts, packet.dts): return None
             try: units = _units(packet, (head[4] & 3) + 1)
-            except ValueError: return False
-            if packet.is_keyframe > (5 in units) or not {1, 5} & units.keys(): return False
-            if units.get(7, head) not in head: return False
-            if not times and not packet.is_keyframe: return False
-            times.append(packet.pts)
-        times, tick = np.sort(times), float(stream.time_base)
+            except ValueError: return None
+            if packet.is_keyframe > (5 in units) or not {1, 5} & units.keys(): return None
+            if units.get(7, head) not in head: return None
+            if not packets and not packet.is_keyframe: return None
+            packets.append((packet.pts, packet.dts, packet.is_keyframe, not (units.get(5) or units[1])[0] >> 5 & 3))
+        times = sorted(p[0] for p in packets)
         steps = np.diff(times)
         even = len(times) and times[0] == 0 and (len(times) == 1 or steps.min() > 0 and np.ptp(steps) <= 1)
-        if not even or len(times) != stream.frames: return False
-    try: reader = decord.VideoReader(str(path), num_threads=1)
-    except (RuntimeError, decord.DECORDError): return False
-    if len(reader) != len(times): return False
-    theirs = reader.get_frame_timestamp(range(len(reader)))[:, 0]
-    return bool(np.allclose(theirs, times * tick, rtol=1e-5, atol=tick))
+        if not even or len(times) != stream.frames: return None
+    number = {t: n for n, t in enumerate(times)}
+    keys = sorted(((dts, number[pts]) for pts, dts, key, _ in packets if key), key=lambda k: k[1])
+    return VideoIndex("h264", True, len(times), len(times), times=times, keys=keys, spare=sorted(number[p[0]] for p in packets if p[3]))
 
 # %% ../nbs/01a_samples.ipynb #c034g
-@dataclass(frozen=True)
-class VideoIndex:
-    "What a video file holds."
-    codec: str                                     # FFmpeg's name: h264, hevc, av1 …
-    clean: bool                                    # decord finds every frame, and the rest is left empty
-    count: int = 0                                 # frames of a decode from the start
-    whole: int = 0                                 # those before the first that cannot be decoded
-    size: Sequence[int] = (0, 0)                   # height and width, px, before turning
-    turn: int = 0                                  # quarter turns, counter-clockwise, that make it upright
-    safe: Sequence[Sequence[int]] = ()             # (where to seek to, when the frame is shown, its number), times in ticks, in order
-
-    def start(self, n: int) -> Sequence[int | None]:
-        "The last safe point up to frame n."
-        k = bisect_right(self.safe, n, key=lambda point: point[-1])
-        return self.safe[k - 1] if k else (None, None, 0)
-
-
 def _numbered(path: Path, index: VideoIndex, n: int) -> Iterator[tuple[int, "av.VideoFrame"]]:
     "Frames and their numbers, from the last safe point up to frame n."
     at, time, first = index.start(n)
@@ -641,16 +648,35 @@ def video_index(path: str | Path,
     "What a video file holds, from the cache folder while name, size and time of the file are the same. `BadSample` as `Video`."
     path = Path(path)
     stat = path.stat()
-    key = fingerprint({"path": str(path.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns})
+    key = fingerprint({"path": str(path.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns, "form": 2})
     file = cache_dir() / "videos" / f"{key}.json"
     index = _kept_index(file)
     if index is None or index.clean > trusting:
-        index = VideoIndex("h264", True) if trusting and _clean(path) else _decoded_once(path)
+        index = trusting and _clean(path) or _decoded_once(path)
         found = asdict(index)
         with atomically(file) as new: new.write_text(json.dumps({"index": found, "digest": fingerprint(found)}))
     return index
 
 # %% ../nbs/01a_samples.ipynb #c035
+def _from(box: "av.container.InputContainer", stream: "av.VideoStream", decoded: int, shown: int) -> Iterator["av.Packet"]:
+    "The packets from a keyframe on. `LookupError` where seeking does not find it."
+    for at in (decoded, shown):
+        box.seek(at, stream=stream)
+        packets = box.demux(stream)
+        first = next(packets)
+        if first.pts == shown: return chain([first], packets)
+    raise LookupError(shown)
+
+
+def _shown(packets: Iterable["av.Packet"], number: dict[int, int], passed: set[int]) -> Iterator[tuple[int, "av.VideoFrame"]]:
+    "Frames and their numbers, without those that are `passed` over. `LookupError` for a time that is nobody's, or a damaged packet."
+    for packet in packets:
+        if packet.size and (packet.is_corrupt or number[packet.pts] in passed):
+            if packet.is_corrupt: raise LookupError(packet.pts)
+            continue
+        for frame in packet.decode(): yield number[frame.pts], frame
+
+
 class Video:
     "A video file: `len(video)`, `video.frames([...])`; frame n is the n-th of a decode from the start. `BadSample` when it cannot be read."
 
@@ -658,16 +684,8 @@ class Video:
         self.path = Path(path)
         if not self.path.exists(): raise BadSample(f"{path}: no such video; download it, or delete its annotation")
         self.index = video_index(self.path)
-        self.reader = self._decord() if self.index.clean else None
 
-    def _decord(self) -> Any:
-        "decord's reader of a clean stream, open for as long as this object lives."
-        import decord
-        try: return decord.VideoReader(str(self.path), num_threads=1)
-        except (RuntimeError, decord.DECORDError) as e:
-            raise BadSample(f"{self.path}: not a readable video; download it again, or delete it") from e
-
-    def __len__(self) -> int: return self.index.count if self.reader is None else len(self.reader)
+    def __len__(self) -> int: return self.index.count
 
     def frames(self, numbers: Sequence[int]  # T frame numbers, 0 … len - 1
                ) -> np.ndarray:              # [T, H, W, 3] uint8
@@ -675,12 +693,25 @@ class Video:
         numbers = list(map(int, numbers))
         beyond = [n for n in numbers if not 0 <= n < len(self)]
         if beyond: raise BadSample(f"{self.path}: frame {max(beyond)} asked for, {len(self)} there; the video is cut short or belongs to another annotation")
-        if self.reader is not None:
-            import decord
-            try: return self.reader.get_batch(numbers).asnumpy()
-            except (RuntimeError, decord.DECORDError):  # it looks clean and is damaged inside
-                self.reader, self.index = None, video_index(self.path, trusting=False)
+        if self.index.clean:
+            try: return self._skim(numbers)
+            except (av.FFmpegError, LookupError):  # it looks clean and is damaged inside
+                self.index = video_index(self.path, trusting=False)
         return self._decode(numbers)
+
+    def _skim(self, numbers: list[int]) -> np.ndarray:
+        "Frames of a clean stream: [T, H, W, 3] uint8. `av.FFmpegError` or `LookupError` where it is not what it seemed."
+        index, rest, found = self.index, sorted({*numbers}), {}
+        number, passed = {t: n for n, t in enumerate(index.times)}, {*index.spare} - {*rest}
+        with _opened(self.path) as (box, stream):
+            while rest:
+                decoded, first = index.key(rest[0])
+                for n, frame in _shown(_from(box, stream, decoded, index.times[first]), number, passed):
+                    if frame.is_corrupt: raise LookupError(n)
+                    if n == rest[0]: found[rest.pop(0)] = np.rot90(_pixels(frame, (frame.height, frame.width)), frame.rotation // 90 % 4)
+                    if not rest or index.key(rest[0])[-1] > n: break
+                else: raise LookupError(rest[0])
+        return np.stack([found[n] for n in numbers]) if numbers else np.empty((0, stream.height, stream.width, 3), np.uint8)
 
     def _damaged(self, n: int) -> BadSample:
         return BadSample(f"{self.path}: damaged, frame {n} of {len(self)} cannot be decoded ({_spoken(self.index.codec)}); download it again")

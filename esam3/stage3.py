@@ -74,7 +74,7 @@ def _moved(asked: Questions, device: torch.device | str) -> Questions:
 
 def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
     "The sample, or as often its mirror image: two images for one, and few enough to keep what the teacher sees in them."
-    return sample if rng.random() < 0.5 else replace(sample, image=sample.image[:, ::-1].copy(), masks=sample.masks[..., ::-1].copy())
+    return sample if rng.random() < 0.5 else replace(sample, image=sample.image[:, ::-1].copy(), masks=np.asarray(sample.masks)[..., ::-1].copy())
 
 # %% ../nbs/30_stage3.ipynb #c011s
 def varied(sample: ImageSample, rng: np.random.Generator, recipe: Mapping, schedule: Schedule) -> ImageSample:

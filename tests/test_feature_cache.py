@@ -235,4 +235,4 @@ def test_error_in_the_background_is_raised_by_read(copy):
 def test_nothing_is_pickled(whole):
     for module in (feature_cache, packing): assert "pickle" not in Path(module.__file__).read_text()
     for name, data in content(whole).items():
-        assert data.startswith(b'{"format": 1, ') and (len(data) - HEADER) % SIZE == 0, name
+        assert data.startswith(b'{"format": 2, ') and (len(data) - HEADER) % SIZE == 0, name

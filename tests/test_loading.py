@@ -2,6 +2,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,3 +90,16 @@ def test_waiting_is_measured():
     def slow(k: int, rank: int, ranks: int) -> int: time.sleep(0.05); return k
     clock = Clock()
     assert list(clock.waiting(iter(loader(slow, range(4))))) == [0, 1, 2, 3] and 0.2 <= clock.waited and clock.share > 0.8
+
+
+def test_a_cache_written_by_workers_is_the_cache(tmp_path, monkeypatch, capsys):
+    "The same records, and a plan that counts decoding too."
+    from esam3.stage1 import decode_rate, keep_features, together_rate
+    from esam3.teacher import load_teacher
+    teacher, contents = load_teacher("toy"), {}
+    for workers in (0, 2):
+        monkeypatch.setenv("ESAM3_CACHE", str(tmp_path / str(workers)))
+        pictures, kept, _ = keep_features(RECIPE, teacher, "int8", 1, workers=workers)
+        contents[workers] = [f.read_bytes() for f in sorted(Path(kept.folder).glob("*.trunk"))]
+    assert contents[0] == contents[2] and contents[0] and "features to write: 24 pictures" in capsys.readouterr().out
+    assert decode_rate(pictures, 144, 4) > 2 * decode_rate(pictures, 144, 0) and together_rate(6.0, 3.0, 0) == 2 and together_rate(6.0, 3.0, 4) == 3
