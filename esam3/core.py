@@ -322,8 +322,11 @@ def cache_dir() -> Path:
 
 def versions() -> dict[str, str]:
     "Versions of the libraries that can change a number."
-    from importlib.metadata import version
-    return {p: version(p) for p in ("esam3", "torch", "torchvision", "timm", "transformers", "accelerate", "numpy")}
+    from importlib.metadata import PackageNotFoundError, version
+    import esam3
+    try: own = version("esam3")
+    except PackageNotFoundError: own = esam3.__version__  # a checkout that is not installed
+    return {"esam3": own, **{p: version(p) for p in ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy")}}
 
 def machine() -> str:
     "Processor, cores and accelerator, for the figures measured here."

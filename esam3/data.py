@@ -83,7 +83,7 @@ def augment(sample: ImageSample | ClipSample, rng: np.random.Generator,
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng.integers(2**63)))  # `torch.manual_seed` also seeds CUDA, at 1 ms a call
         pixels, rows, columns = _looked_at(pixels, short, crop, flip)
-        pixels = v2.ColorJitter(jitter, jitter, jitter)(pixels)
+        pixels = _jittered(pixels, v2.ColorJitter(jitter, jitter, jitter))
         if hue: pixels = turned_hue(pixels, hue * float(2 * torch.rand(()) - 1))
     masks = sample.masks.seen_at(rows, columns) if isinstance(sample.masks, RunMasks) else sample.masks[..., rows[:, None], columns]
     changed = replace(sample, masks=masks, **{key: pixels.movedim(-3, -1).contiguous().numpy()})
@@ -101,6 +101,12 @@ def _looked_at(pixels: torch.Tensor, short: tuple[int, int], crop: int, flip: fl
     rows, columns = (x[place[at]:][:place[side]] for x, at, side in zip(nearest, ("top", "left"), ("height", "width")))
     pixels = cut.transform(pixels, place)
     return (v2.functional.horizontal_flip(pixels), rows, columns[::-1]) if torch.rand(1) < flip else (pixels, rows, columns)
+
+
+def _jittered(pixels: torch.Tensor, jitter: v2.ColorJitter) -> torch.Tensor:
+    "Pixels [..., 3, H, W], all with one jitter, frame by frame: what is made on the way stays small, a third of the time."
+    drawn = jitter.make_params([pixels])
+    return torch.stack([jitter.transform(f, drawn) for f in pixels.reshape(-1, *pixels.shape[-3:])]).reshape(pixels.shape)
 
 
 def turned_hue(pixels: torch.Tensor,  # [..., 3, H, W] uint8
@@ -170,11 +176,12 @@ def student_pixels(images: Sequence[np.ndarray],  # B pictures, uint8 [H, W, 3]
                    canvas: int                    # side of the square, px
                    ) -> torch.Tensor:             # [B, 3, canvas, canvas]
     "The student's preprocessing: longer side brought to the canvas, ImageNet mean and std, padded right and bottom."
-    out = torch.zeros(len(images), 3, canvas, canvas)
+    out = torch.empty(len(images), 3, canvas, canvas)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for k, image in enumerate(images):
         h, w = Frames.fitted(*image.shape[:2], canvas)
         out[k, :, :h, :w] = _resized(image, h, w).sub_(mean).div_(std)
+        out[k, :, h:], out[k, :, :h, w:] = 0, 0
     return out
 
 # %% ../nbs/02_data.ipynb #c030
@@ -279,7 +286,7 @@ def collate_clips(samples: Sequence[ClipSample],
     first, starts = visible.argmax(1), np.cumsum([0] + [len(s.masks) for s in samples])
     masks = [m for s in samples for m in s.masks]
     boxes = np.array([boxes_of(m) for m in masks], np.float32).reshape(-1, length, 4)
-    points = np.array([deepest_points(np.asarray(m[int(t)])[None])[0] for m, t in zip(masks, first)], np.float32).reshape(-1, 2)
+    points = np.array([deepest_points(m[int(t):int(t) + 1])[0] for m, t in zip(masks, first)], np.float32).reshape(-1, 2)
     return ClipBatch(
         [s.name for s in samples], images, Frames(torch.tensor([i.shape[:2] for i in images]), teacher, student),
         teacher_pixels(images, teacher), student_pixels(images, student), clip, clip[:, None] * length + torch.arange(length),

@@ -82,9 +82,10 @@ def boxes_of(masks: "np.ndarray | RunMasks"  # [N, H, W] bool
     return boxes
 
 # %% ../nbs/01a_samples.ipynb #c013
-def deepest_points(masks: np.ndarray  # [N, H, W] bool
-                   ) -> np.ndarray:   # [N, 2] float32
+def deepest_points(masks: "np.ndarray | RunMasks"  # [N, H, W] bool
+                   ) -> np.ndarray:                # [N, 2] float32
     "The pixel centre (x, y), continuous px, farthest from the outside of each mask; the picture's border is outside. NaN for an empty mask."
+    if not isinstance(masks, np.ndarray): return masks.points()  # `RunMasks`, below
     points = np.full((len(masks), 2), np.nan, np.float32)
     for n, (mask, box) in enumerate(zip(masks, boxes_of(masks))):
         if np.isnan(box[0]): continue
@@ -130,7 +131,7 @@ class ImageSample:
     @cached_property
     def points(self) -> np.ndarray:
         "[N, 2] float32, the deepest point of each mask in continuous source px."
-        return deepest_points(np.asarray(self.masks))
+        return deepest_points(self.masks)
 
 # %% ../nbs/01a_samples.ipynb #c021
 @dataclass
@@ -273,11 +274,17 @@ class RunMasks:
             found[at] = code and _cut(code, rows, columns)
         return RunMasks(found, (len(rows), len(columns)))
 
+    def _windows(self) -> list[Cut]: return [c if isinstance(c, Cut) else Cut(0, 0, _mask(c, self.size)) for c in self.codes]
+
     def boxes(self) -> np.ndarray:
         "[N, 4] of masks [N, H, W], as `boxes_of`."
-        window = lambda c: c if isinstance(c, Cut) else Cut(0, 0, _mask(c, self.size))
-        found = [boxes_of(c.pixels[None]) + np.array([c.left, c.top] * 2, np.float32) for c in map(window, self.codes)]
+        found = [boxes_of(c.pixels[None]) + np.array([c.left, c.top] * 2, np.float32) for c in self._windows()]
         return np.concatenate(found or [np.empty((0, 4), np.float32)])
+
+    def points(self) -> np.ndarray:
+        "[N, 2] of masks [N, H, W], as `deepest_points`."
+        found = [deepest_points(c.pixels[None]) + np.array([c.left, c.top], np.float32) for c in self._windows()]
+        return np.concatenate(found or [np.empty((0, 2), np.float32)])
 
     def any(self, axis: Any = None, **options: Any) -> np.ndarray:
         "As of the array."
