@@ -92,7 +92,7 @@ def kept_places(found: Iterable[Path], without: Where) -> list[Path]:
 
 def below(folder: Path, without: Where = ()) -> list[Path]:
     "What lies below a folder at any depth, in order; neither hidden, nor in a hidden folder, nor to be left out."
-    seen = (f for f in folder.rglob("*") if not any(part.startswith(".") for part in f.relative_to(folder).parts))
+    seen = (f for f in folder.rglob("*") if not any(part.startswith((".", "__MACOSX")) for part in f.relative_to(folder).parts))
     return kept_places(sorted(seen), without)
 
 

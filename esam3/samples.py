@@ -195,7 +195,6 @@ def decode_rle(rle: dict[str, Any] | None,  # {"size": [H, W], "counts": …}; N
     return coco.decode(code).view(bool) if code else np.zeros(size, bool)
 
 
-
 def rle_area(rle: dict[str, Any] | None, where: str = "mask") -> int:
     "Pixels of a mask, without decoding it; 0 where it is absent. `BadSample` when its run lengths are broken."
     try: return int(rle_runs(rle["counts"])[1::2].sum()) if rle else 0
@@ -210,6 +209,20 @@ class Cut(NamedTuple):
     pixels: np.ndarray  # [h, w] bool
 
 
+def _coded(mask: np.ndarray) -> dict[str, Any] | None:
+    "A mask [H, W] as COCO's run lengths, compressed to text; None where it is empty."
+    if not mask.any(): return None
+    code = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": [*code["size"]], "counts": code["counts"].decode()}
+
+
+def _mask(code: dict[str, Any] | Cut | None, size: Sequence[int]) -> np.ndarray:
+    if isinstance(code, dict): return coco.decode(code).view(bool)
+    out = np.zeros(size, bool)
+    if code: out[code.top:code.top + code.pixels.shape[0], code.left:code.left + code.pixels.shape[1]] = code.pixels
+    return out
+
+# %% ../nbs/01a_samples.ipynb #c027r
 class RunMasks:
     """Masks as run lengths, or windows, to be read like an array of bools: [N, T, H, W], or [T, H, W] of one track, or [N, H, W] of a picture.
 
@@ -246,54 +259,12 @@ class RunMasks:
 
     def __iter__(self) -> Iterator: return (self[k] for k in range(len(self)))
 
-    def __getitem__(self, at: Any) -> "RunMasks | np.ndarray":
-        at = at if isinstance(at, tuple) else (at,)
-        if any(a is ... for a in at):  # as many whole axes as are not named
-            k = next(k for k, a in enumerate(at) if a is ...)
-            at = (*at[:k], *(slice(None),) * (self.ndim - len(at) + 1), *at[k + 1:])
-        if len(at) > self.codes.ndim:  # inside the masks
-            found = np.asarray(self[at[:self.codes.ndim]])
-            return found[(*(slice(None),) * (found.ndim - 2), *at[self.codes.ndim:])]
-        found = self.codes[at]
-        if not isinstance(found, np.ndarray): return _mask(found, self.size)
-        through_time = found.ndim == self.codes.ndim or np.ndim(at[0]) == 0 and not isinstance(at[0], slice)
-        return RunMasks(found, self.size) if through_time else self._dense(found)
-
     def __setitem__(self, at: Any, mask: np.ndarray) -> None: self.codes[at] = _coded(mask)
 
     def rle(self, *at: int) -> dict[str, Any] | None:
         "One mask as run lengths; None where it is empty."
         code = self.codes[at]
         return _coded(_mask(code, self.size)) if isinstance(code, Cut) else code
-
-    def seen_at(self, rows: np.ndarray, columns: np.ndarray) -> "RunMasks":
-        "The masks at some rows [h] and columns [w] of theirs, each in ascending or descending order: [..., h, w]."
-        found = np.empty(self.codes.shape, object)
-        for at in np.ndindex(found.shape):
-            code = self.codes[at] if isinstance(self.codes[at], dict | None) else self.rle(*at)
-            found[at] = code and _cut(code, rows, columns)
-        return RunMasks(found, (len(rows), len(columns)))
-
-    def _windows(self) -> list[Cut]: return [c if isinstance(c, Cut) else Cut(0, 0, _mask(c, self.size)) for c in self.codes]
-
-    def boxes(self) -> np.ndarray:
-        "[N, 4] of masks [N, H, W], as `boxes_of`."
-        found = [boxes_of(c.pixels[None]) + np.array([c.left, c.top] * 2, np.float32) for c in self._windows()]
-        return np.concatenate(found or [np.empty((0, 4), np.float32)])
-
-    def points(self) -> np.ndarray:
-        "[N, 2] of masks [N, H, W], as `deepest_points`."
-        found = [deepest_points(c.pixels[None]) + np.array([c.left, c.top], np.float32) for c in self._windows()]
-        return np.concatenate(found or [np.empty((0, 2), np.float32)])
-
-    def any(self, axis: Any = None, **options: Any) -> np.ndarray:
-        "As of the array."
-        seen = np.frompyfunc(lambda code: code is not None, 1, 1)(self.codes).astype(bool)
-        if axis is None: return seen.any(**options)
-        axes = {a % self.ndim for a in np.atleast_1d(axis)}
-        pixels = {self.ndim - 2, self.ndim - 1}
-        if not pixels <= axes or options: return np.asarray(self).any(axis, **options)
-        return seen.any(tuple(axes - pixels)) if axes - pixels else seen
 
     def _dense(self, codes: np.ndarray) -> np.ndarray:
         out = np.zeros((*codes.shape, *self.size), bool)
@@ -314,21 +285,34 @@ class RunMasks:
         if name.startswith("_") or name in ("codes", "size"): raise AttributeError(name)
         return getattr(np.asarray(self), name)
 
+# %% ../nbs/01a_samples.ipynb #c027g
+def _item(self: RunMasks, at: Any) -> "RunMasks | np.ndarray":
+    at = at if isinstance(at, tuple) else (at,)
+    if any(a is ... for a in at):  # as many whole axes as are not named
+        k = next(k for k, a in enumerate(at) if a is ...)
+        at = (*at[:k], *(slice(None),) * (self.ndim - len(at) + 1), *at[k + 1:])
+    if len(at) > self.codes.ndim:  # inside the masks
+        found = np.asarray(self[at[:self.codes.ndim]])
+        return found[(*(slice(None),) * (found.ndim - 2), *at[self.codes.ndim:])]
+    found = self.codes[at]
+    if not isinstance(found, np.ndarray): return _mask(found, self.size)
+    through_time = found.ndim == self.codes.ndim or np.ndim(at[0]) == 0 and not isinstance(at[0], slice)
+    return RunMasks(found, self.size) if through_time else self._dense(found)
 
-def _coded(mask: np.ndarray) -> dict[str, Any] | None:
-    "A mask [H, W] as COCO's run lengths, compressed to text; None where it is empty."
-    if not mask.any(): return None
-    code = coco.encode(np.asfortranarray(mask, np.uint8))
-    return {"size": [*code["size"]], "counts": code["counts"].decode()}
+
+def _any(self: RunMasks, axis: Any = None, **options: Any) -> np.ndarray:
+    "As of the array."
+    seen = np.frompyfunc(lambda code: code is not None, 1, 1)(self.codes).astype(bool)
+    if axis is None: return seen.any(**options)
+    axes = {a % self.ndim for a in np.atleast_1d(axis)}
+    pixels = {self.ndim - 2, self.ndim - 1}
+    if not pixels <= axes or options: return np.asarray(self).any(axis, **options)
+    return seen.any(tuple(axes - pixels)) if axes - pixels else seen
 
 
-def _mask(code: dict[str, Any] | Cut | None, size: Sequence[int]) -> np.ndarray:
-    if isinstance(code, dict): return coco.decode(code).view(bool)
-    out = np.zeros(size, bool)
-    if code: out[code.top:code.top + code.pixels.shape[0], code.left:code.left + code.pixels.shape[1]] = code.pixels
-    return out
+RunMasks.__getitem__, RunMasks.any = _item, _any
 
-
+# %% ../nbs/01a_samples.ipynb #c027s
 def _cut(code: dict[str, Any], rows: np.ndarray, columns: np.ndarray) -> Cut | None:
     "A mask of run lengths at some rows and columns; None where it has no pixel there. Only the columns that the object is in are decoded."
     high, ends = code["size"][0], rle_runs(code["counts"]).cumsum()
@@ -343,6 +327,34 @@ def _cut(code: dict[str, Any], rows: np.ndarray, columns: np.ndarray) -> Cut | N
     pixels = part[columns[across] - first][:, rows[down]].T
     return Cut(int(down[0]), int(across[0]), pixels) if pixels.any() else None
 
+
+def _seen_at(self: RunMasks, rows: np.ndarray, columns: np.ndarray) -> "RunMasks":
+    "The masks at some rows [h] and columns [w] of theirs, each in ascending or descending order: [..., h, w]."
+    found = np.empty(self.codes.shape, object)
+    for at in np.ndindex(found.shape):
+        code = self.codes[at] if isinstance(self.codes[at], dict | None) else self.rle(*at)
+        found[at] = code and _cut(code, rows, columns)
+    return RunMasks(found, (len(rows), len(columns)))
+
+
+RunMasks.seen_at = _seen_at
+
+# %% ../nbs/01a_samples.ipynb #c027w
+def _windows(self: RunMasks) -> list[Cut]: return [c if isinstance(c, Cut) else Cut(0, 0, _mask(c, self.size)) for c in self.codes]
+
+def _boxes(self: RunMasks) -> np.ndarray:
+    "[N, 4] of masks [N, H, W], as `boxes_of`."
+    found = [boxes_of(c.pixels[None]) + np.array([c.left, c.top] * 2, np.float32) for c in _windows(self)]
+    return np.concatenate(found or [np.empty((0, 4), np.float32)])
+
+def _points(self: RunMasks) -> np.ndarray:
+    "[N, 2] of masks [N, H, W], as `deepest_points`."
+    found = [deepest_points(c.pixels[None]) + np.array([c.left, c.top], np.float32) for c in _windows(self)]
+    return np.concatenate(found or [np.empty((0, 2), np.float32)])
+
+
+RunMasks.boxes, RunMasks.points = _boxes, _points
+
 # %% ../nbs/01a_samples.ipynb #c029
 TURN = 0x0112  # EXIF's Orientation
 
@@ -351,7 +363,7 @@ def same_shape(a: Sequence[int], b: Sequence[int], tolerance: float = 0.01) -> b
     "Whether two sizes (H, W) can be the same picture's: sides in the same ratio, but for rounding."
     return min(*a, *b) > 0 and abs(a[1] * b[0] / (b[1] * a[0]) - 1) <= tolerance
 
-
+# %% ../nbs/01a_samples.ipynb #c029u
 def _upright(picture: Image.Image, size: Sequence[int] | None, name: str, notes: list[tuple[str, str]]) -> Image.Image:
     "A picture in the frame in which its annotation, of `size`, lies."
     turn, stored = picture.getexif().get(TURN, 1), picture.size[::-1]
@@ -363,7 +375,7 @@ def _upright(picture: Image.Image, size: Sequence[int] | None, name: str, notes:
     if size and turn in range(2, 9) and fits[0] and fits[1]: notes.append(("turned by EXIF, and no size says whether its annotation is", name))
     return ImageOps.exif_transpose(picture)
 
-
+# %% ../nbs/01a_samples.ipynb #c029e
 def _eight_bits(picture: Image.Image) -> Image.Image:
     "A picture of one channel of more than 8 bits, scaled to 8. `ValueError` where nothing says what is white."
     values = np.asarray(picture)
@@ -374,7 +386,7 @@ def _eight_bits(picture: Image.Image) -> Image.Image:
         raise ValueError("32 bits a value; convert it to 8 or 16")
     return Image.fromarray(np.round(values / 257).astype(np.uint8))
 
-
+# %% ../nbs/01a_samples.ipynb #c029r
 def read_picture(data: bytes | Path,              # the file, or its content
                  name: str = "",                  # for the message
                  size: Sequence[int] | None = None,      # H, W that its annotation gives
@@ -398,7 +410,7 @@ def is_one_object(values: Iterable[int]) -> bool:
     "Whether ids of all masks of a clip (0 aside) are those of one object in black and white, so that 255 is not void."
     return {int(v) for v in values} - {0} == {VOID}
 
-
+# %% ../nbs/01a_samples.ipynb #c032r
 def resized(mask: np.ndarray, size: tuple[int, int],  # H, W of its picture
             where: str,
             notes: list[tuple[str, str]]              # told when it had to be resized
@@ -417,7 +429,7 @@ def mask_size(file: Path) -> tuple[int, int]:
         with Image.open(file) as picture: return picture.size[::-1]
     except Exception as e: raise BadSample(f"{file}: not a readable mask ({e}); download it again") from e
 
-
+# %% ../nbs/01a_samples.ipynb #c032p
 def palette_mask(file: Path,             # PNG whose pixel values are object ids
                  size: tuple[int, int],  # H, W of its picture
                  notes: list[tuple[str, str]]  # told when it had to be resized
@@ -519,7 +531,7 @@ def _units(packet: "av.Packet",
         found[data[begin] & 31] = data[begin:at]
     return found
 
-
+# %% ../nbs/01a_samples.ipynb #c034k
 def _clean(path: Path) -> VideoIndex | None:
     "The index of H.264 in mp4, whole, each keyframe an IDR picture, evenly timed from 0, no edits; None of anything else."
     with _opened(path) as (box, stream):
@@ -683,7 +695,7 @@ def _shown(packets: Iterable["av.Packet"], number: dict[int, int], passed: set[i
             continue
         for frame in packet.decode(): yield number[frame.pts], frame
 
-
+# %% ../nbs/01a_samples.ipynb #c035v
 class Video:
     "A video file: `len(video)`, `video.frames([...])`; frame n is the n-th of a decode from the start. `BadSample` when it cannot be read."
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRAINS', 'THAW', 'NEW_GROUPS', 'STAGES_OF', 'PAPER', 'PROVEN', 'SCHEDULES', 'RECIPE', 'NOT_FINITE',
            'select_trainable', 'train_mode', 'parameter_groups', 'Schedule', 'schedule_for', 'Departure',
-           'MicroBatches', 'loader', 'pick_workers', 'fit', 'Clock', 'recomputed', 'in_ranks']
+           'MicroBatches', 'loader', 'pick_workers', 'Clock', 'fit', 'recomputed', 'in_ranks']
 
 # %% ../nbs/05_training.ipynb #c003
 import json, math, os, re, socket, sys, time
@@ -223,7 +223,7 @@ RECIPE: tuple[Departure, ...] = (
     Departure((1, 2, 3), "dropout 0.1 in the Perceiver, 0 elsewhere, drop path 0", "the same", "as the paper"),
 )
 
-# %% ../nbs/05_training.ipynb #c014
+# %% ../nbs/05_training.ipynb #c013l
 class MicroBatches(Dataset):
     "Item k: the batch of micro-batch k on one rank."
 
@@ -237,14 +237,13 @@ def _as_it_is(batch: object) -> object: return batch
 
 def loader(batch_at: Callable[[int, int, int], object], which: range,  # micro-batches
            rank: int = 0, ranks: int = 1,
-           workers: int = 0,        # processes that read ahead; 0: here, when a batch is wanted
-           pinned: bool = False     # where they lie in memory that a GPU reads from directly
+           workers: int = 0         # processes that read ahead; 0: here, when a batch is wanted
            ) -> DataLoader:
     """Batches in order, whoever makes them: a batch depends on its number alone, so any number of workers gives the same ones.
 
     An error in a worker is raised here and names its file; a worker that dies ends the run."""
     more = {"prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}  # a fork has the open recipe and the index of its files
-    return DataLoader(MicroBatches(batch_at, rank, ranks), batch_size=None, sampler=which, num_workers=workers, pin_memory=pinned,
+    return DataLoader(MicroBatches(batch_at, rank, ranks), batch_size=None, sampler=which, num_workers=workers,
                       collate_fn=_as_it_is, generator=torch.Generator(), **more)
 
 
@@ -253,7 +252,25 @@ def pick_workers(device: torch.device, wanted: int = -1) -> int:
     if wanted >= 0 or device.type != "cuda": return max(0, wanted)
     return min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
+# %% ../nbs/05_training.ipynb #c013k
+class Clock:
+    "How much of the time since it began was spent waiting for batches."
 
+    def __init__(self): self.began, self.waited = time.perf_counter(), 0.0
+
+    @property
+    def share(self) -> float: return self.waited / max(1e-9, time.perf_counter() - self.began)
+
+    def waiting(self, batches: Iterator) -> Iterator:
+        "The same batches; the time that each takes to come is added up."
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None: return
+            yield batch
+
+# %% ../nbs/05_training.ipynb #c014
 NOT_FINITE = 10  # steps in a row that end a run
 
 
@@ -285,7 +302,7 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     last, main, row = min(schedule.steps, stop or schedule.steps), accelerator.is_main_process, 0
     started, tally, clock = time.perf_counter(), Tally(folder, bad, kept), Clock()
     ahead = loader(batch_at, range(first * schedule.accumulate, last * schedule.accumulate), accelerator.process_index, accelerator.num_processes,
-                   pick_workers(device, workers), device.type == "cuda")
+                   pick_workers(device, workers))
     batches = clock.waiting(iter(ahead))
     bar = tqdm(range(first, last), initial=first, total=last, desc=f"{folder.name}", disable=not main, mininterval=2)
     average = average or ({n: t.clone() for n, t in trained(task).items()} if schedule.ema else None)
@@ -312,24 +329,6 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     accelerator.wait_for_everyone()
     if average and last == schedule.steps: restore(task, average)
     return {"seconds": time.perf_counter() - started, "steps": last - first, "waited": clock.waited, "samples": tally.state()}
-
-
-class Clock:
-    "How much of the time since it began was spent waiting for batches."
-
-    def __init__(self): self.began, self.waited = time.perf_counter(), 0.0
-
-    @property
-    def share(self) -> float: return self.waited / max(1e-9, time.perf_counter() - self.began)
-
-    def waiting(self, batches: Iterator) -> Iterator:
-        "The same batches; the time that each takes to come is added up."
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None: return
-            yield batch
 
 # %% ../nbs/05_training.ipynb #c015
 def _step(accelerator: Accelerator, task: nn.Module, optimizer, batches: Iterator, step: int, seed: int, schedule: Schedule, tally: Tally,
