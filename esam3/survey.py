@@ -270,6 +270,7 @@ def recipe_of(what: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], boo
     if isinstance(what, Mapping): return dict(what), False
     path, word = Path(what), str(what)
     named = word in ALIASES or (RECIPES / f"{word}.yaml").exists() or path.suffix in (".yaml", ".yml")
+    if "/" in word and not named and ":" not in word and not path.exists(): raise FileNotFoundError(f"{word}: no such folder, and no recipe's name")
     if named or not path.exists(): return load_recipe(what), False
     place = path.absolute()
     root, inside = (place, ".") if place.is_dir() else (place.parent, place.name)

@@ -270,3 +270,8 @@ def test_a_sheet_says_what_cannot_be_read(tmp_path):
     reader = READERS["folder"][0](tmp_path)
     figure = sheet(reader)
     assert sorted(bool(ax.texts) for ax in figure.axes) == [False, True] and max(im.get_array().shape[1] for ax in figure.axes for im in ax.images) <= 400
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"): survey(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="did you mean 'tiny'"): survey("tinny")
