@@ -10,12 +10,12 @@ from torch import nn
 from esam3 import training
 from esam3.backbones import Encoder
 from esam3.checkpoints import Tally, load_state, save_state
-from esam3.core import PRECISIONS, pick_precision
+from esam3.core import PRECISIONS, Part, pick_precision
 from esam3.samples import BadSample
 from esam3.stage2 import give_memory, present
 from esam3.student import build_student
 from esam3.teacher import load_teacher
-from esam3.training import TRAINS, Schedule, fit, parameter_groups, train_mode
+from esam3.training import TRAINS, Made, Schedule, fit, parameter_groups, train_mode
 
 
 class Line(nn.Module):
@@ -136,7 +136,7 @@ def test_an_overflow_is_the_scalers_business(scale, left_out, tmp_path, monkeypa
         init(self, *args, **kwargs)
         self.scaler, self.native_amp, self.state._mixed_precision = scaler, True, "fp16"
     monkeypatch.setattr(training.Accelerator, "__init__", scaled)
-    task = train(tmp_path, lambda step, *_: torch.full((4, 1), torch.nan) if step == 1 else torch.ones(4, 1), steps=3, task=Steep())[0]
+    task = train(tmp_path, lambda part: torch.full((4, 1), torch.nan) if part.step == 1 else torch.ones(4, 1), steps=3, task=Steep())[0]
     assert ["not_finite" in row for row in lines(tmp_path)] == [False, left_out, False] and task.net.weight.isfinite()
     assert scaler.get_scale() == scale / 2, "the overflow was seen"
 
