@@ -166,11 +166,11 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
 # %% ../nbs/06_heldout.ipynb #c015
 def first_frame(model: Sam3, batch: ClipBatch) -> tuple[Prompts, Tensor]:
     "Mask prompts for every track at the frame where it begins, and their boxes [N, 4], in the model's frame."
-    rows = torch.arange(len(batch.first), device=batch.first.device)
+    rows, begin = torch.arange(len(batch.first), device=batch.first.device), batch.first.split([len(m) for m in batch.masks])
     image, f = batch.frame_index[rows, batch.first], batch.frames
-    tracks = [m for clip in batch.masks for m in clip]
-    masks = torch.cat([Frames(f.sizes[i:i + 1], f.teacher, f.student).rasterise([m[t][None]], model.frame, model.image_size)
-                       for i, m, t in zip(image.tolist(), tracks, batch.first.tolist())])
+    clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))  # the pictures of a clip are of one size
+    shown = [m[torch.arange(len(m), device=m.device), t] for m, t in zip(batch.masks, begin)]
+    masks = clips.rasterise(shown, model.frame, model.image_size)
     none = torch.zeros(len(image), 0, dtype=torch.int32, device=image.device)
     prompts = Prompts(image, torch.zeros(len(image), 0, 2, device=image.device), none, (masks > 0.5).float()[:, None])
     return prompts, f.boxes(batch.boxes[rows, batch.first], image, "source", model.frame)
