@@ -11,7 +11,7 @@ __all__ = ['VARIANTS', 'PRECISIONS', 'Variant', 'nearest', 'find_variant', 'Fram
 # %% ../nbs/00_core.ipynb #c002
 import ast, contextlib, difflib, hashlib, json, os, platform, random, resource, shutil, sys, tempfile, typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,8 @@ class Frames:
     sizes: torch.Tensor  # [B, 2] height and width of each source picture, px
     teacher: int         # side of the teacher's square picture, px (1008; toy 144)
     student: int         # side of the student's square canvas, px (1024; toy 128)
-    _known: dict = field(default_factory=dict, init=False, repr=False, compare=False)  # what has been asked before
+
+    def __post_init__(self) -> None: self.__dict__["_known"] = {}  # what has been asked before; no field
 
     @staticmethod
     def fitted(height: int, width: int, canvas: int) -> tuple[int, int]:
