@@ -26,7 +26,7 @@ PARTS = {"two processes": {"ranks": 2}, "micro-batches": {"micro_batch": 2}, "bo
 APART = ("things", "told apart")  # how the instances of a part differ from one another: of the parts by themselves
 
 
-def still(run: Callable[..., Path], live: bool = False, **given) -> Path:
+def still(stage_run: Callable[..., Path], live: bool = False, **given) -> Path:
     "A run whose batch norms keep their statistics, and whose Perceiver drops nothing out: what is left to chance is of the slots."
     train_mode = training.train_mode
     def frozen(task: nn.Module, parent: bool = True) -> None:
@@ -37,7 +37,7 @@ def still(run: Callable[..., Path], live: bool = False, **given) -> Path:
                 for d in m.modules():
                     if isinstance(d, nn.Dropout): d.p = 0.0
     training.train_mode = frozen
-    try: return run(**given)
+    try: return stage_run(**given)
     finally: training.train_mode = train_mode
 
 
@@ -54,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
 def trained(stage: int, runs: Path, after: Path | None, ranks: int = 1, **more) -> Path:
     options = {**OWN[stage].get("options", {}), **({"lambda1": 4.0} if stage == 3 else {})}
     given = COMMON | OWN[stage] | {"options": options} | more | ({"student": str(after / "student")} if after else {})
-    return in_ranks(still, ranks, run=RUN[stage], runs=str(runs), **given)
+    return in_ranks(still, ranks, stage_run=RUN[stage], runs=str(runs), **given)
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -76,7 +76,7 @@ def test_losses_are_those_of_the_whole_batch(stage, parts, whole, tmp_path):
 
 def test_live_statistics_are_of_each_part(tmp_path):
     "With them a part is normalised by itself: the gap is small and it is there."
-    a, b = (rows(in_ranks(still, 1, run=run_stage1, live=True, runs=str(tmp_path / str(m)), micro_batch=m, **COMMON, **OWN[1]) / "metrics.jsonl")[0] for m in (0, 2))
+    a, b = (rows(in_ranks(still, 1, stage_run=run_stage1, live=True, runs=str(tmp_path / str(m)), micro_batch=m, **COMMON, **OWN[1]) / "metrics.jsonl")[0] for m in (0, 2))
     assert 1e-4 < abs(a["loss"] - b["loss"]) / a["loss"] < 0.3
 
 
