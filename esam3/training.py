@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['TRAINS', 'THAW', 'NEW_GROUPS', 'STAGES_OF', 'PAPER', 'PROVEN', 'SCHEDULES', 'RECIPE', 'NOT_FINITE',
-           'select_trainable', 'train_mode', 'parameter_groups', 'Schedule', 'schedule_for', 'Departure',
-           'MicroBatches', 'loader', 'pick_workers', 'Clock', 'fit', 'recomputed', 'in_ranks']
+           'select_trainable', 'train_mode', 'parameter_groups', 'Schedule', 'schedule_for', 'Departure', 'Parts',
+           'Made', 'loader', 'pick_workers', 'Clock', 'fit', 'Together', 'added', 'recomputed', 'in_ranks']
 
 # %% ../nbs/05_training.ipynb #c003
-import json, math, os, re, socket, sys, time
-from collections.abc import Callable, Iterator, Mapping
+import json, math, os, re, socket, statistics, sys, time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +30,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import Tally, keep_batch, load_state, restore, save_state, trained  # the next notebook: what a run keeps
 from .cluster import Stopped, stop_asked
-from .core import nearest, pick_device, pick_precision, seed_everything
+from .core import Part, nearest, peak_memory, pick_device, pick_precision, seed_everything
 
 # %% ../nbs/05_training.ipynb #c005
 TRAINS: Mapping[int, Mapping[str, tuple[str, float]]] = {  # stage → group → (expression, weight decay); paper §4.2–4.4
@@ -86,7 +90,7 @@ class Schedule:
     "How long, how much and how fast; and what a loss counts."
     steps: int = 0             # optimiser steps; 0: the recipe must say
     batch_size: int = 0        # images or clips a step, over all ranks and micro-batches
-    accumulate: int = 1        # micro-batches to a step
+    micro_batch: int = 0       # of them a rank works on so many at a time; 0: on its whole share
     lr: float = 0.0            # at the end of the warm-up
     warmup: float = 0.0        # linear warm-up: steps, or a fraction of `steps` below 1
     clip: float = 0.0          # largest norm of the gradient; 0: not clipped
@@ -94,7 +98,7 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.999)
     floor: float = 0.0         # the cosine ends at this fraction of lr
     inherited: float = 1.0     # fraction of lr for what starts from the teacher's weights
-    checkpoint: bool = False   # compute the student's decoder (and Perceiver) again in the backward pass instead of keeping it
+    checkpoint: int = 512      # px: from a canvas of this side on, decoders, Perceiver and losses are computed again in the backward pass and not kept (§4.2); 0: never
     lambda2: float = 1.0       # weight of eq. 4 (masks); 0: left out
     focal: float = 1.0         # weight of Focal beside Dice
     temperature: float = 0.0   # of the teacher's masks in eq. 4; 0: cut at logit 0
@@ -102,6 +106,7 @@ class Schedule:
     task: float = _of(1, 3, default=1.0)       # of prompts: weight of L_task; 0: left out
     refinements: int = _of(1, 3, default=1)    # of prompts: M of the loop (§4.2)
     corrective: str = _of(1, 3, default="uniform")  # of prompts: where in the disagreement a point lies; or "deepest"
+    checkpoint_encoder: bool = _of(1, 3, default=False)  # the student's backbone too, stage by stage
     map_weights: tuple[float, ...] = _of(1, default=())  # of eq. 3's six maps, the detector's and the tracker's, fine to coarse; none: equal
     map_terms: tuple[str, ...] = _of(1, default=())  # feature losses beside eq. 3: relational, attention, contrastive
     lambda_maps: float = _of(1, default=1.0)   # weight of each of these
@@ -129,24 +134,28 @@ class Schedule:
         part = min(1.0, max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
         return up * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * part)))
 
-    def share(self, ranks: int, whole: int = 0) -> int:
-        "Samples of `whole` (0: `batch_size`) in a micro-batch of one rank. `ValueError` where they do not divide."
-        whole, parts = whole or self.batch_size, ranks * self.accumulate
-        if whole % parts:
-            below, above = max(1, whole // parts) * parts, -(-whole // parts) * parts
-            raise ValueError(f"{whole} samples a step do not divide among {ranks} ranks × {self.accumulate} micro-batches: take {below} or {above}")
-        return whole // parts
+    def micro_batches(self, ranks: int) -> int:
+        "Micro-batches of one rank in a step. `ValueError` where the batch does not divide into such."
+        size = self.micro_batch or max(1, self.batch_size // ranks)
+        whole, count = max(1, self.batch_size // (ranks * size)), ranks * size
+        if self.batch_size and self.batch_size % count:
+            raise ValueError(f"{self.batch_size} samples a step do not divide among {ranks} ranks in micro-batches of {size}: take {whole * count} or {(whole + 1) * count}")
+        return whole
+
+    def recomputes(self, canvas: int) -> bool:
+        "Whether decoders, Perceiver and losses of a student with such a canvas are computed again in the backward pass."
+        return bool(self.checkpoint) and canvas >= self.checkpoint
 
 
 STAGES_OF: Mapping[str, tuple[int, ...]] = {f.name: f.metadata.get("stages", (1, 2, 3)) for f in fields(Schedule)}
 
 # %% ../nbs/05_training.ipynb #c009
 PAPER: Mapping[int, Schedule] = {
-    1: Schedule(batch_size=64, lr=1e-4, warmup=1000, checkpoint=True),
-    2: Schedule(batch_size=16, lr=5e-5, warmup=0.08, checkpoint=True),
-    3: Schedule(batch_size=32, lr=2e-5, warmup=0.02, clip=1.0, ema=0.999, checkpoint=True),
+    1: Schedule(batch_size=64, lr=1e-4, warmup=1000),
+    2: Schedule(batch_size=16, lr=5e-5, warmup=0.08),
+    3: Schedule(batch_size=32, lr=2e-5, warmup=0.02, clip=1.0, ema=0.999),
 }
-_SOFT = dict(floor=0.02, focal=20.0, temperature=1.0, checkpoint=False)
+_SOFT = dict(floor=0.02, focal=20.0, temperature=1.0)
 PROVEN: Mapping[int, Schedule] = {
     1: replace(PAPER[1], **_SOFT, clip=5.0, inherited=0.1, lambda1=4.0),
     2: replace(PAPER[2], **_SOFT, clip=1.0, ema=0.999, lambda2=0.5, back=0.5, lesson_steps=1000),
@@ -187,7 +196,7 @@ class Departure:
 
 
 RECIPE: tuple[Departure, ...] = (
-    Departure((1,), "batch_size", 64, "as the paper; `accumulate` reaches it on one GPU"),
+    Departure((1,), "batch_size", 64, "as the paper; `micro_batch` reaches it on one GPU"),
     Departure((2,), "batch_size", 16, "clips, as the paper"),
     Departure((3,), "batch_size", 32, "images or a fourth as many clips: 32 or 8, as the paper"),
     Departure((1,), "lr", 1e-4, "as the paper"), Departure((2,), "lr", 5e-5, "as the paper"), Departure((3,), "lr", 2e-5, "as the paper"),
@@ -201,7 +210,7 @@ RECIPE: tuple[Departure, ...] = (
     Departure((1, 2, 3), "floor", 0.0, "the cosine ends at 0; proven: at a fiftieth of lr, as the toy recipes were made"),
     Departure((1, 2, 3), "focal", 1.0, "eq. 4 sums Dice and Focal; proven: SAM's 1 : 20, as the toy recipes were made"),
     Departure((1, 2, 3), "temperature", 0.0, "§4.2's teacher masks are binary; proven: probabilities, which keep the teacher's doubt"),
-    Departure((1, 2, 3), "checkpoint", True, "Perceiver and decoder are computed again; proven: kept, quicker where memory allows it"),
+    Departure((1, 2, 3), "checkpoint", (1, 1024), "as the paper on its canvas of 1024 px, the losses too; below 512 px all is kept, which is quicker"),
     Departure((1, 3), "lambda1", None, "λ1 is not given; proven: 4, as the toy recipes were made"),
     Departure((1, 2, 3), "lambda2", None, "λ2 is not given; proven: half in stages 2 and 3, where truth teaches more than a toy teacher"),
     Departure((1, 2, 3), "inherited", 1.0, "one rate for all; proven, stage 1: the inherited decoder at a tenth, or its tracking is wrecked (J 51.6 against 72.2)"),
@@ -224,27 +233,41 @@ RECIPE: tuple[Departure, ...] = (
 )
 
 # %% ../nbs/05_training.ipynb #c013l
-class MicroBatches(Dataset):
-    "Item k: the batch of micro-batch k on one rank."
+class Parts(Sequence):
+    "The parts of some steps that one rank works off, in order: what a `DataLoader` samples."
 
-    def __init__(self, batch_at: Callable[[int, int, int], object], rank: int, ranks: int): self.batch_at, self.place = batch_at, (rank, ranks)
+    def __init__(self, steps: range, rank: int = 0, ranks: int = 1,
+                 micro: int = 1):  # micro-batches of a rank in a step
+        self.steps, self.rank, self.ranks, self.micro = steps, rank, ranks, micro
 
-    def __getitem__(self, k: int) -> object: return self.batch_at(k, *self.place)
+    def __len__(self) -> int: return len(self.steps) * self.micro
+
+    def __getitem__(self, k: int) -> Part:
+        if not 0 <= k < len(self): raise IndexError(k)
+        return Part(self.steps[k // self.micro], self.rank * self.micro + k % self.micro, self.ranks * self.micro)
+
+
+class Made(Dataset):
+    "Item `part` is what a function makes of it: for batches that come from no data set."
+
+    def __init__(self, make: Callable[[Part], Any]): self.make = make
+
+    def __getitem__(self, part: Part) -> Any: return self.make(part)
 
 
 def _as_it_is(batch: object) -> object: return batch
 
 
-def loader(batch_at: Callable[[int, int, int], object], which: range,  # micro-batches
-           rank: int = 0, ranks: int = 1,
-           workers: int = 0         # processes that read ahead; 0: here, when a batch is wanted
+def loader(source: Dataset,        # item `part` is its batch, such as `Steps` of 02_data
+           parts: Sequence[Part],  # which are wanted
+           workers: int = 0,       # processes that read ahead; 0: here, when a batch is wanted
+           pinned: bool = False    # in memory that a GPU copies from by itself
            ) -> DataLoader:
-    """Batches in order, whoever makes them: a batch depends on its number alone, so any number of workers gives the same ones.
+    """Batches in order, whoever makes them: a batch depends on its part alone, so any number of workers gives the same ones.
 
     An error in a worker is raised here and names its file; a worker that dies ends the run."""
     more = {"prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}  # a fork has the open recipe and the index of its files
-    return DataLoader(MicroBatches(batch_at, rank, ranks), batch_size=None, sampler=which, num_workers=workers,
-                      collate_fn=_as_it_is, generator=torch.Generator(), **more)
+    return DataLoader(source, batch_size=None, sampler=parts, num_workers=workers, collate_fn=_as_it_is, pin_memory=pinned, generator=torch.Generator(), **more)
 
 
 def pick_workers(device: torch.device, wanted: int = -1) -> int:
@@ -254,9 +277,11 @@ def pick_workers(device: torch.device, wanted: int = -1) -> int:
 
 # %% ../nbs/05_training.ipynb #c013k
 class Clock:
-    "How much of the time since it began was spent waiting for batches."
+    "Where the time goes: what is spent waiting for batches, how long a step takes, how long the rest will take."
 
-    def __init__(self): self.began, self.waited = time.perf_counter(), 0.0
+    def __init__(self, steps: int = 0, samples: int = 0):  # to be done; of a step
+        self.began = self.last = time.perf_counter()
+        self.steps, self.samples, self.waited, self.before, self.took = steps, samples, 0.0, 0.0, []
 
     @property
     def share(self) -> float: return self.waited / max(1e-9, time.perf_counter() - self.began)
@@ -270,12 +295,22 @@ class Clock:
             if batch is None: return
             yield batch
 
+    def step(self) -> dict[str, float]:
+        "A step is done: its `seconds`, the share of them that was `waits`, samples `per_second`, `memory_gb` held at most so far, the seconds `left`."
+        now = time.perf_counter()
+        seconds, waited = now - self.last, self.waited - self.before
+        self.last, self.before, self.steps = now, self.waited, self.steps - 1
+        self.took = [*self.took[-99:], seconds]
+        told = {"seconds": seconds, "waits": waited / max(1e-9, seconds), "per_second": self.samples / max(1e-9, seconds),
+                "memory_gb": peak_memory() / 1e9, "left": self.steps * statistics.mean(self.took)}
+        return {k: round(v, 4) for k, v in told.items()}
+
 # %% ../nbs/05_training.ipynb #c014
 NOT_FINITE = 10  # steps in a row that end a run
 
 
 def fit(task: nn.Module,                            # `forward(batch)` → named, weighted losses; where it lies is where it is trained
-        batch_at: Callable[[int, int, int], object],  # (micro-batch, rank, number of ranks) → batch of this rank
+        source: Dataset,                            # item `Part(step, …)` → the batch of a part of a step
         groups: list[dict],                         # AdamW's parameter groups
         schedule: Schedule, folder: str | Path,     # where state/ and metrics.jsonl go
         seed: int = 42, every: int = 200,           # steps between checkpoints
@@ -283,39 +318,47 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
         precision: str = "auto",                    # or `no`, `bf16`, `fp16`
         bad: float = 0.01,                          # share of unreadable samples that ends the run
         workers: int = -1,                          # processes of each rank that read ahead; −1: as `pick_workers`
+        log_to: str = "",                           # one of accelerate's trackers beside metrics.jsonl, such as tensorboard
         stop: int | None = None                     # stop here though the schedule goes on (tests, sessions)
         ) -> dict[str, object]:
-    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one. A task that has a `step` is told it.
+    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one. A task that has a `step` is told it;
+    one that has `counts(batch)` is called `forward(batch, whole)` with their sums over the step, and its losses then add up over the parts of a step.
+    One that says it is `steady` uses all its trainable parameters in every batch.
 
-    Returns seconds and steps of this call, the seconds `waited` for batches, and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much cannot be
-    read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite,
-    `Stopped` after a checkpoint where `$ESAM3_STOP` names a file that is there."""
+    Returns seconds and steps of this call, the seconds `waited` for batches, `per_second` (samples), and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much
+    cannot be read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite,
+    `Stopped` after a checkpoint where `$ESAM3_STOP` names a file that is there, `ValueError` for a tracker that is not there."""
     folder, device = Path(folder), next(task.parameters()).device
     AcceleratorState._reset_state()  # a process may train again in another precision
-    accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
-                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu", log_with=_tracker(log_to), project_dir=folder,
+                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not getattr(task, "steady", False))])
+    rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
+    if ranks > 1 and device.type == "cuda": task = convert_sync_batchnorm(task)
     train_mode(task)
     optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=True)
     wrapped, optimizer = accelerator.prepare(task, optimizer, device_placement=[False, False])
-    first, average, kept = load_state(folder, task, optimizer, accelerator.scaler, accelerator.is_main_process)
+    first, average, kept = load_state(folder, task, optimizer, accelerator.scaler, main)
     accelerator.wait_for_everyone()  # all have read the checkpoint before a next one is written
-    last, main, row = min(schedule.steps, stop or schedule.steps), accelerator.is_main_process, 0
-    started, tally, clock = time.perf_counter(), Tally(folder, bad, kept), Clock()
-    ahead = loader(batch_at, range(first * schedule.accumulate, last * schedule.accumulate), accelerator.process_index, accelerator.num_processes,
-                   pick_workers(device, workers))
+    last, row, micro = min(schedule.steps, stop or schedule.steps), 0, schedule.micro_batches(ranks)
+    tally, clock, together = Tally(folder, bad, kept), Clock(last - first, schedule.batch_size), Together(accelerator)
+    ahead = loader(source, Parts(range(first, last), rank, ranks, micro), pick_workers(device, workers), device.type == "cuda")
     batches = clock.waiting(iter(ahead))
     bar = tqdm(range(first, last), initial=first, total=last, desc=f"{folder.name}", disable=not main, mininterval=2)
     average = average or ({n: t.clone() for n, t in trained(task).items()} if schedule.ema else None)
     log = open(folder / "metrics.jsonl", "a") if main else None
+    if log_to: accelerator.init_trackers("", init_kwargs={log_to: {"purge_step": first}} if log_to == "tensorboard" else {})
     for step in bar:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * schedule.factor(step)
         if hasattr(task, "step"): task.step = step
         asked = main and stop_asked()
-        logged, batch, stopped = _step(accelerator, wrapped, optimizer, batches, step, seed, schedule, tally, asked)
+        parts = [next(batches) for _ in range(micro)]
+        for batch in parts: tally.add(step, batch, rank)
+        logged, stopped = _step(accelerator, wrapped, optimizer, parts, step, seed, schedule, together, asked)
         row = row + 1 if "not_finite" in logged else 0
         if average and not row: _follow(average, trained(task), min(schedule.ema, (step + 1) / (step + 20)))
-        if main: log.write(json.dumps({"step": step, "lr": optimizer.param_groups[0]["lr"], **logged}) + "\n"); bar.set_postfix(loss=f"{logged['loss']}", waits=f"{clock.share:.0%}")
-        if row == NOT_FINITE: _give_up(log, folder, step, batch, logged)
+        if main: _tell(log, bar, {"step": step, "lr": optimizer.param_groups[0]["lr"], **logged}, clock)
+        if log_to: accelerator.log({k: v for k, v in logged.items() if isinstance(v, float)}, step=step)
+        if row == NOT_FINITE: _give_up(log, folder, step, parts[-1], logged)
         if (step + 1) % every == 0 or step + 1 == last or stopped:
             tally.gather(main)
             if main: log.flush(); save_state(folder, task, optimizer, average, step + 1, accelerator.scaler, tally.state())
@@ -326,39 +369,81 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
             kept = f"{step + 1} of {schedule.steps} steps are in {folder / 'state'}"
             raise Stopped(f"stopped as asked: {kept}, and the same command goes on from there")
     if log: log.close()
+    if log_to: accelerator.end_training()
     accelerator.wait_for_everyone()
     if average and last == schedule.steps: restore(task, average)
-    return {"seconds": time.perf_counter() - started, "steps": last - first, "waited": clock.waited, "samples": tally.state()}
+    seconds = time.perf_counter() - clock.began
+    return {"seconds": seconds, "steps": last - first, "waited": clock.waited, "per_second": (last - first) * schedule.batch_size / max(1e-9, seconds), "samples": tally.state()}
 
 # %% ../nbs/05_training.ipynb #c015
-def _step(accelerator: Accelerator, task: nn.Module, optimizer, batches: Iterator, step: int, seed: int, schedule: Schedule, tally: Tally,
+class Together:
+    "What the ranks tell one another on the host, without a device: few numbers, in each step."
+
+    def __init__(self, accelerator: Accelerator):
+        alone = accelerator.num_processes == 1
+        self.count = accelerator.num_processes
+        self.group = None if alone or torch.distributed.get_backend() == "gloo" else torch.distributed.new_group(backend="gloo")
+
+    def all(self, mine: Any) -> list[Any]:
+        "What each rank brings, in the order of ranks; called by all."
+        if self.count == 1: return [mine]
+        everybody = [None] * self.count
+        torch.distributed.all_gather_object(everybody, mine, group=self.group)
+        return everybody
+
+
+def added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    "Sums by name."
+    out: dict[str, float] = {}
+    for part in parts:
+        for k, v in part.items(): out[k] = out.get(k, 0.0) + v
+    return out
+
+
+def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[object], step: int, seed: int, schedule: Schedule, together: Together,
           asked: bool = False  # to stop
-          ) -> tuple[dict[str, object], object, bool]:
-    "One optimiser step over the micro-batches: losses and the gradient's norm by name, the last batch, and whether any rank was asked to stop. Left out by all ranks where a loss or the gradient is not finite."
-    sums: dict[str, float] = {}
-    for micro in range(step * schedule.accumulate, (step + 1) * schedule.accumulate):
-        seed_everything(seed, micro, accelerator.process_index)
-        batch = next(batches)
-        tally.add(step, batch, accelerator.process_index)
-        with accelerator.autocast(): losses = task(batch)
-        loss = sum(losses.values())
-        accelerator.backward(loss / schedule.accumulate)
-        for k, v in {"loss": loss, **losses}.items(): sums[k] = sums.get(k, 0.0) + float(v.detach()) / schedule.accumulate
+          ) -> tuple[dict[str, object], bool]:
+    "One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank was asked to stop. Left out by all ranks where a loss or the gradient is not finite."
+    own, ranks, sums = accelerator.unwrap_model(task), accelerator.num_processes, {}
+    counts = getattr(own, "counts", None)
+    whole = added(together.all(added([counts(batch) for batch in parts]))) if counts else None
+    share = 1.0 if counts else 1 / (ranks * len(parts))  # of a task that knows means alone
+    for k, batch in enumerate(parts):
+        seed_everything(seed, step, accelerator.process_index * len(parts) + k)
+        with accelerator.no_sync(task) if k + 1 < len(parts) else nullcontext():
+            with accelerator.autocast(): losses = task(batch, whole) if counts else task(batch)
+            loss = sum(losses.values()) * share
+            accelerator.backward(loss * ranks)  # gradients are averaged over ranks
+        for name, v in {"loss": loss, **{n: v * share for n, v in losses.items()}}.items(): sums[name] = sums.get(name, 0.0) + v.detach()
     overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1   # then a gradient that is not finite is the scaler's business
-    norm = float(accelerator.clip_grad_norm_(task.parameters(), schedule.clip or math.inf))
-    odd = [k for k, v in sums.items() if not math.isfinite(v)] + (["gradient"] if not (overflow or math.isfinite(norm)) else [])
-    told = torch.tensor([float(bool(odd)), float(asked)], device=accelerator.device)
-    left_out, stopped = (accelerator.reduce(told) > 0).tolist()
-    if not left_out: optimizer.step()  # fp16: the scaler itself leaves an overflow out
+    norm = accelerator.clip_grad_norm_(task.parameters(), schedule.clip or math.inf)
+    *mine, norm = torch.stack([v.float() for v in (*sums.values(), torch.as_tensor(norm, device=accelerator.device))]).tolist()
+    odd = [k for k, v in zip(sums, mine) if not math.isfinite(v)] + (["gradient"] if not (overflow or math.isfinite(norm)) else [])
+    told, stops, faults = zip(*together.all((dict(zip(sums, mine)), asked, odd)))
+    if not any(faults): optimizer.step()  # fp16: the scaler itself leaves an overflow out
     elif accelerator.scaler is not None: accelerator.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    logged = {**{k: _rounded(v, 5) for k, v in sums.items()}, "gradient": _rounded(norm, 4)}
-    return logged | ({"not_finite": odd or ["another rank"]} if left_out else {}), batch, stopped
+    logged = {**{k: _rounded(v, 5) for k, v in added(told).items()}, "gradient": _rounded(norm, 4)}
+    return logged | ({"not_finite": odd or ["another rank"]} if any(faults) else {}), any(stops)
 
 
 def _rounded(value: float, digits: int) -> float | str:
     "A number as JSON has it; what is not finite as a word."
     return round(value, digits) if math.isfinite(value) else str(value)
+
+
+def _tracker(name: str) -> str | None:
+    "One of accelerate's trackers. `ValueError` for one that is unknown, or whose package is not there."
+    there = [str(t) for t in get_available_trackers()]
+    if name and name not in there: raise ValueError(f"log_to='{name}': accelerate knows no such tracker here ({', '.join(there) or 'none'} can be used); TensorBoard's is pip install tensorboard")
+    return name or None
+
+
+def _tell(log, bar, line: Mapping[str, object], clock: Clock) -> None:
+    "A line of metrics.jsonl, with its `timing`; the bar's end."
+    timing = clock.step()
+    log.write(json.dumps({**line, "timing": timing}) + "\n")
+    bar.set_postfix(loss=f"{line['loss']}", waits=f"{clock.share:.0%}", per_second=f"{timing['per_second']:.3g}", memory=f"{timing['memory_gb']:.1f} GB")
 
 
 def _give_up(log, folder: Path, step: int, batch: object, logged: Mapping[str, object]) -> None:
