@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARTICLES', 'JOINS', 'LINKS', 'COST', 'WEIGHTS', 'text_digest', 'PhraseBook', 'vocabulary', 'content_words',
            'head_noun', 'masked', 'token_bags', 'Confusables', 'Asking', 'Questions', 'ask', 'question_counts',
-           'concepts_of', 'Targets', 'true_targets', 'taught_targets', 'pairwise_giou', 'match_cost', 'halved',
+           'concepts_of', 'Targets', 'true_targets', 'taught_targets', 'box_giou', 'match_cost', 'halved',
            'halved_masks', 'match_all', 'match', 'soft_focal', 'concept_losses', 'worth_imitating', 'keep_concepts']
 
 # %% ../nbs/31_concepts.ipynb #c003
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
 from .core import Frames, atomically, cache_dir, weights_digest
 from .data import ImageBatch
@@ -53,7 +53,7 @@ class PhraseBook:
             width = self.model.detector_model.text_projection.out_features
             return torch.zeros(0, 0, width, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device)
         words = self.model.concepts(phrases, torch.zeros(len(phrases), dtype=torch.long))  # on the CPU
-        rows = [tuple(ids[m.bool()].tolist()) for ids, m in zip(words.input_ids, words.attention_mask)]
+        rows = [tuple(i for i, counts in zip(*row) if counts) for row in zip(words.input_ids.tolist(), words.attention_mask.tolist())]
         tokens = pad_sequence([self._tokens(ids, device) for ids in rows], batch_first=True)
         counted = torch.tensor([[k < len(ids) for k in range(tokens.shape[1])] for ids in rows])
         return tokens, counted.to(device, non_blocking=True)
@@ -295,14 +295,16 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
 COST: Mapping[str, float] = {"class": 2.0, "l1": 5.0, "giou": 2.0, "mask": 2.0}
 
 
-def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
-    "Generalised IoU of xyxy boxes [..., Q, 4] with [..., K, 4]: [..., Q, K]; nan of two boxes without an area."
-    area = lambda x: (x[..., 2:] - x[..., :2]).prod(-1)
-    a, b = a[..., :, None, :], b[..., None, :, :]
-    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(-1)
-    union = area(a) + area(b) - inter
-    return inter / union - (hull - union) / hull
+def box_giou(a: Tensor, b: Tensor,  # xyxy boxes [..., 4] that broadcast against each other
+             eps: float = 0.0       # 0: nan of two boxes without an area
+             ) -> Tensor:           # [...]
+    "Generalised IoU, -1…1; torchvision's own picks out those that meet, for which a GPU is waited for."
+    area = lambda size: size[..., 0] * size[..., 1]
+    more, less = torch.maximum, torch.minimum
+    inter = area((less(a[..., 2:], b[..., 2:]) - more(a[..., :2], b[..., :2])).clamp(min=0))
+    hull = area(more(a[..., 2:], b[..., 2:]) - less(a[..., :2], b[..., :2]))
+    union = area(a[..., 2:] - a[..., :2]) + area(b[..., 2:] - b[..., :2]) - inter
+    return inter / (union + eps) - (hull - union) / (hull + eps)
 
 
 def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,   # of Q candidates: [..., Q], [..., Q, 4] and masks [..., Q, h, w] in 0…1
@@ -313,7 +315,7 @@ def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,   # of Q candidates
     with torch.autocast(scores.device.type, enabled=False):
         dice = 1 - (2 * a @ b.mT + 1) / (a.sum(-1)[..., None] + b.sum(-1)[..., None, :] + 1)
         l1 = torch.cdist(box_convert(boxes, "xyxy", "cxcywh"), box_convert(goal_boxes, "xyxy", "cxcywh"), p=1)
-    giou = pairwise_giou(boxes, goal_boxes).nan_to_num(nan=-1.0)
+    giou = box_giou(boxes[..., :, None, :], goal_boxes[..., None, :, :]).nan_to_num(nan=-1.0)
     return -COST["class"] * scores[..., None] + COST["l1"] * l1 - COST["giou"] * giou + COST["mask"] * dice
 
 # %% ../nbs/31_concepts.ipynb #c030
@@ -393,7 +395,7 @@ def concept_losses(found: Detections,   # with a leading axis of layers
     masks = lambda: (mask_loss(found.masks_of(matched[:, :3]), goal.masks[concept, target], valid[concept], focal=focal) * sure).sum()
     union = lambda: (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
     sums = {"presence": (presence * counts).sum(), "score": (soft_focal(found.logits, wanted) * (there * counts)[:, None]).sum(), "l1": (l1 * sure).sum(),
-            "giou": (generalized_box_iou_loss(got, want) * sure).sum(), "mask": recomputed(masks, recompute)(), "union": recomputed(union, recompute)()}
+            "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(), "mask": recomputed(masks, recompute)(), "union": recomputed(union, recompute)()}
     over = {"presence": layers * concepts, "union": concepts}
     return {k: WEIGHTS[k] * v / over.get(k, layers * targets) for k, v in sums.items()}
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PICTURES_A_CLIP', 'MAPS', 'stage3_schedule', 'Mixed', 'flipped', 'varied', 'image_queries', 'clip_queries',
            'check_concepts', 'mixed_source', 'thing_means', 'thing_losses', 'map_losses', 'concept_terms',
-           'stage3_groups', 'Stage3', 'MapLesson', 'take_map_lesson', 'train_stage3', 'run_stage3']
+           'stage3_groups', 'pointed_at', 'Stage3', 'MapLesson', 'take_map_lesson', 'train_stage3', 'run_stage3']
 
 # %% ../nbs/30_stage3.ipynb #c005
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cluster import ends_together
-from .concepts import (Asking, Confusables, PhraseBook, Questions, ask, concept_losses, concepts_of, of_rows, taught_targets, true_targets, vocabulary,
-                            worth_imitating)
+from .concepts import (Asking, Confusables, PhraseBook, Questions, ask, concept_losses, concepts_of, match_all, question_counts, taught_targets,
+                            true_targets, vocabulary, worth_imitating)
 from .core import find_variant, pick_device, pick_precision, printable
 from .data import ClipBatch, ImageBatch, augment, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at, some_instances, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
-from .losses import feature_errors
+from .losses import picture_errors
 from .readers import choose
 from .runs import WANTED, earlier_student, file_digest, finish, is_saved, open_stage, print_groups, ranks, save_student, saved_student
 from .samples import ImageSample
@@ -138,10 +138,11 @@ def mixed_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], se
     return batch_at
 
 # %% ../nbs/30_stage3.ipynb #c019
-def thing_means(maps: Tensor, image: Tensor, cover: Tensor) -> Tensor:
-    "Mean of maps [B, C, g, g] over each of N masks, cover [N, g, g] in 0…1: [N, C]."
-    weight = cover / cover.sum((1, 2), keepdim=True).clamp(min=1e-3)
-    with torch.autocast(maps.device.type, enabled=False): return torch.einsum("nhw,nchw->nc", weight, maps.float()[image])
+def thing_means(maps: Tensor, counts: Sequence[int], cover: Tensor) -> Tensor:
+    "Mean of maps [B, C, g, g] over each of N masks, of which the pictures have `counts`; cover [N, g, g] in 0…1: [N, C]."
+    weight = (cover / cover.sum((1, 2), keepdim=True).clamp(min=1e-3)).flatten(1)
+    with torch.autocast(maps.device.type, enabled=False):
+        return torch.cat([w @ m.flatten(1).T for w, m in zip(weight.split([*counts]), maps.float())])
 
 
 def thing_losses(ours: Tensor, theirs: Tensor, temperature: float = 0.1) -> dict[str, Tensor]:
@@ -155,34 +156,50 @@ def thing_losses(ours: Tensor, theirs: Tensor, temperature: float = 0.1) -> dict
 MAPS = (0.05, 0.1, 0.5, 0.05, 0.1, 0.2)  # weights of eq. 3's six maps, the detector's and the tracker's, fine to coarse: the coarse ones are read
 
 
-def map_losses(wide: Features, narrow: Features, batch: ImageBatch, schedule: Schedule) -> dict[str, Tensor]:
-    "What a thawed encoder is held to: eq. 3, and `thing_losses` on the coarse map of the detector."
-    ours, theirs = (*narrow.detector, *narrow.tracker), (*wide.detector, *wide.tracker)
-    theirs = [batch.frames.maps(t, "teacher", "student", s.shape[-1]) for t, s in zip(theirs, ours)]
-    errors = feature_errors(ours, theirs, [batch.frames.valid("student", s.shape[-1]) for s in ours])
-    out = {"features": schedule.lambda1 * (errors * errors.new_tensor(MAPS)).sum()}
-    if len(batch.image) < 2: return out
-    cover = batch.frames.rasterise(batch.masks, "student", ours[2].shape[-1])
-    return out | thing_losses(*(thing_means(m[2], batch.image, cover) for m in (ours, theirs)))
+def map_losses(wide: Features, narrow: Features, batch: ImageBatch, schedule: Schedule,
+               whole: Mapping[str, float | Tensor] | None = None  # `images` of the whole step; none: of the batch
+               ) -> dict[str, Tensor]:
+    """What a thawed encoder is held to: eq. 3, a mean over pictures, and `thing_losses` on the coarse map of the detector.
+
+    The latter compare the things of a batch with each other. So the parts of a step are averaged, by their pictures."""
+    ours, theirs, frames = (*narrow.detector, *narrow.tracker), (*wide.detector, *wide.tracker), batch.frames
+    part, counts = 1 / (len(batch.names) if whole is None else whole["images"]), [*map(len, batch.masks)]
+    warped = lambda k: frames.maps(theirs[k], "teacher", "student", ours[k].shape[-1])
+    def features() -> Tensor:
+        valid = [frames.valid("student", s.shape[-1]) for s in ours]
+        errors = picture_errors(ours, [warped(k) for k in range(len(ours))], valid).sum(1)
+        return sum(weight * e for weight, e in zip(MAPS, errors))
+    out = {"features": schedule.lambda1 * part * recomputed(features, schedule.recomputes(frames.student))()}
+    if sum(counts) < 2: return out
+    cover = frames.rasterise(batch.masks, "student", ours[2].shape[-1])
+    told = thing_losses(*(thing_means(m, counts, cover) for m in (ours[2], warped(2))))
+    return out | {k: len(batch.names) * part * v for k, v in told.items()}
 
 # %% ../nbs/30_stage3.ipynb #c024
-def concept_terms(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, asked: Questions, book: PhraseBook, schedule: Schedule) -> dict[str, Tensor]:
-    "Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher where it is worth imitating. Nothing asked: none."
-    frames, size, s = batch.frames, 4 * student.grid, schedule
-    if not len(asked.image): return {}
-    ours = recomputed(student.detect, s.checkpoint)(narrow, concepts_of(student, book, asked, frames), all_layers=True)
+def concept_terms(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, asked: Questions, book: PhraseBook, schedule: Schedule,
+                  whole: Mapping[str, float | Tensor] | None = None  # `question_counts` of the whole step; none: of `asked`
+                  ) -> dict[str, Tensor]:
+    """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher where it is worth imitating.
+    Nothing asked: none. The device is read twice: for what the teacher has found, and to match both."""
+    frames, size, s, again = batch.frames, 4 * student.grid, schedule, schedule.recomputes(student.image_size)
+    if not len(asked.phrases): return {}
+    whole = question_counts(asked) if whole is None else whole
+    ours = recomputed(student.detect, again)(narrow, concepts_of(student, book, asked, frames), all_layers=True, draw=False)
     truth, valid = true_targets(asked, batch, "student", size), frames.valid("student", size, asked.image)
-    def terms(word: str, goal, some: Tensor, weight: float) -> dict[str, Tensor]:
-        if not some.any(): return {}
-        return {f"{word} {k}": weight * v for k, v in concept_losses(of_rows(ours, some), goal.rows(some), valid[some], s.focal).items()}
-    out = terms("task", truth, asked.known, 1.0)
+    sets = [("task", 1.0, truth, asked.known.float(), {k: whole[k] for k in ("concepts", "targets")})]
+    if s.lambda2:
+        with torch.no_grad(): theirs = teacher.detect(wide, concepts_of(teacher, book, asked, frames), draw=False)
+        taught = taught_targets(theirs, asked.image, frames, "teacher", "student", size, temperature=s.temperature)
+        good = worth_imitating(taught, truth, asked.known).float()
+        sets.append(("distill", s.lambda2, taught, good, {"concepts": whole["asked"], "targets": whole["asked targets"]}))
+    out, matches = {}, match_all(ours, [goal for *_, goal, _, _ in sets], [weight for *_, weight, _ in sets])
+    for (word, factor, goal, weight, counts), matched in zip(sets, matches):
+        told = concept_losses(ours, goal, valid, s.focal, weight, counts, matched, again)
+        out |= {f"{word} {k}": factor * v for k, v in told.items()}
     if not s.lambda2: return out
-    with torch.no_grad(): theirs = teacher.detect(wide, concepts_of(teacher, book, asked, frames))
-    taught = taught_targets(theirs, asked.image, frames, "teacher", "student", size, temperature=s.temperature)
-    good = worth_imitating(taught, truth, asked.known)
-    out |= terms("distill", taught, good, s.lambda2)
     read, cells = frames.maps(theirs.read, "teacher", "student", student.grid, asked.image), frames.valid("student", student.grid, asked.image)
-    return out | ({"distill read": s.lambda2 * feature_errors([ours.read[good]], [read[good]], [cells[good]])[0]} if good.any() else {})
+    errors = recomputed(lambda: picture_errors([ours.read], [read], [cells])[0], again)()
+    return out | {"distill read": s.lambda2 * (errors * good).sum() / whole["asked"]}
 
 # %% ../nbs/30_stage3.ipynb #c027
 def stage3_groups(student: EfficientSam3, schedule: Schedule) -> list[dict]:
@@ -195,6 +212,12 @@ def stage3_groups(student: EfficientSam3, schedule: Schedule) -> list[dict]:
     return [{**g, "lr": rates.get(g["name"], g["lr"]), "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
 
 # %% ../nbs/30_stage3.ipynb #c029
+def pointed_at(batch: Mixed) -> ImageBatch | None:
+    "The images of a batch on the CPU with the instances that are pointed at, without what is seen in them."
+    some = some_instances(batch.images, batch.pointed) if batch.images else None
+    return some and replace(some, teacher_bytes=some.teacher_bytes[:0], student_bytes=some.student_bytes[:0])
+
+
 class Stage3(nn.Module):
     """Losses of stage 3 (§4.4): concepts and stage 1's prompts on images, stage 2's terms on clips and concepts on a frame of each, and what keeps a thawed
     encoder near the teacher's maps."""
@@ -207,30 +230,42 @@ class Stage3(nn.Module):
         self.tracking.narrow = self.narrow
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
-        "What the student sees with the weights of now; a clip there and back has its images twice, and they are seen once."
-        number: dict[bytes, int] = {}
-        image = torch.tensor([number.setdefault(i.tobytes(), len(number)) for i in batch.images])
-        some = [image.tolist().index(n) for n in range(len(number))]
-        seen = self.student.encode(batch.student_pixels[some].to(self.student.device))
-        return seen if len(some) == len(image) else seen.pick(image.to(self.student.device))
+        "What the student sees with the weights of now; a clip there and back has its pictures twice, and they are seen once."
+        on = lambda rows: torch.tensor(rows).to(self.student.device, non_blocking=True)
+        pixels = batch.student_pixels.to(self.student.device)
+        some, place = batch.distinct() if isinstance(batch, ClipBatch) else ([*range(len(batch.images))],) * 2
+        if len(some) == len(place): return self.student.encode(pixels)
+        return self.student.encode(pixels[on(some)]).pick(on(place))
 
-    def forward(self, batch: Mixed) -> dict[str, Tensor]:
+    def counts(self, batch: Mixed) -> dict[str, float]:
+        "What the terms of a batch on the CPU are divided by: pictures, questions and instances; of the frames of clips, and of tracks. Always the same words."
+        parts = {"": {"images": float(len(batch.images.names) if batch.images else 0), **question_counts(batch.asked)},
+                 "prompt ": {"instances": float(len(batch.pointed))}, "frame ": question_counts(batch.shown_asked),
+                 "clip ": self.tracking.counts(batch.clips)}
+        return {prefix + k: v for prefix, counts in parts.items() for k, v in counts.items()}
+
+    def forward(self, batch: Mixed, whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; none: of the batch
+                ) -> dict[str, Tensor]:
+        whole, pointed = self.counts(batch) if whole is None else whole, pointed_at(batch)
+        of = lambda prefix: {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
         batch, out = batch.to(self.student.device), {}
-        if batch.images: out |= self.on_images(batch)
-        if batch.shown: out |= {f"frame {k}": v for k, v in self.concepts(batch.shown, batch.shown_asked, self.wide(batch.shown), self.narrow(batch.shown)).items()}
-        if batch.clips: out |= {f"clip {k}": v for k, v in self.tracking(batch.clips).items()}
+        if batch.images: out |= self.on_images(batch, pointed.to(self.student.device), whole, of("prompt "))
+        if batch.shown:
+            wide, narrow = self.wide(batch.shown), self.narrow(batch.shown)
+            out |= {f"frame {k}": v for k, v in self.concepts(batch.shown, batch.shown_asked, wide, narrow, of("frame ")).items()}
+        if batch.clips: out |= {f"clip {k}": v for k, v in self.tracking(batch.clips, of("clip ")).items()}
         return out or nothing_learned(self.student)
 
-    def concepts(self, images: ImageBatch, asked: Questions, wide: Features, narrow: Features) -> dict[str, Tensor]:
-        return concept_terms(self.teacher, self.student, wide, narrow, images, asked, self.book, self.schedule)
+    def concepts(self, images: ImageBatch, asked: Questions, wide: Features, narrow: Features, whole: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+        return concept_terms(self.teacher, self.student, wide, narrow, images, asked, self.book, self.schedule, whole)
 
-    def on_images(self, batch: Mixed) -> dict[str, Tensor]:
+    def on_images(self, batch: Mixed, pointed: ImageBatch, whole: Mapping[str, float | Tensor], of_prompts: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
         "Maps of a thawed encoder, concepts, and prompts."
         s, wide, narrow = self.schedule, self.wide(batch.images), self.narrow(batch.images)
-        out = map_losses(wide, narrow, batch.images, s) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
-        out |= self.concepts(batch.images, batch.asked, wide, narrow)
+        out = map_losses(wide, narrow, batch.images, s, whole) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
+        out |= self.concepts(batch.images, batch.asked, wide, narrow, whole)
         if not s.lambda_prompts: return out
-        prompts = prompt_losses(self.teacher, self.student, wide, narrow, some_instances(batch.images, batch.pointed), s)
+        prompts = prompt_losses(self.teacher, self.student, wide, narrow, pointed, s, of_prompts)
         return out | {f"prompt {k}": s.lambda_prompts * v for k, v in prompts.items()}
 
 # %% ../nbs/30_stage3.ipynb #c032
@@ -241,9 +276,14 @@ class MapLesson(nn.Module):
         super().__init__()
         self.student, self.wide, self.narrow, self.schedule = stage.student, stage.wide, stage.live, stage.schedule
 
-    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
+    def counts(self, batch: ImageBatch) -> dict[str, float]:
+        "What the terms are divided by: pictures."
+        return {"images": float(len(batch.names))}
+
+    def forward(self, batch: ImageBatch, whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; none: of the batch
+                ) -> dict[str, Tensor]:
         batch = batch.to(self.student.device)
-        return map_losses(self.wide(batch), self.narrow(batch), batch, self.schedule)
+        return map_losses(self.wide(batch), self.narrow(batch), batch, self.schedule, whole)
 
 
 def take_map_lesson(task: Stage3, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, **options) -> dict[str, Any]:
