@@ -58,20 +58,33 @@ class Frames:
     teacher: int         # side of the teacher's square picture, px (1008; toy 144)
     student: int         # side of the student's square canvas, px (1024; toy 128)
 
+    def __post_init__(self) -> None: self.__dict__["_known"] = {}  # what has been asked before; no field
+
     @staticmethod
     def fitted(height: int, width: int, canvas: int) -> tuple[int, int]:
         "Height and width in whole px of a picture whose longer side is brought to `canvas`."
         s = canvas / max(height, width)
         return max(1, round(height * s)), max(1, round(width * s))
 
-    def extent(self, frame: str) -> torch.Tensor:
-        "[B, 2] width and height in px that the picture occupies in `frame`."
-        if frame == "source": return self.sizes.flip(-1).float()
-        if frame == "teacher": return torch.full_like(self.sizes, self.teacher, dtype=torch.float32)
-        if frame == "student":
-            hw = [self.fitted(h, w, self.student) for h, w in self.sizes.tolist()]
-            return torch.tensor(hw, dtype=torch.float32, device=self.sizes.device).reshape(-1, 2).flip(-1)
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        "Height and width of each source picture in px, on the host: a device is asked at most once."
+        if "shapes" not in self._known: self._known["shapes"] = [(h, w) for h, w in self.sizes.tolist()]
+        return self._known["shapes"]
+
+    def fit(self, frame: str) -> list[tuple[int, int]]:
+        "Height and width in px of each picture in `frame`, on the host."
+        if frame == "source": return self.shapes
+        if frame == "teacher": return [(self.teacher, self.teacher)] * len(self.sizes)
+        if frame == "student": return [self.fitted(h, w, self.student) for h, w in self.shapes]
         raise ValueError(nearest(frame, ("source", "teacher", "student"), "frame"))
+
+    def extent(self, frame: str) -> torch.Tensor:
+        "[B, 2] width and height in px that the picture occupies in `frame`; made once, not to be changed in place."
+        if ("extent", frame) not in self._known:
+            wide = torch.tensor([(w, h) for h, w in self.fit(frame)], dtype=torch.float32).reshape(-1, 2)
+            self._known["extent", frame] = wide.to(self.sizes.device)
+        return self._known["extent", frame]
 
     def scale(self, frame: str) -> torch.Tensor:
         "[B, 2] px of `frame` per source px, in x and in y."
@@ -81,7 +94,16 @@ class Frames:
         "Side in px of the square that a network reads in `frame` (teacher or student)."
         return {"teacher": self.teacher, "student": self.student}[frame]
 
-    def to(self, device: torch.device | str) -> "Frames": return Frames(self.sizes.to(device), self.teacher, self.student)
+    def _with(self, sizes: torch.Tensor, shapes: list[tuple[int, int]]) -> "Frames":
+        new = Frames(sizes, self.teacher, self.student)
+        new._known["shapes"] = shapes
+        return new
+
+    def to(self, device: torch.device | str) -> "Frames": return self._with(self.sizes.to(device), self.shapes)
+
+    def pick(self, pictures: Sequence[int]) -> "Frames":
+        "The frames of some of the pictures."
+        return self._with(self.sizes[[*pictures]], [self.shapes[k] for k in pictures])
 
 # %% ../nbs/00_core.ipynb #c011
 def _points(self: Frames,
@@ -143,7 +165,7 @@ def _rasterise(self: Frames,
                ) -> torch.Tensor:              # [Σ n_i, size, size] float, the part of each cell covered, in 0…1
     "Area coverage of source masks on the grid of `dst`; padding is 0."
     side, out = self.side(dst), []
-    for m, (w, h) in zip(masks, self.extent(dst).round().int().tolist()):
+    for m, (h, w) in zip(masks, self.fit(dst)):
         out.append(m.new_zeros((0, size, size), dtype=torch.float32) if len(m) == 0 else _cover(m.float(), h, w, side, size))
     return torch.cat(out)
 
@@ -159,9 +181,7 @@ def _to_source(self: Frames,
                src: str, image: int  # frame, and which picture
                ) -> torch.Tensor:    # [n, H, W]
     "Resample maps (logits) bilinearly to the pixels of one source picture."
-    h, w = self.sizes[image].tolist()
-    ew, eh = self.extent(src)[image].tolist()
-    side = self.side(src)
+    (h, w), (eh, ew), side = self.shapes[image], self.fit(src)[image], self.side(src)
     x = (torch.arange(w, device=maps.device) + 0.5) / w * ew / side
     y = (torch.arange(h, device=maps.device) + 0.5) / h * eh / side
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None] * 2 - 1

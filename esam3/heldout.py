@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .core import Frames
 from .data import ClipBatch, ImageBatch, collate_images
 from .metrics import region_similarity  # chapter 4's definition
-from .prompts import CORNERS, POSITIVE, append, corrective_points, disagreement  # chapter 1's loop, against the truth
+from .prompts import CORNERS, POSITIVE, append, chances, corrective_points, disagreement  # chapter 1's loop, against the truth
 from .samples import ImageSample
 from .teacher import Features, Prompts, Sam3
 
@@ -75,13 +75,14 @@ def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
              ) -> Iterator[tuple[Prompts, Tensor]]:  # prompts and answers [N, 4g, 4g], before the first correction and after each
     "Ask, compare with the truth, click where it is wrong, ask again."
     frame, size = model.frame, 4 * model.grid
-    draw = torch.Generator(batch.image.device).manual_seed(seed)
+    chance = chances([seed], [len(batch.image)], more).to(batch.image.device)
     truth, valid = batch.frames.rasterise(batch.masks, frame, size), batch.frames.valid(frame, size, batch.image)
     prompts = opening(model, batch, start)
     logits = best_masks(model, seen, prompts)
     yield prompts, logits
-    for _ in range(more):
-        prompts = append(prompts, *corrective_points(*disagreement(truth - 0.5, logits, valid), model.image_size, "deepest", min_pixels=0, generator=draw))
+    for click in chance.unbind(1):
+        wrong = disagreement(truth - 0.5, logits, valid)
+        prompts = append(prompts, *corrective_points(*wrong, model.image_size, "deepest", min_pixels=0, chance=click))
         logits = best_masks(model, seen, prompts)
         yield prompts, logits
 
@@ -166,11 +167,11 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
 # %% ../nbs/06_heldout.ipynb #c015
 def first_frame(model: Sam3, batch: ClipBatch) -> tuple[Prompts, Tensor]:
     "Mask prompts for every track at the frame where it begins, and their boxes [N, 4], in the model's frame."
-    rows = torch.arange(len(batch.first), device=batch.first.device)
+    rows, begin = torch.arange(len(batch.first), device=batch.first.device), batch.first.split([len(m) for m in batch.masks])
     image, f = batch.frame_index[rows, batch.first], batch.frames
-    tracks = [m for clip in batch.masks for m in clip]
-    masks = torch.cat([Frames(f.sizes[i:i + 1], f.teacher, f.student).rasterise([m[t][None]], model.frame, model.image_size)
-                       for i, m, t in zip(image.tolist(), tracks, batch.first.tolist())])
+    clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))  # the pictures of a clip are of one size
+    shown = [m[torch.arange(len(m), device=m.device), t] for m, t in zip(batch.masks, begin)]
+    masks = clips.rasterise(shown, model.frame, model.image_size)
     none = torch.zeros(len(image), 0, dtype=torch.int32, device=image.device)
     prompts = Prompts(image, torch.zeros(len(image), 0, 2, device=image.device), none, (masks > 0.5).float()[:, None])
     return prompts, f.boxes(batch.boxes[rows, batch.first], image, "source", model.frame)

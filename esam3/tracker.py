@@ -142,6 +142,7 @@ def track(model: Sam3,
     if memory not in ("full", "pointers_only"): raise ValueError(f"memory is 'full' or 'pointers_only', not {memory!r}")
     run = partial(recompute, see, use_reentrant=False) if checkpoint and torch.is_grad_enabled() else see
     history, sets = History(model.tracker_model.config, frames, store), {}
+    if frame_index.shape[1] > len(prompts): features = model.begin_reading(features, checkpoint)
     for t in [*sorted(prompts), *(t for t in range(frame_index.shape[1]) if t not in prompts)]:
         if detach_every and t and t % detach_every == 0: history.detach()
         bank = None if t in prompts else history.bank(t, maps=memory == "full")

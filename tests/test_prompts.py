@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from esam3.core import Frames
 from esam3.data import collate_images
-from esam3.prompts import (CORNERS, NEGATIVE, PADDING, POSITIVE, append, corrective_points, deepest, disagreement, draw_cell, initial_prompts, refine,
-                           to_frame)
+from esam3.prompts import (CORNERS, NEGATIVE, PADDING, POSITIVE, append, chances, corrective_points, deepest, disagreement, draw_cell,
+                           initial_prompts, refine, to_frame)
 from esam3.samples import ImageSample, components
 from esam3.teacher import Prompts
 
@@ -34,6 +34,11 @@ def scene(seed: int) -> tuple[Generator, Frames, Prompts, Tensor, Tensor]:
     return g, frames, prompts, *blobs(g, 24, (32, 64)[seed % 2])[torch.randperm(24, generator=g)].chunk(2)
 
 
+def drawn(seed: int, n: int) -> Tensor:
+    "[n] one random number an instance, of one picture."
+    return chances([seed], [n], 1)[:, 0]
+
+
 def cell_of(points: Tensor, side: int, size: int) -> tuple[Tensor, Tensor]:
     "Row and column of the cells that hold points [N, 2]."
     x, y = (points * size / side).long().T
@@ -46,7 +51,7 @@ def test_corrective_points(seed, how):
     g, frames, prompts, teacher, student = scene(seed)
     size, side, rows = teacher.shape[-1], frames.student, torch.arange(12)
     least = (0, 10, 400)[seed // 3 % 3]
-    asked = refine(prompts, teacher, student, frames, how, least, Generator().manual_seed(seed))
+    asked = refine(prompts, teacher, student, frames, how, least, chance=drawn(seed, 12))
     points, labels = asked.points[:, -1], asked.labels[:, -1]
     valid = frames.valid("student", size, prompts.image)
     missed, surplus = (teacher > 0) & (student <= 0) & valid, (teacher <= 0) & (student > 0) & valid
@@ -60,14 +65,35 @@ def test_corrective_points(seed, how):
     for frame in ("source", "teacher"):
         there = to_frame(asked, frames, "student", frame).points[:, -1]
         assert ((there > 0) & (there < frames.extent(frame)[prompts.image]))[enough].all()
-    again = refine(prompts, teacher, student, frames, how, least, Generator().manual_seed(seed))
+    again = refine(prompts, teacher, student, frames, how, least, chance=drawn(seed, 12))
     assert torch.equal(again.points, asked.points) and torch.equal(again.labels, asked.labels), "same seed, same points"
     assert torch.equal(asked.points[:, :-1], prompts.points) and torch.equal(asked.labels[:, :-1], prompts.labels)
 
 
+def test_chance_is_a_pictures_own():
+    "Whoever shares its batch, and however many instances are left of it; even, and never 1."
+    seeds, counts = [5, 9, 5, 2], [3, 0, 4, 2]
+    whole = chances(seeds, counts, 3)
+    assert whole.shape == (9, 3) and whole.dtype == torch.float32 and whole.device.type == "cpu"
+    parts = [chances(seeds[k:k + 1], counts[k:k + 1], 3) for k in range(4)]
+    assert torch.equal(torch.cat(parts), whole) and torch.equal(whole[:3], whole[3:6]) and not torch.equal(whole[:2], whole[7:])
+    many = chances(range(200), [50] * 200, 2)
+    assert 0 <= many.min() and many.max() < 1 and (many.mean(0) - 0.5).abs().max() < 0.01
+    with pytest.raises(ValueError): chances([1, 2], [1], 1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 257, 82943, 82944])
+def test_the_largest_chance_gives_the_last_cell(count):
+    "The float32 next below 1, times any count, stays below it; each cell has its share of chances."
+    region = torch.zeros(1, 288, 288, dtype=torch.bool)
+    region.view(-1)[-count:] = True
+    at = lambda u: draw_cell(region, torch.tensor([u])).item() - 288**2 + count
+    assert at(1 - 2**-24) == count - 1 and at(0.0) == 0 and at(0.5) == count // 2
+
+
 def test_another_seed_other_points():
     _, frames, prompts, teacher, student = scene(7)
-    ask = lambda seed: refine(prompts, teacher, student, frames, generator=Generator().manual_seed(seed)).points[:, -1]
+    ask = lambda seed: refine(prompts, teacher, student, frames, chance=drawn(seed, 12)).points[:, -1]
     assert not torch.equal(ask(0), ask(1))
 
 
@@ -76,14 +102,14 @@ def test_ten_pixels_of_a_256_mask_make_a_point(size, least):
     "The bound is an area: on other grids it is as large a part of the picture."
     few = torch.zeros(2, size, size, dtype=torch.bool)
     few[0].view(-1)[:least - 1] = few[1].view(-1)[:least] = True
-    _, labels = corrective_points(few, few & False, 1024)
+    _, labels = corrective_points(few, few & False, 1024, chance=torch.rand(2))
     assert labels.tolist() == [PADDING, POSITIVE]
 
 
 def test_uniform_points_are_even_over_both_errors():
     missed, surplus = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     missed[0, 1:3, 2:4], surplus[0, 6, :] = True, True       # 4 and 8 cells
-    points, labels = corrective_points(missed.expand(6000, -1, -1), surplus.expand(6000, -1, -1), 80, min_pixels=0, generator=Generator().manual_seed(0))
+    points, labels = corrective_points(missed.expand(6000, -1, -1), surplus.expand(6000, -1, -1), 80, min_pixels=0, chance=drawn(0, 6000))
     y, x = cell_of(points, 80, 8)
     share = (8 * y + x).bincount(minlength=64) / 6000
     assert ((share > 0).view(8, 8) == (missed | surplus)[0]).all() and (share[share > 0] - 1 / 12).abs().max() < 0.015
@@ -100,7 +126,7 @@ def test_deepest_is_the_distance_transform(seed):
 
 
 def test_an_empty_region_gives_the_first_cell():
-    assert draw_cell(torch.zeros(3, 5, 5, dtype=torch.bool)).tolist() == [0, 0, 0] and draw_cell(torch.zeros(0, 5, 5, dtype=torch.bool)).shape == (0,)
+    assert draw_cell(torch.zeros(3, 5, 5, dtype=torch.bool), torch.rand(3)).tolist() == [0, 0, 0] and draw_cell(torch.zeros(0, 5, 5, dtype=torch.bool), torch.rand(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 5])
@@ -109,7 +135,7 @@ def test_any_number_of_refinements(rounds):
     g, frames, prompts, teacher, student = scene(4)
     first = asked = replace(prompts, multimask=True)
     for _ in range(rounds):
-        asked = refine(asked, teacher, student, frames, generator=g)
+        asked = refine(asked, teacher, student, frames, chance=torch.rand(12, generator=g))
         student = torch.where(torch.rand(student.shape, generator=g) < 0.5, teacher, student)
     assert asked.points.shape == (12, 2 + rounds, 2) and asked.labels.shape == (12, 2 + rounds) and asked.multimask == (rounds == 0)
     assert torch.equal(asked.points[:, :2], first.points)
@@ -136,8 +162,8 @@ def test_no_loop_over_masks(how):
         prompts = Prompts(image, boxes.view(n, 2, 2), torch.tensor([CORNERS] * n, dtype=torch.int32))
         valid = Frames(torch.tensor([[96, 128]]), 144, 128).valid("student", 32, image)
         with Calls() as calls:
-            initial_prompts(boxes, boxes[:, :2], image, p_box=1)
-            append(prompts, *corrective_points(*disagreement(a, b, valid), 128, how))
+            initial_prompts(boxes, boxes[:, :2], image, torch.rand(n), p_box=1)
+            append(prompts, *corrective_points(*disagreement(a, b, valid), 128, how, chance=torch.rand(n)))
         return calls.count
     assert operations(2) == operations(200) < 300
 
@@ -171,13 +197,13 @@ def test_first_prompts_lie_on_their_instances(seed):
     assert (depth[np.arange(16), y, x] == depth.max((1, 2))).all() and masks[np.arange(16), y, x].all()
     for frame in ("source", "teacher", "student"):
         boxes, points = batch.frames.boxes(batch.boxes, batch.image, "source", frame), batch.frames.points(batch.points, batch.image, "source", frame)
-        asked = initial_prompts(boxes, points, batch.image, generator=Generator().manual_seed(seed))
+        asked = initial_prompts(boxes, points, batch.image, drawn(seed, 16))
         assert sorted(torch.cat([rows for rows, _ in asked]).tolist()) == list(range(16)), "one prompt an instance"
         for rows, p in asked:
             assert ((p.points >= 0) & (p.points <= batch.frames.extent(frame)[0] + 1e-3)).all() and p.multimask == (p.labels.shape[1] == 1)
             tight = boxes[rows].view(-1, 2, 2) if p.labels.shape[1] == 2 else points[rows][:, None]
             assert torch.equal(p.points, tight) and (p.labels == torch.tensor(CORNERS if p.labels.shape[1] == 2 else [POSITIVE])).all()
-        again = initial_prompts(boxes, points, batch.image, generator=Generator().manual_seed(seed))
+        again = initial_prompts(boxes, points, batch.image, drawn(seed, 16))
         assert all(torch.equal(a[0], b[0]) for a, b in zip(asked, again)), "same seed, same coins"
 
 
@@ -186,7 +212,7 @@ def test_every_instance_has_its_own_coin():
     boxes, image = torch.rand(4, 4), torch.zeros(4, dtype=torch.long)
     table = torch.zeros(400, 4)
     for seed in range(400):
-        for rows, p in initial_prompts(boxes, boxes[:, :2], image, generator=Generator().manual_seed(seed)):
+        for rows, p in initial_prompts(boxes, boxes[:, :2], image, drawn(seed, 4)):
             table[seed, rows] = float(p.labels.shape[1] == 2)
     assert (table.mean(0) - 0.5).abs().max() < 0.1
     assert (table.T.corrcoef() - torch.eye(4)).abs().max() < 0.2
