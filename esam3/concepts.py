@@ -28,7 +28,7 @@ from torchvision.ops import box_convert
 
 from .core import Frames, atomically, cache_dir, weights_digest
 from .data import ImageBatch
-from .losses import focal_factor, mask_loss, soft_target
+from .losses import focal_factor, mask_loss, over_count, soft_target
 from .teacher import Concepts, Detections, Features, Sam3
 from .training import recomputed
 
@@ -387,7 +387,6 @@ def concept_losses(found: Detections,   # with a leading axis of layers
     scores, there = goal.scores.float() * counts[:, None], goal.presence.float()
     sure, layers = scores[concept, target], len(found.logits)
     whole = {"targets": scores.sum(), "concepts": counts.sum()} if whole is None else whole
-    targets, concepts = (torch.as_tensor(whole[k]).clamp(min=1) for k in ("targets", "concepts"))
     wanted = torch.zeros_like(found.logits, dtype=torch.float32); wanted[layer, concept, query] = sure
     got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target].float()
     l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
@@ -396,8 +395,8 @@ def concept_losses(found: Detections,   # with a leading axis of layers
     union = lambda: (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
     sums = {"presence": (presence * counts).sum(), "score": (soft_focal(found.logits, wanted) * (there * counts)[:, None]).sum(), "l1": (l1 * sure).sum(),
             "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(), "mask": recomputed(masks, recompute)(), "union": recomputed(union, recompute)()}
-    over = {"presence": layers * concepts, "union": concepts}
-    return {k: WEIGHTS[k] * v / over.get(k, layers * targets) for k, v in sums.items()}
+    mean = lambda k: over_count(sums[k], whole["concepts" if k in ("presence", "union") else "targets"]) / (1 if k == "union" else layers)
+    return {k: WEIGHTS[k] * mean(k) for k in sums}
 
 # %% ../nbs/31_concepts.ipynb #c044
 def worth_imitating(taught: Targets, truth: Targets, known: Tensor) -> Tensor:
