@@ -217,12 +217,13 @@ def _exemplars(batch: ImageBatch, members: Sequence[int], b: int, rng: np.random
 def _kind(phrase: Any) -> str: return "positive" if phrase.instances else "hard" if phrase.negative.startswith("hard") else "easy"
 
 # %% ../nbs/31_concepts.ipynb #c016
-def ask(batch: ImageBatch, rng: np.random.Generator, asking: Asking,
+def ask(batch: ImageBatch, rngs: Sequence[np.random.Generator],  # of each picture
+        asking: Asking,
         confusables: Callable[[str], Sequence[str]] = lambda phrase: ()  # `Confusables` of the data set's vocabulary
         ) -> Questions:
     "Draw questions for a batch of pictures. One without phrases (an empty one is none) is not asked; where none has any, there are no questions."
     rows = []
-    for b, labelled in enumerate([[p for p in some if p.text.strip()] for some in batch.phrases]):
+    for b, (rng, labelled) in enumerate(zip(rngs, [[p for p in some if p.text.strip()] for some in batch.phrases], strict=True)):
         taken, named = {content_words(p.text) for p in labelled}, [p.text for p in labelled if p.instances]
         for _ in range(asking.each if labelled else 0):
             kind = str(rng.choice(("easy", "hard", "positive"), p=(asking.easy, asking.hard, 1 - asking.easy - asking.hard)))

@@ -227,15 +227,19 @@ class _Batch:
         "The batch in memory that a GPU copies from by itself."
         return self._with(torch.Tensor.pin_memory)
 
-    @property
-    def teacher_pixels(self) -> torch.Tensor:
-        "[B, 3, S, S] as the teacher sees the pictures, made when asked for."
-        return _teachers(self.teacher_bytes)
+    def pixels(self, frame: str,                    # "teacher" or "student"
+               some: Sequence[int] | None = None    # pictures; None: all
+               ) -> torch.Tensor:
+        "[B, 3, side, side] as the network of a frame sees the pictures, made when asked for."
+        at = slice(None) if some is None else [*some]
+        if frame == "teacher": return _teachers(self.teacher_bytes[at])
+        return _students(self.student_bytes[at], self.frames.extent("student")[at])
 
     @property
-    def student_pixels(self) -> torch.Tensor:
-        "[B, 3, C, C] as a student sees them."
-        return _students(self.student_bytes, self.frames.extent("student"))
+    def teacher_pixels(self) -> torch.Tensor: return self.pixels("teacher")
+
+    @property
+    def student_pixels(self) -> torch.Tensor: return self.pixels("student")
 
 
 @dataclass
@@ -399,8 +403,13 @@ class Steps(Dataset):
         seed, slots, step = self.seed, part.slots(self.batch), part.step % self.period if self.period else part.step
         if not slots: return None
         samples = draw(self.dataset, seed, step, self.batch, slots, **self.options)
-        batch = self.make(samples, [rng_at(seed + 1, step, s) for s in slots], rng_at(seed + 1, step, -1))
+        batch = self.make(samples, self.rngs(part), rng_at(seed + 1, step, -1))
         return replace(batch, seeds=[seed_at(seed + 2, part.step, s) for s in slots], seed=seed_at(seed + 2, part.step, -1))
+
+    def rngs(self, part: Part, more: int = 1) -> list[np.random.Generator]:
+        "A generator for each of a part's slots; others for another number."
+        step = part.step % self.period if self.period else part.step
+        return [rng_at(self.seed + more, step, s) for s in part.slots(self.batch)]
 
     def indices(self, part: Part) -> np.ndarray:
         "Which samples of the data set a part draws."

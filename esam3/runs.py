@@ -59,7 +59,7 @@ def open_stage(stage: int, recipe: Mapping, variant: str, teacher: str, schedule
     """The folder of a stage's run, for this job alone, and the settings that change its result.
 
     `ValueError` where the batch does not divide among ranks, or the folder has other settings; `RuntimeError` where another process uses it."""
-    schedule.share(ranks().num_processes)
+    schedule.micro_batches(ranks().num_processes)
     settings = {"stage": stage, "variant": variant, "recipe": {k: recipe[k] for k in ("name", "sampling", "augment")}, "data": digests(recipe, kinds),
                 "teacher": model_name(teacher), "schedule": asdict(schedule), "ranks": ranks().num_processes, "seed": seed, **more}
     with ranks().main_process_first():  # only the first one removes a run that is begun anew

@@ -4,26 +4,28 @@
 
 # %% auto #0
 __all__ = ['MEMORIES', 'FOUR', 'LARGE', 'KINDS', 'FADES', 'LESSON', 'LESSON_BATCHES', 'give_memory', 'there_and_back',
-           'clip_source', 'Kept', 'EncodeOnce', 'draw_kind', 'first_prompts', 'latent_attention', 'present', 'Shown',
-           'teach', 'frame_losses', 'read_weight', 'Stage2', 'nothing_learned', 'track_losses', 'to_remember', 'Book',
-           'open_book', 'FirstLesson', 'ablations', 'stage2_schedule', 'take_first_lesson', 'train_stage2',
-           'run_stage2', 'compare']
+           'clip_batch', 'clip_source', 'Kept', 'EncodeOnce', 'encode_distinct', 'draw_kind', 'first_prompts',
+           'latent_attention', 'present', 'Shown', 'teach', 'frame_losses', 'read_weight', 'Stage2', 'nothing_learned',
+           'track_losses', 'to_remember', 'Book', 'open_book', 'FirstLesson', 'ablations', 'stage2_schedule',
+           'take_first_lesson', 'train_stage2', 'run_stage2', 'compare']
 
 # %% ../nbs/20_stage2.ipynb #c005
 import json, math, time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .cluster import ends_together
 from .core import find_variant, nearest, pick_device, pick_precision, printable, weights_digest
-from .data import ClipBatch, ImageBatch, augment, collate_clips, draw, load_recipe, open_dataset, rng_at, with_sampling
+from .data import ClipBatch, ImageBatch, Steps, changed, collate_clips, load_recipe, open_dataset, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .heldout import first_frame, look
 from .losses import feature_errors, mask_iou, mask_loss, score_loss, soft_target, task_terms
@@ -35,7 +37,7 @@ from .student import EfficientSam3, with_memory
 from .teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate, load_teacher
 from .tracker import CERTAIN, History, Track, clip_time, own_time, see, track, unprompted
 from .tracks import from_first, propose, sought, with_tracks
-from .training import TRAINS, Schedule, fit, parameter_groups, schedule_for
+from .training import TRAINS, Schedule, fit, parameter_groups, schedule_for, with_checkpoint
 
 # %% ../nbs/20_stage2.ipynb #c007
 MEMORIES = ("perceiver", "dense", "pooling")
@@ -59,19 +61,22 @@ def there_and_back(sample: ClipSample) -> ClipSample:
     return replace(sample, frames=sample.frames[order], masks=sample.masks[:, order], annotated=sample.annotated[:, order], numbers=[sample.numbers[t] for t in order])
 
 
+def clip_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
+               samples: Sequence[ClipSample], rngs: Sequence[np.random.Generator], rng: np.random.Generator) -> ClipBatch:
+    "Clips of a step as a batch: one augmentation for all frames of a clip; all clips of a step there and back, or none."
+    samples = changed(samples, rngs, recipe["augment"] if schedule.augment else None)
+    if rng.random() < schedule.back: samples = [*map(there_and_back, samples)]
+    return collate_clips(samples, *sides, recipe["sampling"]["tracks"], rngs, recipe["sampling"]["late"])
+
+
 def clip_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
-                kind: str = "clips"  # or "concept_clips": with their phrases
-                ) -> Callable[[int, int, int], ClipBatch]:
-    "A function (micro-batch, rank, ranks) → the clips that this rank sees then; one augmentation for all frames of a clip."
-    reader, sampling = open_dataset(recipe, "train", kind), recipe["sampling"]
+                kind: str = "clips",  # or "concept_clips": with their phrases
+                period: int = 0       # of `Steps`
+                ) -> Steps:
+    "The clips of each step."
+    sampling = recipe["sampling"]
     options = {"limit": sampling["phrases"]} if kind == "concept_clips" else {}
-    def batch_at(step: int, rank: int, ranks: int) -> ClipBatch:
-        rng = rng_at(seed, step, rank)
-        samples = draw(reader, seed, step, schedule.share(ranks), rank, ranks, frames=sampling["frames"], **options)
-        if schedule.augment: samples = [augment(s, rng, **recipe["augment"]) for s in samples]
-        if rng_at(seed + 3, step).random() < schedule.back: samples = [*map(there_and_back, samples)]  # all ranks together
-        return collate_clips(samples, *sides, tracks=sampling["tracks"], rng=rng, late=sampling["late"])
-    return batch_at
+    return Steps(open_dataset(recipe, "train", kind), partial(clip_batch, recipe, schedule, sides), seed, schedule.batch_size, period, frames=sampling["frames"], **options)
 
 # %% ../nbs/20_stage2.ipynb #c013
 class Kept:
@@ -93,8 +98,8 @@ class Kept:
 class EncodeOnce:
     """Maps of a frozen encoder: the tracker's, and the detector's if asked for.
 
-    `keep`: kept by the content of the image, for steps to come; runs in one process share those of the same weights. Without it (images that are
-    augmented never come again) they are computed each time."""
+    `keep`: kept on the CPU by the content of the image, for steps to come; runs in one process share those of the same weights. Without it (images that are
+    augmented never come again) the different pictures of a batch are computed as one, where they are."""
     shared: dict[tuple[str, bool], Kept] = {}
 
     def __init__(self, model: Sam3, detector: bool = False, keep: bool = True):
@@ -107,24 +112,34 @@ class EncodeOnce:
     @torch.no_grad()
     def __call__(self, batch: ImageBatch | ClipBatch) -> Features:
         "Features of a batch, without the maps that are not asked for."
-        pixels = batch.teacher_pixels if self.model.frame == "teacher" else batch.student_pixels
-        kind = self.model.device.type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        keys = [blake2b(image.tobytes(), salt=str(precision).encode()).digest() for image in batch.images]
-        found = {k: self.kept[k] for k in keys if self.kept is not None and k in self.kept}
+        if self.kept is None: return self._features(encode_distinct(self.model, batch))
+        keys = [blake2b(image.tobytes(), salt=str(self._precision()).encode()).digest() for image in batch.images]
+        found = {k: self.kept[k] for k in keys if k in self.kept}
         missing = [i for k, i in {k: i for i, k in enumerate(keys)}.items() if k not in found]
-        for i in range(0, len(missing), self.group): found |= self._encode(keys, pixels, missing[i:i + self.group])
+        for i in range(0, len(missing), self.group): found |= self._encode(keys, batch, missing[i:i + self.group])
         maps = [torch.cat(level).to(self.model.device) for level in zip(*(found[k] for k in keys))]
         return Features(tuple(maps[:-3]), tuple(maps[-3:]))
 
-    def _encode(self, keys: list[bytes], pixels: Tensor, some: list[int]) -> dict[bytes, tuple[Tensor, ...]]:
+    def _precision(self) -> torch.dtype:
+        kind = self.model.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+
+    def _features(self, seen: Features) -> Features: return Features(seen.detector if self.detector else (), seen.tracker)
+
+    def _encode(self, keys: list[bytes], batch: ImageBatch | ClipBatch, some: list[int]) -> dict[bytes, tuple[Tensor, ...]]:
         "Encode at most a group of images, and keep them; it is filled up with the last of them."
-        seen = self.model.encode(pixels[some + some[-1:] * (self.group - len(some))].to(self.model.device))
-        maps = (*seen.detector, *seen.tracker) if self.detector else seen.tracker
-        if self.kept is None: return {keys[i]: tuple(m[n:n + 1] for m in maps) for n, i in enumerate(some)}
-        new = {keys[i]: tuple(m[n:n + 1].to("cpu", torch.float32, copy=True) for m in maps) for n, i in enumerate(some)}
+        seen = self._features(self.model.encode(batch.pixels(self.model.frame, some + some[-1:] * (self.group - len(some))).to(self.model.device)))
+        new = {keys[i]: tuple(m[n:n + 1].to("cpu", torch.float32, copy=True) for m in (*seen.detector, *seen.tracker)) for n, i in enumerate(some)}
         for k, m in new.items(): self.kept[k] = m
         return new
+
+
+def encode_distinct(model: Sam3, batch: ImageBatch | ClipBatch) -> Features:
+    "Features of all pictures of a batch, computed as one; a picture that is there twice is encoded once."
+    if not isinstance(batch, ClipBatch): return model.encode(batch.pixels(model.frame).to(model.device))
+    some, place = batch.distinct()
+    seen = model.encode(batch.pixels(model.frame, some).to(model.device))
+    return seen if len(some) == len(place) else seen.pick(torch.tensor(place, device=model.device))
 
 
 FOUR, LARGE = 4, 512  # small images are always encoded in batches of so many; from so many px on one by one, since filling up would cost more than it saves
@@ -350,39 +365,37 @@ def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None
 LESSON_BATCHES = 256  # at most so many different ones: a lesson is an aid, not an epoch of a data set of millions
 
 
-def take_first_lesson(base: Path, task: Stage2, batch_at: Callable, clips: int, folder: Path, seed: int, **options) -> dict[str, Any]:
-    "The first lesson, in place, on the first batches of `clips` clips again and again. `folder/lesson` holds its state and metrics; `options` of `fit`."
-    own = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr)
-    period = own.accumulate * min(-(-clips // own.batch_size), LESSON_BATCHES)
+def take_first_lesson(base: Path, task: Stage2, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, **options) -> dict[str, Any]:
+    "The first lesson, in place, on the clips of the first steps again and again. `folder/lesson` holds its state and metrics; `options` of `fit`."
+    own = replace(task.schedule, steps=task.schedule.lesson_steps, lr=task.schedule.lesson_lr, back=0.0)
+    period = min(-(-len(open_dataset(recipe, "train", "clips")) // own.batch_size), LESSON_BATCHES)
     lesson = FirstLesson(task, EfficientSam3.from_pretrained(base, dtype=torch.float32).to(task.student.device))
     groups = parameter_groups(task.student, present(LESSON, task.student), own.lr, own.inherited)
-    return fit(lesson, lambda step, *of: batch_at(step % period, *of), groups, own, folder / "lesson", seed, **options)
+    return fit(lesson, clip_source(recipe, own, sides, seed, period=period), groups, own, folder / "lesson", seed, **options)
 
 # %% ../nbs/20_stage2.ipynb #c032
 def train_stage2(small: EfficientSam3, big: Sam3, base: Path, recipe: Mapping, s: Schedule, folder: Path, seed: int, **options) -> dict[str, Any]:
     "The first lesson, where the schedule has one, and the rollouts, in place; the account of both. `options` of `fit`."
-    videos = open_dataset(recipe, "train", "clips")
-    task = Stage2(big, small, s, sought(videos, recipe["sampling"]["tracks"]))
+    task = Stage2(big, small, s, sought(open_dataset(recipe, "train", "clips"), recipe["sampling"]["tracks"]))
     sides, options = (big.image_size, small.image_size), {"bad": recipe["sampling"]["bad"], **options}
-    source, forth = (clip_source(recipe, replace(s, back=back), sides, seed) for back in (s.back, 0.0))
-    lesson = take_first_lesson(base, task, forth, len(videos), folder, seed, **options) if s.lesson_steps else {"seconds": 0.0}
+    lesson = take_first_lesson(base, task, recipe, sides, folder, seed, **options) if s.lesson_steps else {"seconds": 0.0}
     groups = parameter_groups(small, present(TRAINS[2], small), s.lr, s.inherited)
     print_groups(groups)
-    return fit(task, source, groups, s, folder, seed, **options) | {"lesson": lesson["seconds"]}
+    return fit(task, clip_source(recipe, s, sides, seed), groups, s, folder, seed, **options) | {"lesson": lesson["seconds"]}
 
 # %% ../nbs/20_stage2.ipynb #c0run
 @ends_together
-def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, accumulate: int = 0, lr: float = 0.0,
+def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, micro_batch: int = 0, lr: float = 0.0,
                schedule: str = "", precision: str = "auto", student: str = "", memory: str = "perceiver", distill: bool = True, lambda_read: float = -1.0,
-               read_decay: str = "", detach_every: int = 0, checkpoint: bool = False, sampling: str = "",
+               read_decay: str = "", detach_every: int = 0, checkpoint: int = -1, sampling: str = "",
                eval_clips: int = -1, eval_frames: int = -1, lesson_steps: int = -1, seed: int = 42, runs: str = "runs",
-               resume: bool = True, every: int = 50, workers: int = -1, options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+               resume: bool = True, every: int = 50, workers: int = -1, log_to: str = "", options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
     """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
     recipe, options = with_sampling(load_recipe(recipe), sampling), {k: v for k, v in (("lambda_read", lambda_read), ("lesson_steps", lesson_steps)) if v >= 0} | dict(options or {})
-    s = stage2_schedule(recipe, options, distill, schedule=schedule, steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, read_decay=read_decay,
-                        detach_every=detach_every, checkpoint=checkpoint)
+    s = stage2_schedule(recipe, with_checkpoint(options, checkpoint), distill, schedule=schedule, steps=steps, batch_size=batch_size, micro_batch=micro_batch, lr=lr, read_decay=read_decay,
+                        detach_every=detach_every)
     if memory not in MEMORIES: raise ValueError(nearest(memory, MEMORIES, "memory"))
     name, device, find = teacher or recipe["teacher"], pick_device(), find_variant(variant)
     precision, limits = pick_precision(device, precision), limits_of(recipe, clips=eval_clips, frames=eval_frames)
@@ -399,7 +412,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     before, first = score("before", small, only) if only and not brief else {}, time.perf_counter() - clock
     if not is_saved(folder):
         print(f"stage 2 of {variant}: {s.steps} steps of {s.batch_size} clips; writing to {printable(folder)}")
-        save_student(folder, small, train_stage2(small, big, base, recipe, s, folder, seed, every=every, precision=precision, workers=workers))
+        save_student(folder, small, train_stage2(small, big, base, recipe, s, folder, seed, every=every, precision=precision, workers=workers, log_to=log_to))
     small, trained = saved_student(folder, device)
     clock = time.perf_counter()
     scores = {"teacher": teacher_scores(big, recipe, wanted, limits, precision) if not brief else {}, "before": before,

@@ -28,7 +28,7 @@ from .core import Frames, atomically, nearest, open_run, runs_folder, seed_at
 from .data import teacher_pixels
 from .teacher import ASSETS, Detections, Features, Prompts, Sam3, load_teacher
 from .tracker import Track, track  # chapter 2's: a teacher that tracks is trained with the tracker that students use
-from .training import Schedule, fit
+from .training import Made, Schedule, fit
 from .toyworld import COLORS, PATTERNS, SHAPES, Thing, draw_clip, inside_shape, matches, sample_phrase, sample_picture, sample_scene
 
 # %% ../nbs/04_toy_teacher.ipynb #c007
@@ -515,14 +515,13 @@ def train_toy_teacher(steps: int, part: str = "all", start: str = "shipped", tut
     plan = partial(Schedule, floor=0.02, betas=(0.9, 0.99))
     learn = partial(fit, every=100, precision="no")  # in float32, where the batches are drawn: on the CPU
     task = TutorTask()
-    dense = lambda step, rank, ranks: picture_batch(seed, step, rank, size=16, phrases=0, least=5)
+    dense = Made(lambda p: picture_batch(seed, p.step, p.number, size=16, phrases=0, least=5))
     if tutor_steps: learn(task, dense, _groups(task, 2e-3), plan(tutor_steps, lr=2e-3, warmup=20, clip=20.0), folder / "tutor", seed)
     task = EncoderTask(model, Hints(), task.tutor)
     if encoder_steps: learn(task, dense, _groups(task, 8e-4), plan(encoder_steps, lr=8e-4, warmup=20, clip=20.0), folder / "encoder", seed + 1)
     task = ToyTeacherTask(model, task.hints, part)
-    def batch_at(step: int, rank: int, ranks: int) -> Pictures | Clips:
-        return (picture_batch if step < clips_from or step % PICTURES[part] == 0 else clip_batch)(seed, step, rank)
+    both = Made(lambda p: (picture_batch if p.step < clips_from or p.step % PICTURES[part] == 0 else clip_batch)(seed, p.step, p.number))
     schedule = plan(steps, lr=lr, warmup=min(200, steps // 5), clip=5.0, ema=0.997)
-    if steps: learn(task, batch_at, _groups(task, lr, "vision_encoder.backbone"), schedule, folder / "whole", seed)
+    if steps: learn(task, both, _groups(task, lr, "vision_encoder.backbone"), schedule, folder / "whole", seed)
     if ship: ship_toy_teacher(model, ASSETS / "toy_teacher")
     return model.eval().requires_grad_(False)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINS', 'THAW', 'NEW_GROUPS', 'STAGES_OF', 'PAPER', 'PROVEN', 'SCHEDULES', 'RECIPE', 'NOT_FINITE',
            'select_trainable', 'train_mode', 'parameter_groups', 'Schedule', 'schedule_for', 'Departure', 'Parts',
-           'Made', 'loader', 'pick_workers', 'Clock', 'fit', 'Together', 'added', 'recomputed', 'in_ranks']
+           'Made', 'loader', 'pick_workers', 'Clock', 'fit', 'Together', 'added', 'recomputed', 'with_checkpoint',
+           'for_training', 'in_ranks']
 
 # %% ../nbs/05_training.ipynb #c003
 import json, math, os, re, socket, statistics, sys, time
@@ -462,6 +463,19 @@ def _follow(average: dict[str, Tensor], now: Mapping[str, Tensor], decay: float)
 def recomputed(call: Callable, on: bool) -> Callable:
     "`call`, its inner values computed again in the backward pass instead of kept (gradient checkpointing) if `on`."
     return partial(checkpoint, call, use_reentrant=False) if on and torch.is_grad_enabled() else call
+
+
+def with_checkpoint(options: Mapping[str, object] | None, checkpoint: int  # a run's parameter; -1: not given
+                    ) -> dict[str, object]:
+    "Options of a schedule with a run's `checkpoint`."
+    return {**({"checkpoint": checkpoint} if checkpoint >= 0 else {}), **(options or {})}
+
+
+def for_training(student: nn.Module, schedule: Schedule) -> None:
+    "Lay a student's encoder out channels last, which depthwise convolutions want, and let its backbone be computed again in the backward pass if the schedule says so (statistics of batch norms that are live then follow twice as fast)."
+    encoder = student.detector_model.vision_encoder
+    encoder.to(memory_format=torch.channels_last)
+    encoder.encoder.backbone.set_grad_checkpointing(schedule.checkpoint_encoder)
 
 # %% ../nbs/05_training.ipynb #c019
 def in_ranks(run: Callable, count: int, **given) -> object:

@@ -25,6 +25,7 @@ from esam3.data import load_recipe, open_dataset
 from esam3.feature_cache import FeatureCache, Replays, cache_settings, write_cache
 from esam3.teacher import load_teacher
 from esam3.toyworld import toyworld
+from logs import content
 
 FULL = os.environ.get("ESAM3_FULL") == "1"
 full = pytest.mark.skipif(not FULL, reason="takes long: ESAM3_FULL=1 runs it")
@@ -158,7 +159,7 @@ def told(folder: Path) -> dict[str, object]:
     "What a run leaves behind, but for times."
     report = {k: v for k, v in json.loads((folder / "report.json").read_text()).items() if k != "timing"}
     files = [p for p in ("metrics.jsonl", "lesson/metrics.jsonl", "student/model.safetensors", "student/config.json") if (folder / p).exists()]
-    return {"report": report, "state": {k: v for k, v in read_state(folder).items() if k in ("step", "more")}, **{p: (folder / p).read_bytes() for p in files}}
+    return {"report": report, "state": {k: v for k, v in read_state(folder).items() if k in ("step", "more")}, **{p: content(folder / p) for p in files}}
 
 
 # ---- the feature cache

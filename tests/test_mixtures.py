@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from esam3.core import Part
 from esam3 import tracks
 from esam3.core import Frames, seed_everything
 from esam3.data import augment, collate_clips, collate_images, data_digest, draw, load_recipe, open_dataset
@@ -66,8 +67,8 @@ def test_a_step_is_of_one_part_and_each_part_is_read_once_an_epoch(world):
     for step in range(40):
         first, length, _ = mixture.part_at(5, step)
         part = "a" if (first, length) == (0, 12) else "b"
-        for rank in range(world):
-            names = [s.name for s in draw(mixture, 5, step, batch=3, rank=rank, world=world)]
+        for rank in range(world):  # a rank's part of the slots
+            names = [s.name for s in draw(mixture, 5, step, 3 * world, Part(step, rank, world).slots(3 * world))]
             assert all(int(n) < length for n in names)
             read[part] += names
     for part, count in (("a", 12), ("b", 30)):
@@ -181,7 +182,7 @@ def task_of(sampled: int = 0) -> Stage2:
 def test_images_come_as_batches_of_clips_of_one_frame(mixed):
     "All of a batch, whatever its clips were to be; augmented as they are; and played back they stay one frame."
     source, reader = clip_source(mixed, Schedule(batch_size=2, back=1.0), SIDES, 42), open_dataset(mixed, "train", "clips")
-    lengths = [source(step, 0, 1).frame_index.shape[1] for step in range(10)]
+    lengths = [source[Part(step)].frame_index.shape[1] for step in range(10)]
     still = [reader.part_at(42, step)[0] > 0 for step in range(10)]
     assert [n == 1 for n in lengths] == still and 2 <= sum(still) <= 4 and all(n == 1 or n >= 7 for n in lengths)
     sample = Stills(open_dataset("tiny", "train", "images")).read(2, frames=8)
@@ -232,9 +233,9 @@ def test_stage_1_from_a_folder_of_pictures(folder, tmp_path):
 
 def test_stage_3_of_a_folder_is_refused(folder):
     from esam3.concepts import Asking
-    from esam3.stage3 import mixed_source, run_stage3
+    from esam3.stage3 import MixedSteps, run_stage3
     said = "folder: stage 3 learns from concept_images or concept_clips, and its training split holds images, clips"
-    with pytest.raises(ValueError, match=said): mixed_source(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, Asking())
+    with pytest.raises(ValueError, match=said): MixedSteps(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, Asking())
     with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)  # before it asks for a student of stage 2
 
 
@@ -242,7 +243,7 @@ def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
     "A picture in which the teacher sees nothing, or nothing of a pixel's size, costs no step."
     for f in folder.iterdir(): Image.fromarray(np.full((96, 128, 3), 127, np.uint8)).save(f)
     recipe = load_recipe("folder")
-    batch = picture_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)(0, 0, 1)
+    batch = picture_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)[Part(0)]
     assert len(batch.image) == 0
     from esam3.stage1 import Stage1
     terms = Stage1(*networks(), TINY, sampled=4)(batch)
@@ -258,11 +259,11 @@ def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
 def test_stage_3_takes_images_among_its_clips(tmp_path):
     "And with their phrases."
     from esam3.concepts import Asking
-    from esam3.stage3 import mixed_source
+    from esam3.stage3 import MixedSteps
     (tmp_path / "talk.yaml").write_text("extends: tiny\nsplits: {train: {clips: null, concept_images: null, concept_clips: {format: mixture, parts: ["
         "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: images}]}}}\nstages: {2: null}\n")
-    source = mixed_source(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, Asking())
-    batches = [source(step, 0, 1) for step in range(4)]
+    source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, Asking())
+    batches = [source[Part(step)] for step in range(4)]
     assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.shown.phrases and len(b.shown_asked.image) for b in batches)
 
 

@@ -12,9 +12,10 @@ import esam3.concept_video
 import esam3.teacher
 from esam3.concept_video import ConceptSession, Exemplar, distinct, follow_concepts
 from esam3.concepts import Asking, Confusables, PhraseBook, ask, token_bags
+from esam3.core import Part
 from esam3.data import load_recipe, open_dataset
 from esam3.samples import Phrase, Reported, RunMasks, boxes_of
-from esam3.stage3 import mixed_source
+from esam3.stage3 import MixedSteps
 from esam3.student import build_student
 from esam3.teacher import Features, Sam3, load_teacher
 from esam3.training import Schedule
@@ -115,7 +116,7 @@ def test_training_passes_over_empty_phrases():
     batch = SimpleNamespace(boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
     pictures = lambda *phrases: SimpleNamespace(phrases=[*phrases], **vars(batch))
     kin = Confusables(["red star", "blue disk", ""])
-    asked = lambda *phrases: ask(pictures(*phrases), np.random.default_rng(0), Asking(each=20), kin)
+    asked = lambda *phrases: ask(pictures(*phrases), generators(len(pictures(*phrases).names)), Asking(each=20), kin)
     assert asked([Phrase("", (0,)), *words, Phrase(" ", ())]).phrases == asked(words).phrases
     assert asked([Phrase("", (0,))]).phrases == [] and set(asked([Phrase(" ", ())], words).image.tolist()) == {1}
 
@@ -127,9 +128,9 @@ def test_a_run_counts_cut_phrases(teacher, tmp_path, monkeypatch):
     schedule, sides = Schedule(steps=4, batch_size=2, lr=1e-4, clip_every=1, alternate=False), (teacher.image_size, 128)
     recipe = load_recipe("tiny")
     recipe["splits"]["train"]["concept_clips"] = recipe["splits"]["held_out"]["concept_clips"]
-    batch_at, asked = mixed_source(recipe, schedule, sides, 0, Asking(), teacher), 0
+    source, asked = MixedSteps(recipe, schedule, sides, 0, Asking(), teacher), 0
     for step in range(2):
-        batch = batch_at(step, 0, 1)
+        batch = source[Part(step)]
         pictures = (batch.images is not None) + (batch.shown is not None)
         assert [kind for kind, _ in batch.notes].count(KIND) == 2 * pictures
         asked += pictures

@@ -54,7 +54,7 @@ def test_parameters_explain_themselves(path):
 
 def test_run_notebooks_take_parameters_and_check_them():
     assert {"10_stage1", "20_stage2", "30_stage3"} <= {p.stem for p in RUNS}
-    common = {"variant": "es-tv-s", "recipe": "toy", "teacher": "", "steps": 0, "batch_size": 0, "accumulate": 0, "lr": 0.0,
+    common = {"variant": "es-tv-s", "recipe": "toy", "teacher": "", "steps": 0, "batch_size": 0, "micro_batch": 0, "lr": 0.0,
               "schedule": "", "precision": "auto", "sampling": "", "seed": 42, "runs": "runs", "resume": True}
     for path in RUNS:
         declared = declared_in(tagged(path)[0])

@@ -2,7 +2,6 @@
 import json
 import shutil
 import tarfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from esam3.core import Part
 from esam3.data import Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at, turned_hue
 from esam3.public_sets import SaVFolders, Vos
 from esam3.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort, Videos
@@ -216,12 +216,12 @@ def test_sa1b_each_damage_is_named(loose):
 def test_damage_is_skipped_counted_and_the_same_each_time(loose):
     ruin(loose)
     reader, reported = Sa1b(loose), Reported()
-    steps = Steps(reader, partial(collate_images, teacher=144, student=128), seed=1, batch=3)
+    steps = Steps(reader, lambda samples, rngs, rng: collate_images(samples, 144, 128, rngs=rngs), seed=1, batch=3)
     with pytest.warns(UserWarning, match="skipped"):
-        for k in range(8): reported.add(steps[k].notes)
-    assert reported.counts == {"skipped": 5} and set(steps[0].names) == {"sa_000005"}
-    worker = next(iter(DataLoader(steps, batch_size=None, sampler=[3], num_workers=1)))
-    assert worker.notes == steps[3].notes and worker.student_pixels.equal(steps[3].student_pixels)
+        for k in range(8): reported.add(steps[Part(k)].notes)
+    assert reported.counts == {"skipped": 5} and set(steps[Part(0)].names) == {"sa_000005"}
+    worker = next(iter(DataLoader(steps, batch_size=None, sampler=[Part(3)], num_workers=1)))
+    assert worker.notes == steps[Part(3)].notes and worker.student_pixels.equal(steps[Part(3)].student_pixels)
 
 
 def test_nothing_readable_is_an_error(loose):
@@ -476,7 +476,7 @@ PHRASES = [Phrase("zero", (0,)), Phrase("zero and late", (0, 1)), Phrase("late",
 def test_phrases_of_tracks_that_were_not_chosen_are_left_out(late, tracks, step):
     "They are still in sight: a negative would be a lie, and so would the rest of them."
     clip = clip_of("1111", "0011", "1111", "1010", "1111", phrases=PHRASES)
-    batch = collate_clips([clip_of("1111"), clip], 144, 128, tracks=tracks, late=late, rng=rng_at(0, step))
+    batch = collate_clips([clip_of("1111"), clip], 144, 128, tracks=tracks, late=late, rngs=[rng_at(0, step, k) for k in (0, 1)])
     mine = [i - 10 for i, b in zip(batch.ids, batch.clip) if b == 1]
     numbers = dict(enumerate(mine, start=int((batch.clip == 0).sum())))
     assert len(mine) == min(tracks or 9, 5 if late == "keep" else 4) and batch.phrases[0] == []
@@ -489,14 +489,14 @@ def test_phrases_of_tracks_that_were_not_chosen_are_left_out(late, tracks, step)
 def test_whole_phrases_are_chosen_first(step):
     "Of two phrases with three tracks each, three tracks are one phrase's; three by chance would hardly ever be."
     clip = clip_of(*["11"] * 6, phrases=[Phrase("a", (0, 2, 4)), Phrase("b", (1, 3, 5))])
-    batch = collate_clips([clip], 144, 128, tracks=3, rng=rng_at(0, step))
+    batch = collate_clips([clip], 144, 128, tracks=3, rngs=[rng_at(0, step)])
     assert batch.phrases[0] in ([Phrase("a", (0, 1, 2))], [Phrase("b", (0, 1, 2))]) and len(batch.ids) == 3
 
 
 def test_pictures_with_phrases_keep_all_instances():
     masks = clip_of(*["1"] * 5).masks[:, 0]
     talking, silent = (ImageSample(str(k), np.zeros((40, 56, 3), np.uint8), masks, ps) for k, ps in enumerate((PHRASES, [])))
-    batch = collate_images([silent, talking], 144, 128, max_instances=2, rng=rng_at(0, 0))
+    batch = collate_images([silent, talking], 144, 128, max_instances=2, rngs=[rng_at(0, 0, k) for k in (0, 1)])
     assert batch.image.tolist() == [0, 0] + [1] * 5
     assert batch.phrases == [[], [p._replace(instances=tuple(i + 2 for i in p.instances)) for p in PHRASES]]
 

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from esam3.concepts import Asking, Questions
-from esam3.core import declared_in
+from esam3.core import Part, declared_in
 from esam3.data import RECIPES, load_recipe, open_dataset, with_sampling
 from esam3.miniatures import miniatures
 from esam3.predictions import instances, write_labels, write_objects
 from esam3.stage1 import picture_source
 from esam3.stage2 import clip_source
-from esam3.stage3 import mixed_source, stage3_schedule, take_map_lesson
+from esam3.stage3 import MixedSteps, stage3_schedule, take_map_lesson
 from esam3.training import Schedule
 
 SIDES = (1008, 1024)
@@ -155,11 +155,11 @@ def test_every_recipe_is_opened_by_the_source_of_its_stage(everything, name, mon
     recipe = with_sampling(load_recipe(name), SMALL)
     if recipe["root"] == "toyworld": recipe["root"] = "toyworld/tiny"  # the same files, fewer
     sides, train, opened = (SIDES if recipe["teacher"] != "toy" else (144, 128)), recipe["splits"].get("train", {}), set()
-    if "images" in train: opened.add(len(picture_source(recipe, Schedule(batch_size=1), sides, 0)(0, 0, 1).names))
+    if "images" in train: opened.add(len(picture_source(recipe, Schedule(batch_size=1), sides, 0)[Part(0)].names))
     for kind in ("clips", "concept_clips"):
-        if kind in train: opened.add(len(clip_source(recipe, Schedule(batch_size=1), sides, 0, kind)(0, 0, 1).names))
+        if kind in train: opened.add(len(clip_source(recipe, Schedule(batch_size=1), sides, 0, kind)[Part(0)].names))
     if {"concept_images", "concept_clips"} & {*train}:
-        batches = [mixed_source(recipe, Schedule(batch_size=1, clip_every=1, alternate=a), sides, 0, Asking(2))(0, 0, 1) for a in (True, False)]
+        batches = [MixedSteps(recipe, Schedule(batch_size=1, clip_every=1, alternate=a), sides, 0, Asking(2))[Part(0)] for a in (True, False)]
         assert all(b.clips for b in batches) and batches[0].images is None and batches[1].images is not None
     for split, parts in recipe["splits"].items():
         if split != "train":
@@ -175,22 +175,22 @@ def without(recipe: dict, *kinds: str) -> dict:
 
 def test_stage3_takes_what_a_recipe_has():
     saco, plain = with_sampling(load_recipe("saco"), SMALL), Schedule(batch_size=1, clip_every=1)
-    still = mixed_source(saco, Schedule(batch_size=1, clip_every=0), SIDES, 0, Asking(2))(0, 0, 1)
+    still = MixedSteps(saco, Schedule(batch_size=1, clip_every=0), SIDES, 0, Asking(2))[Part(0)]
     assert still.images and still.clips is None and isinstance(still.asked, Questions)
-    moving = mixed_source(without(saco, "concept_images"), plain, SIDES, 0, Asking(2))(1, 0, 1)
+    moving = MixedSteps(without(saco, "concept_images"), plain, SIDES, 0, Asking(2))[Part(1)]
     assert moving.images is None and moving.shown and {*moving.shown_asked.phrases} - {None} and moving.shown_asked.image.max() < len(moving.clips.names)
     both = {**saco, "splits": {**saco["splits"], "train": {**saco["splits"]["train"], "clips": {"format": "videos", "path": "../videos"}}}}
-    source = mixed_source(both, plain, SIDES, 0, Asking(2))
-    assert [source(k, 0, 1).shown is None for k in range(2)] == [False, True], "clips with phrases and plain ones by turns"
+    source = MixedSteps(both, plain, SIDES, 0, Asking(2))
+    assert [source[Part(k)].shown is None for k in range(2)] == [False, True], "clips with phrases and plain ones by turns"
     with pytest.raises(ValueError, match="learns from concept_images or concept_clips, and its training split holds clips"):
-        mixed_source(without(both, "concept_images", "concept_clips"), plain, SIDES, 0, Asking(2))
+        MixedSteps(without(both, "concept_images", "concept_clips"), plain, SIDES, 0, Asking(2))
 
 
 def test_the_lesson_on_maps_takes_concept_images(monkeypatch):
     "saco has no plain images."
     from esam3 import stage3
     seen = {}
-    monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_, **__: seen.setdefault("batch", source(0, 0, 1)))
+    monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_, **__: seen.setdefault("batch", source[Part(0)]))
     monkeypatch.setattr(stage3, "parameter_groups", lambda *_: [])
     monkeypatch.setattr(stage3, "MapLesson", lambda task: task)
     task = type("Task", (), {"schedule": stage3_schedule(load_recipe("saco"), schedule="proven", steps=1, batch_size=1), "student": None})()
@@ -203,7 +203,7 @@ def test_the_lesson_on_maps_takes_concept_images(monkeypatch):
 @pytest.mark.parametrize("kind, name", [("clips", "sav"), ("concept_clips", "saco")])
 def test_clips_are_augmented_as_the_recipe_says(kind, name):
     recipe = with_sampling(load_recipe(name), SMALL)
-    batches = {a: clip_source(recipe, Schedule(batch_size=1, augment=a), SIDES, 3, kind)(0, 0, 1) for a in (True, False)}
+    batches = {a: clip_source(recipe, Schedule(batch_size=1, augment=a), SIDES, 3, kind)[Part(0)] for a in (True, False)}
     sizes = {open_dataset(recipe, "train", kind).read(i, most=4).frames.shape[1:3] for i in range(2)}
     assert {i.shape[:2] for i in batches[False].images} <= sizes, "as they are"
     changed = [np.abs(i.astype(int).mean() - j.astype(int).mean()) for i, j in zip(batches[True].images, batches[False].images)]

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from esam3.cluster import Stopped
-from esam3.core import declared_in
-from esam3.training import Schedule, fit, in_ranks
+from esam3.core import Part, declared_in
+from esam3.training import Made, Schedule, fit, in_ranks
+from logs import chance, content
 
 STEPS = 6
 full = pytest.mark.skipif(os.environ.get("ESAM3_FULL") != "1", reason="takes long: ESAM3_FULL=1 runs it")
@@ -86,7 +87,7 @@ def test_signalled_job_is_queued_again_and_goes_on(cluster, tmp_path, file, rank
     assert again.wait(300) == 0 and whole.wait(300) == 0, printed(tmp_path)
     assert (tmp_path / "asked").read_text() == "requeue 77\n", "once"
     for name in ("metrics.jsonl", "student/model.safetensors"):
-        assert (folder["cut"] / name).read_bytes() == (folder["whole"] / name).read_bytes(), name
+        assert content(folder["cut"] / name) == content(folder["whole"] / name), name
     reports = [json.loads((f / "report.json").read_text()) for f in folder.values()]
     assert [r.pop("timing")["steps"] for r in reports] == [STEPS, STEPS - done] and reports[0] == reports[1]
 
@@ -157,11 +158,11 @@ class Line(nn.Module):
 def stopped_at(folder: str) -> str:
     "Rank 1 alone puts the file there, at step 3; what `fit` says, and the weights."
     task = Line()
-    def batch_at(k: int, rank: int, ranks: int) -> torch.Tensor:
-        if k == 3 and rank == 1: Path(os.environ["ESAM3_STOP"]).touch()
-        return torch.rand(4, 3)
+    def batch(part: Part) -> torch.Tensor:
+        if part[:2] == (3, 1): Path(os.environ["ESAM3_STOP"]).touch()
+        return chance(part, 4, 3)
     os.environ["ESAM3_STOP"] = f"{folder}/stop"
-    try: fit(task, batch_at, [{"params": list(task.parameters()), "lr": 0.1}], Schedule(9, lr=0.1), folder, every=100)
+    try: fit(task, Made(batch), [{"params": list(task.parameters()), "lr": 0.1}], Schedule(9, lr=0.1), folder, every=100)
     except Stopped as e: return str(e)
     return "not stopped"
 

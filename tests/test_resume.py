@@ -19,7 +19,8 @@ from esam3 import checkpoints, runs
 from esam3.checkpoints import read_state, save_state
 from esam3.cluster import hold
 from esam3.stage1 import run_stage1
-from esam3.training import Schedule, fit
+from esam3.training import Made, Schedule, fit
+from logs import chance, content, rows
 
 STEPS = 8
 RUN = "import sys, json; from esam3 import stage{0}, training; training.in_ranks(stage{0}.run_stage{0}, {1}, **json.loads(sys.argv[1]))"
@@ -67,7 +68,7 @@ def test_killed_run_continues(stage, ranks, place, tmp_path, stage1_student):
     later = timing["cut"]["steps"] == STEPS if place else 0 < timing["cut"]["steps"] < STEPS  # killed in the first lesson: all steps after it were still to do
     assert later and timing["whole"]["steps"] == STEPS, "the second call went on from a checkpoint"
     for name in ("metrics.jsonl", "student/model.safetensors", *(["lesson/metrics.jsonl"] if stage == 2 else [])):
-        assert (folder["cut"] / name).read_bytes() == (folder["whole"] / name).read_bytes(), name
+        assert content(folder["cut"] / name) == content(folder["whole"] / name), name
     assert len((folder["whole"] / "metrics.jsonl").read_text().splitlines()) == STEPS
 
 
@@ -79,7 +80,7 @@ class Line(nn.Module):
 def trained_line(folder: Path, steps: int = 8, **more) -> torch.Tensor:
     "Weights after some steps of eight, with a checkpoint every two."
     task = Line()
-    fit(task, lambda *_: torch.rand(4, 3), [{"params": list(task.parameters()), "lr": 0.1}], Schedule(8, lr=0.1, ema=0.5), folder, every=2, stop=steps, **more)
+    fit(task, Made(lambda part: chance(part, 4, 3)), [{"params": list(task.parameters()), "lr": 0.1}], Schedule(8, lr=0.1, ema=0.5), folder, every=2, stop=steps, **more)
     return task.w.detach()
 
 
@@ -122,7 +123,7 @@ def test_the_checkpoint_before_takes_over(damage, tmp_path, capsys):
     said = [line for line in capsys.readouterr().out.splitlines() if "last.pt" in line]
     assert len(said) == 1 and "going on from the checkpoint before it, step 4" in said[0] and ("missing" if damage == "gone" else "damaged") in said[0]
     assert torch.equal(again, whole) and not last.with_name("executed").exists()
-    assert (tmp_path / "cut" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert rows(tmp_path / "cut" / "metrics.jsonl") == rows(tmp_path / "whole" / "metrics.jsonl")
     assert read_state(tmp_path / "cut")["step"] == 8 and last.with_name("before.pt").exists()
 
 

@@ -60,10 +60,10 @@ def test_whose_word_counts():
     with pytest.raises(ValueError, match="did you mean 'paper'"): schedule_for(1, recipe, schedule="papr")
 
 
-@pytest.mark.parametrize("ranks, accumulate, fits", [(1, 1, True), (8, 8, True), (6, 1, False), (4, 3, False)])
-def test_batches_divide_or_are_refused(ranks, accumulate, fits):
+@pytest.mark.parametrize("ranks, micro, fits", [(1, 64, True), (1, 0, True), (8, 1, True), (6, 0, False), (4, 3, False)])
+def test_batches_divide_or_are_refused(ranks, micro, fits):
     "64 on 6 ranks used to be 60."
-    s = Schedule(batch_size=64, accumulate=accumulate)
-    if fits: assert s.share(ranks) * ranks * accumulate == 64
+    s = Schedule(batch_size=64, micro_batch=micro)
+    if fits: assert s.micro_batches(ranks) * ranks * (micro or 64 // ranks) == 64
     else:
-        with pytest.raises(ValueError, match="64 samples a step do not divide among"): s.share(ranks)
+        with pytest.raises(ValueError, match="64 samples a step do not divide among"): s.micro_batches(ranks)

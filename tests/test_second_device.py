@@ -16,7 +16,8 @@ import esam3.training
 from esam3.stage1 import run_stage1
 from esam3.stage2 import EncodeOnce, run_stage2
 from esam3.stage3 import run_stage3
-from esam3.training import Schedule, fit
+from esam3.training import Made, Schedule, fit
+from logs import chance, content, rows
 
 RUN = {1: run_stage1, 2: run_stage2, 3: run_stage3}
 IMAGES, CLIPS = {"eval_images": 2, "eval_instances": 2}, {"eval_clips": 1, "eval_frames": 2, "lesson_steps": 1}
@@ -71,7 +72,7 @@ def run(stage: int, runs: Path, after: Path | None = None, **more) -> Path:
 def metrics(folder: Path) -> list[dict[str, float]]:
     "The lines of a run: of its first lesson, where it has one, and its own."
     files = [f for f in (folder / "lesson" / "metrics.jsonl", folder / "metrics.jsonl") if f.exists()]
-    return [json.loads(line) for f in files for line in f.read_text().splitlines()]
+    return [row for f in files for row in rows(f)]
 
 
 def flat(value: object, name: str = "") -> dict[str, object]:
@@ -156,7 +157,7 @@ def test_cut_run_continues_on_the_device(stage, cuts, before, there, tmp_path):
     assert json.loads((folder / "report.json").read_text())["timing"]["steps"] == 1, "the second step alone"
     assert len(seen.kept) == len(metrics(folder)) and all(kept["average"] <= {DEVICE} for kept in seen.kept)
     for name in ("metrics.jsonl", "student/model.safetensors", *(["lesson/metrics.jsonl"] if stage > 1 else [])):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+        assert content(folder / name) == content(whole / name), name
     scores, all_scores = figures(folder), figures(whole)
     assert scores == pytest.approx({k: all_scores[k] for k in scores}, rel=0, abs=0, nan_ok=True)
 
@@ -174,7 +175,7 @@ def test_average_left_on_the_cpu_raises(tmp_path):
         task = Line(2, 1).to(DEVICE)
         groups = [{"name": "line", "params": [*task.parameters()], "lr": 0.1, "weight_decay": 0.0}]
         schedule = Schedule(steps=3, batch_size=1, lr=0.1, ema=0.9)
-        fit(task, lambda *_: torch.rand(4, 2, device=DEVICE), groups, schedule, tmp_path / name, 0, every=1, stop=stop)
+        fit(task, Made(lambda part: chance(part, 4, 2).to(DEVICE)), groups, schedule, tmp_path / name, 0, every=1, stop=stop)
         return task
     load = esam3.training.load_state
     def left_behind(*args):

@@ -33,10 +33,10 @@ class Batch:
     def __init__(self, skipped: int = 0): self.x, self.names, self.notes = torch.ones(4, 1), ["a"] * 4, [("skipped", f"{k}.jpg: no image") for k in range(skipped)] + [("mended", "b")]
 
 
-def train(folder: Path, source=lambda *_: torch.ones(4, 1), steps: int = 30, task: nn.Module | None = None, **more) -> tuple[nn.Module, dict]:
+def train(folder: Path, source=lambda part: torch.ones(4, 1), steps: int = 30, task: nn.Module | None = None, **more) -> tuple[nn.Module, dict]:
     task = task or Line()
-    schedule = Schedule(steps, lr=0.05, **{k: more.pop(k) for k in ("ema", "accumulate") if k in more})
-    return task, fit(task, source, [{"params": list(task.parameters()), "lr": 0.05}], schedule, folder, every=5, **more)
+    schedule = Schedule(steps, 4, lr=0.05, **{k: more.pop(k) for k in ("ema", "micro_batch") if k in more})
+    return task, fit(task, Made(source), [{"params": list(task.parameters()), "lr": 0.05}], schedule, folder, every=5, **more)
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]: return [json.loads(line) for line in (folder / name).read_text().splitlines()]
@@ -53,11 +53,11 @@ def test_the_loss_scaler_comes_back(tmp_path):
 
 
 def test_accumulated_micro_batches_are_one_step(tmp_path):
-    "Two micro-batches of the same four samples do what one does; each is drawn once."
+    "Two micro-batches do what one does, also of a task that knows means alone; each is drawn once."
     seen = []
-    source = lambda micro, rank, ranks: seen.append(micro) or torch.ones(4, 1)
-    once, twice = train(tmp_path / "a", steps=4)[0], train(tmp_path / "b", source, steps=4, accumulate=2)[0]
-    assert seen == [*range(8)] and torch.allclose(once.net.weight, twice.net.weight)
+    source = lambda part: seen.append(part) or torch.ones(4, 1)
+    once, twice = train(tmp_path / "a", steps=4)[0], train(tmp_path / "b", source, steps=4, micro_batch=2)[0]
+    assert seen == [Part(step, k, 2) for step in range(4) for k in (0, 1)] and torch.allclose(once.net.weight, twice.net.weight)
 
 
 # ---- row 7: dropout follows its parent, drop path is off
@@ -85,20 +85,20 @@ def test_drop_path_is_off(backbone):
 # ---- row 11: what cannot be read
 
 def test_skipped_samples_are_counted_and_listed(tmp_path):
-    account = train(tmp_path, lambda step, *_: Batch(int(step == 3)), steps=10)[1]["samples"]
+    account = train(tmp_path, lambda part: Batch(int(part.step == 3)), steps=10)[1]["samples"]
     assert account == {"drawn": 40, "counts": {"mended": 10, "skipped": 1}}
     assert lines(tmp_path, "skipped.jsonl") == [{"step": 3, "rank": 0, "kind": "skipped", "detail": "0.jpg: no image"}]
 
 
 def test_too_many_unreadable_samples_stop_the_run(tmp_path):
-    with pytest.raises(BadSample, match=r"24 of 48 samples could not be read, more than 1% .*skipped.jsonl. The last: 3.jpg"): train(tmp_path, lambda *_: Batch(4), steps=40, bad=0.01)
+    with pytest.raises(BadSample, match=r"24 of 48 samples could not be read, more than 1% .*skipped.jsonl. The last: 3.jpg"): train(tmp_path, lambda part: Batch(4), steps=40, bad=0.01)
     assert len(lines(tmp_path, "skipped.jsonl")) >= Tally.LEAST
-    assert train(tmp_path / "fine", lambda *_: Batch(4), steps=40, bad=0.6)[1]["steps"] == 40
+    assert train(tmp_path / "fine", lambda part: Batch(4), steps=40, bad=0.6)[1]["steps"] == 40
 
 
 def test_the_account_goes_on_with_the_run(tmp_path):
     "Cut after step 12 (checkpoint at 10) and continued: drawn and skipped as in one go."
-    source = lambda step, *_: Batch(int(step % 4 == 0))
+    source = lambda part: Batch(int(part.step % 4 == 0))
     whole = train(tmp_path / "a", source)[1]["samples"]
     train(tmp_path / "b", source, stop=12)
     assert train(tmp_path / "b", source)[1]["samples"] == whole and lines(tmp_path / "b", "skipped.jsonl") == lines(tmp_path / "a", "skipped.jsonl")
@@ -114,7 +114,7 @@ def test_a_step_that_is_not_finite_is_left_out(what, tmp_path):
             loss = super().forward(x)["fit"]
             if x.isnan().any(): loss = torch.tensor(torch.nan) * self.net.weight.sum() if what == "loss" else (self.net.weight.sum() * 0).sqrt() + self.net.weight.sum() * 0
             return {"fit": loss}
-    hole = lambda step, *_: torch.full((4, 1), torch.nan) if step == 2 else torch.ones(4, 1)
+    hole = lambda part: torch.full((4, 1), torch.nan) if part.step == 2 else torch.ones(4, 1)
     task = train(tmp_path, hole, steps=5, task=Odd(), ema=0.5)[0]
     logged = lines(tmp_path)
     assert [k for k, row in enumerate(logged) if "not_finite" in row] == [2] and what in logged[2]["not_finite"]
@@ -122,7 +122,7 @@ def test_a_step_that_is_not_finite_is_left_out(what, tmp_path):
 
 
 def test_ten_in_a_row_end_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="10 steps in a row"): train(tmp_path, lambda *_: torch.full((4, 1), torch.inf))
+    with pytest.raises(FloatingPointError, match="10 steps in a row"): train(tmp_path, lambda part: torch.full((4, 1), torch.inf))
     assert len(lines(tmp_path)) == training.NOT_FINITE and len([*(tmp_path / "inspect").glob("*.safetensors")]) == 1
 
 
