@@ -144,7 +144,7 @@ def picture_errors(student: Sequence[Tensor],               # maps [B, C, h, w]
         n = ok.sum((1, 2, 3)).clamp(min=1) * t.shape[1]
         mean = (t * ok).sum((2, 3), keepdim=True) / ok.sum((2, 3), keepdim=True).clamp(min=1)
         variance = ((t - mean) ** 2 * ok).sum((1, 2, 3)) / n
-        out.append(((s - t) ** 2 * ok).sum((1, 2, 3)) / n / variance.clamp(min=1e-12))
+        out.append(((s - t) * ok).square().sum((1, 2, 3)) / n / variance.clamp(min=1e-12))
     return torch.stack(out)
 
 
@@ -239,13 +239,15 @@ MAP_LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 
 def map_terms(names: Sequence[str],                          # of `MAP_LOSSES`
               student: Sequence[Tensor], teacher: Sequence[Tensor],  # maps [B, C, h, w], the teacher's in the student's frame
-              valid: Sequence[Tensor] | None = None          # bool [B, h, w] for each map
+              valid: Sequence[Tensor] | None = None,         # bool [B, h, w] for each map
+              whole: float | Tensor | None = None            # pictures of the whole step; None: these are all
               ) -> dict[str, Tensor]:                        # name → scalar
-    "Some of the optional feature losses. `ValueError` for a name that is none of them."
+    "Some of the optional feature losses, means over the maps of the sums over pictures divided by `whole`. `ValueError` for a name that is none of them."
     for name in names:
         if name not in MAP_LOSSES: raise ValueError(nearest(name, MAP_LOSSES, "feature loss"))
     triples = list(zip(student, teacher, [None] * len(student) if valid is None else valid, strict=True))
-    return {name: torch.stack([mean_of(MAP_LOSSES[name](*m)) for m in triples]).mean() for name in names}
+    pictures = len(student[0]) if whole is None else whole
+    return {name: over_count(torch.stack([MAP_LOSSES[name](*m) for m in triples]).mean(0).sum(), pictures) for name in names}
 
 # %% ../nbs/13_losses.ipynb #c068
 def mask_iou(logits: Tensor,              # [..., h, w]

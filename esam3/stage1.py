@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_cache', 'image_batch', 'picture_source', 'encode_rate', 'decode_rate', 'together_rate', 'keep_features',
-           'CachedSteps', 'warp_features', 'ask_both', 'ask_first', 'prompt_losses', 'Stage1', 'stage1_schedule',
-           'run_stage1']
+           'CachedSteps', 'warp_features', 'ask_teacher', 'ask_both', 'prompt_chances', 'ask_first', 'round_losses',
+           'prompt_losses', 'Stage1', 'stage1_schedule', 'run_stage1']
 
 # %% ../nbs/10_stage1.ipynb #c005
 import contextlib, time
@@ -23,9 +23,9 @@ from .core import Part, autocast, cache_dir, fingerprint, find_variant, nearest,
 from .data import ImageBatch, Steps, changed, collate_images, load_recipe, open_dataset, teacher_pixels, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .feature_cache import FeatureCache, ReplayedSample, Replays, cache_settings, encode_trunk, features_from_trunk, plan, write_cache
-from .losses import MAP_LOSSES, distill_loss, feature_loss, map_terms, task_terms
+from .losses import MAP_LOSSES, distill_loss, feature_loss, map_terms, over_count, task_terms
 from .packing import CODES
-from .prompts import initial_prompts, refine, to_frame
+from .prompts import chances, initial_prompts, refine, to_frame
 from .runs import WANTED, finish, is_saved, open_stage, print_groups, ranks, save_student, saved_student
 from .samples import BadSample, ImageSample
 from .student import build_student
@@ -117,35 +117,67 @@ def warp_features(seen: Features, batch: ImageBatch, like: Features) -> tuple[li
     return maps, [batch.frames.valid("student", m.shape[-1]) for m in maps]
 
 # %% ../nbs/10_stage1.ipynb #c015
-def ask_both(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, prompts: Prompts,
-             checkpoint: bool = False) -> tuple[MaskSet, MaskSet]:
-    "Teacher's (no gradient, masks warped into the student's frame) and student's answers to prompts given in the student's frame."
+def ask_teacher(teacher: Sam3, wide: Features, batch: ImageBatch, prompts: Prompts,
+                size: int  # cells along a side of the masks
+                ) -> MaskSet:
+    "The teacher's answer, without gradient, to prompts given in the student's frame; its masks are warped into that frame."
     with torch.no_grad():
         t = teacher.decode(wide, to_frame(prompts, batch.frames, "student", "teacher"))
-        t = replace(t, masks=batch.frames.maps(t.masks, "teacher", "student", 4 * student.grid, prompts.image))
-    return t, recomputed(student.decode, checkpoint)(narrow, prompts)
+        return replace(t, masks=batch.frames.maps(t.masks, "teacher", "student", size, prompts.image))
 
 
-def ask_first(batch: ImageBatch, p_box: float = 0.5) -> list[tuple[Tensor, Prompts]]:
+def ask_both(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, prompts: Prompts) -> tuple[MaskSet, MaskSet]:
+    "The teacher's and the student's answers to prompts given in the student's frame."
+    return ask_teacher(teacher, wide, batch, prompts, 4 * student.grid), student.decode(narrow, prompts)
+
+
+def prompt_chances(batch: ImageBatch, refinements: int = 1) -> Tensor:
+    "[N, 1 + refinements] random numbers of the instances, on the CPU: the coin, then one for each corrective point. Pictures without seeds have 0, 1, …"
+    return chances(batch.seeds or range(len(batch.names)), [len(m) for m in batch.masks], 1 + refinements)
+
+
+def ask_first(batch: ImageBatch,
+              coins: Tensor,  # [N] in [0, 1), on the CPU
+              p_box: float = 0.5) -> list[tuple[Tensor, Prompts]]:
     "A box or a centre point for each instance, in the student's frame."
     at = lambda x, move: move(x, batch.image, "source", "student")
-    return initial_prompts(at(batch.boxes, batch.frames.boxes), at(batch.points, batch.frames.points), batch.image, p_box)
+    return initial_prompts(at(batch.boxes, batch.frames.boxes), at(batch.points, batch.frames.points), batch.image, coins, p_box)
 
 # %% ../nbs/10_stage1.ipynb #c017p
-def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, schedule: Schedule) -> dict[str, Tensor]:
-    "λ2 · eq. 4 (`distill`) and L_task (`task …`) summed over the rounds, each a mean over instances."
+def round_losses(student: Sam3, narrow: Features, prompts: Prompts,
+                 told: MaskSet,   # the teacher's answer
+                 truth: Tensor,   # [n, 4g, 4g] coverage in 0…1
+                 valid: Tensor,   # [n, 4g, 4g] bool
+                 schedule: Schedule,
+                 instances: float | Tensor  # that sums over instances are divided by
+                 ) -> tuple[dict[str, Tensor], Tensor]:
+    "Losses of one round by name, and the student's best masks [n, 4g, 4g], without gradient."
+    s, out = student.decode(narrow, prompts), {}
+    if schedule.lambda2:
+        away = distill_loss(s.masks, told.masks, valid, schedule.temperature, schedule.focal)
+        out["distill"] = schedule.lambda2 * over_count(away.sum(), instances)
+    if schedule.task:
+        counts = {"there": instances, "known": instances}
+        terms = task_terms(s.masks, s.iou, s.object_logits, truth, valid, focal=schedule.focal, whole=counts)
+        out |= {f"task {k}": schedule.task * v for k, v in terms.items()}
+    return out, s.best()[0].detach()
+
+
+def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, schedule: Schedule,
+                  whole: Mapping[str, float | Tensor] | None = None  # `instances` of the whole step; None: these are all
+                  ) -> dict[str, Tensor]:
+    "λ2 · eq. 4 (`distill`) and L_task (`task …`) summed over the rounds and over instances, and divided by the `whole` step's instances."
     truth, out = batch.frames.rasterise(batch.masks, "student", 4 * student.grid), {}
     valid = batch.frames.valid("student", truth.shape[-1], batch.image)
-    for rows, prompts in ask_first(batch):
-        share = len(rows) / len(truth)
+    drawn, instances = prompt_chances(batch, schedule.refinements), len(truth) if whole is None else whole["instances"]
+    clicks, answer = drawn.to(truth.device), recomputed(round_losses, schedule.recomputes(student.image_size))
+    for rows, prompts in ask_first(batch, drawn[:, 0]):
         for round in range(schedule.refinements + 1):
-            t, s = ask_both(teacher, student, wide, narrow, batch, prompts, schedule.checkpoint)
-            terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows], schedule.temperature, schedule.focal).mean()} if schedule.lambda2 else {}
-            if schedule.task:
-                told = task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows], focal=schedule.focal)
-                terms |= {f"task {k}": schedule.task * v for k, v in told.items()}
-            for k, v in terms.items(): out[k] = out.get(k, 0.0) + share * v
-            if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0].detach(), batch.frames, schedule.corrective)
+            told = ask_teacher(teacher, wide, batch, prompts, truth.shape[-1])
+            terms, said = answer(student, narrow, prompts, told, truth[rows], valid[rows], schedule, instances)
+            for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
+            if round == schedule.refinements: break
+            prompts = refine(prompts, told.best()[0], said, batch.frames, schedule.corrective, chance=clicks[rows, 1 + round])
     return out
 
 # %% ../nbs/10_stage1.ipynb #c018
@@ -157,18 +189,30 @@ class Stage1(nn.Module):
         super().__init__()
         self.teacher, self.student, self.schedule, self.sampled = teacher, student, schedule, sampled
 
-    def forward(self, batch: ImageBatch) -> dict[str, Tensor]:
-        batch, s = batch.to(self.student.device), self.schedule
+    def finds(self, batch: ImageBatch) -> bool:
+        "Whether the teacher has to find the batch's instances."
+        return bool(self.sampled) and not len(batch.image)
+
+    def counts(self, batch: ImageBatch) -> dict[str, float]:
+        "What sums over a step are divided by, known from the data alone: where instances have to be found, as many as are sought."
+        return {"images": len(batch.names), "instances": self.sampled * len(batch.names) if self.finds(batch) else len(batch.image)}
+
+    def forward(self, batch: ImageBatch,
+                whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; None: this batch is all of it
+                ) -> dict[str, Tensor]:
+        "Losses by name; those of the parts of a step add up to the step's."
+        s, whole = self.schedule, self.counts(batch) if whole is None else whole
+        batch, again = batch.to(self.student.device), s.recomputes(self.student.image_size)
         with torch.no_grad(): wide = self.look(batch)
         narrow = self.student.encode(batch.student_pixels)
         maps = ((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow))
-        out = {"features": s.lambda1 * feature_loss(*maps, s.map_weights or None)} if s.lambda1 else {}
-        if s.lambda2 or s.task: out |= prompt_losses(self.teacher, self.student, wide, narrow, self.settle(batch, wide), s)
-        return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps).items()}  # last, so that the prompts draw the same chance without them
+        out = {"features": s.lambda1 * recomputed(feature_loss, again)(*maps, s.map_weights or None, whole["images"])} if s.lambda1 else {}
+        if s.lambda2 or s.task: out |= prompt_losses(self.teacher, self.student, wide, narrow, self.settle(batch, wide), s, whole)
+        return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps, whole["images"]).items()}
 
     def settle(self, batch: ImageBatch, wide: Features) -> ImageBatch:
         "The batch, with instances that the teacher sees where nobody has marked any."
-        return with_instances(batch, propose(self.teacher, wide, batch, self.sampled)) if self.sampled and not len(batch.image) else batch
+        return with_instances(batch, propose(self.teacher, wide, batch, self.sampled)) if self.finds(batch) else batch
 
     def look(self, batch: ImageBatch) -> Features:
         "What the teacher sees, live or from the cache."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MEMORIES', 'FOUR', 'LARGE', 'KINDS', 'FADES', 'LESSON', 'LESSON_BATCHES', 'give_memory', 'there_and_back',
            'clip_batch', 'clip_source', 'Kept', 'EncodeOnce', 'encode_distinct', 'draw_kind', 'first_prompts',
-           'latent_attention', 'present', 'Shown', 'teach', 'frame_losses', 'read_weight', 'Stage2', 'nothing_learned',
-           'track_losses', 'to_remember', 'Book', 'open_book', 'FirstLesson', 'ablations', 'stage2_schedule',
-           'take_first_lesson', 'train_stage2', 'run_stage2', 'compare']
+           'latent_attention', 'present', 'Shown', 'teach', 'frame_losses', 'judged', 'read_weight', 'Stage2',
+           'nothing_learned', 'track_losses', 'to_remember', 'Book', 'open_book', 'FirstLesson', 'ablations',
+           'stage2_schedule', 'take_first_lesson', 'train_stage2', 'run_stage2', 'compare']
 
 # %% ../nbs/20_stage2.ipynb #c005
 import json, math, time
@@ -21,23 +21,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from .cluster import ends_together
 from .core import find_variant, nearest, pick_device, pick_precision, printable, weights_digest
 from .data import ClipBatch, ImageBatch, Steps, changed, collate_clips, load_recipe, open_dataset, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .heldout import first_frame, look
-from .losses import feature_errors, mask_iou, mask_loss, score_loss, soft_target, task_terms
+from .losses import mask_iou, mask_loss, over_count, picture_errors, score_loss, soft_target, task_terms
 from .perceiver import squarest
 from .runs import WANTED, earlier_student, file_digest, finish, is_saved, open_stage, print_groups, save_student, saved_student
 from .samples import ClipSample
 from .stage1 import run_stage1
 from .student import EfficientSam3, with_memory
 from .teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate, load_teacher
-from .tracker import CERTAIN, History, Track, clip_time, own_time, see, track, unprompted
+from .tracker import CERTAIN, History, clip_time, own_time, see, track, unprompted
 from .tracks import from_first, propose, sought, with_tracks
-from .training import TRAINS, Schedule, fit, parameter_groups, schedule_for, with_checkpoint
+from .training import TRAINS, Schedule, fit, parameter_groups, recomputed, schedule_for, with_checkpoint
 
 # %% ../nbs/20_stage2.ipynb #c007
 MEMORIES = ("perceiver", "dense", "pooling")
@@ -148,10 +148,10 @@ FOUR, LARGE = 4, 512  # small images are always encoded in batches of so many; f
 KINDS = {"mask": 0.5, "box": 0.25, "point": 0.25}  # of the first frame's prompt, by chance
 
 
-def draw_kind(length: int) -> str:
+def draw_kind(length: int, generator: Generator) -> str:
     "A kind of prompt for clips of so many frames. A mask that was given teaches nothing in its own frame: clips of one frame are asked by box or point."
     kinds = {k: share for k, share in KINDS.items() if length > 1 or k != "mask"}
-    return list(kinds)[int(torch.multinomial(torch.tensor(list(kinds.values())), 1))]
+    return list(kinds)[int(torch.multinomial(torch.tensor(list(kinds.values())), 1, generator=generator))]
 
 
 def first_prompts(model: Sam3, batch: ClipBatch, kind: str) -> Prompts:
@@ -203,27 +203,39 @@ def teach(teacher: Sam3, wide: Features, batch: ClipBatch, kind: str, size: int)
 
 # %% ../nbs/20_stage2.ipynb #c0frl
 def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
-                 truth: Tensor,        # [N, T, 4g, 4g] coverage in 0…1
-                 shown: Shown | None,  # the teacher's answer; None: the truth alone teaches
-                 lambda2: float,       # weight of the teacher's part
+                 truth: Tensor | None,  # [N, T, 4g, 4g] coverage in 0…1; None: nothing is annotated
+                 shown: Shown | None,   # the teacher's answer; None: the truth alone teaches
+                 lambda2: float,        # weight of the teacher's part
                  lambda_read: float = 1.0,  # of the read-out term in it
-                 focal: float = 1.0, temperature: float = 0.0  # of the masks, as in a `Schedule`
+                 focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `Schedule`
+                 whole: Mapping[str, float | Tensor] | None = None  # `judged` pairs of the whole step; None: this frame is all
                  ) -> dict[str, Tensor]:
-    "Named losses of the student's answer to frame `t`: `task …` against the truth where it is annotated, `distill …` against the teacher."
-    image = batch.frame_index[:, t]
-    valid = batch.frames.valid("student", truth.shape[-1], image)
-    known, terms = batch.annotated[:, t], {}
-    if known.any():
-        told = task_terms(answer.masks[known], answer.iou[known], answer.object_logits[known], truth[known, t], valid[known], batch.visible[known, t], focal)
+    """Named losses of the student's answer to frame `t`, sums over tracks divided by the `whole`: `task …` against the truth where it is
+    annotated, `distill …` against the teacher where it is right."""
+    image, terms = batch.frame_index[:, t], {}
+    valid = batch.frames.valid("student", answer.masks.shape[-1], image)
+    if truth is not None:
+        told = task_terms(answer.masks, answer.iou, answer.object_logits, truth[:, t], valid, batch.visible[:, t], focal, batch.annotated[:, t], whole)
         terms = {f"task {k}": v for k, v in told.items()}
     if shown is None: return terms
     right, target, sure = shown.right[:, t].float(), soft_target(shown.masks[:, t], temperature), shown.scores[:, t].sigmoid()
     best = mask_loss(answer.masks, target[:, None].expand_as(answer.masks), valid[:, None], focal=focal).min(1).values
-    mean = lambda x, weight: lambda2 * (x * weight).sum() / weight.sum().clamp(min=1)
-    if lambda_read and answer.read is not None and (rows := shown.right[:, t]).any():
-        cells = batch.frames.valid("student", answer.read.shape[-1], image[rows])
-        terms["distill read"] = lambda2 * lambda_read * feature_errors([answer.read[rows]], [shown.read[rows, t]], [cells])[0]
+    mean = lambda x, weight: lambda2 * over_count((x * weight).sum(), len(image) if whole is None else whole["pairs"])
+    if lambda_read and answer.read is not None:
+        cells = batch.frames.valid("student", answer.read.shape[-1], image)
+        terms["distill read"] = lambda_read * mean(picture_errors([answer.read], [shown.read[:, t]], [cells])[0], right)
     return {**terms, "distill": mean(best, right * sure), "distill score": mean(score_loss(answer.object_logits, sure), right)}
+
+# %% ../nbs/20_stage2.ipynb #c0jud
+def judged(batch: ClipBatch,
+           frames: Sequence[int],  # in each track's own time
+           found: int = 0          # tracks that the teacher is to find in each clip; 0: the batch has its own
+           ) -> dict[str, float]:
+    "How many pairs of a track and a frame there are: visible (`there`), annotated (`known`), all (`pairs`)."
+    if found: return {"there": 0, "known": 0, "pairs": found * len(batch.names) * len(frames)}
+    length, when = batch.visible.shape[1], batch.first[:, None] + torch.tensor([*frames], dtype=torch.long, device=batch.first.device)
+    count = lambda x: int((x.gather(1, when.clamp(max=length - 1)) & (when < length)).sum())
+    return {"there": count(batch.visible), "known": count(batch.annotated), "pairs": when.numel()}
 
 # %% ../nbs/20_stage2.ipynb #c0fad
 FADES: Mapping[str, Callable[[float], float]] = {  # part of training done, 0…1 → factor
@@ -245,22 +257,42 @@ class Stage2(nn.Module):
         self.teacher, self.student, self.schedule, self.sampled, self.step = teacher, student, schedule, sampled, 0
         self.wide, self.narrow = (EncodeOnce(m, keep=not schedule.augment) for m in (teacher, student))
 
+    def found(self, batch: ClipBatch) -> int:
+        "How many tracks the teacher has to find in each clip; 0: the batch has its own."
+        return 0 if len(batch.first) else self.sampled
+
+    def kind(self, batch: ClipBatch) -> str:
+        "The kind of prompt, the same in all parts of a step."
+        return draw_kind(batch.frame_index.shape[1], Generator().manual_seed(batch.seed))
+
+    def frames(self, batch: ClipBatch) -> range:
+        "The frames that are judged: all but the one whose mask is given."
+        return range(int(self.kind(batch) == "mask"), batch.frame_index.shape[1])
+
+    def counts(self, batch: ClipBatch) -> dict[str, float]:
+        "What sums over a step are divided by, known from the data alone."
+        return judged(batch, self.frames(batch), self.found(batch))
+
     def settle(self, batch: ClipBatch) -> ClipBatch:
         "The batch on the student's device, with tracks of things that the teacher sees where it has none of its own, each in its own time."
-        batch = batch.to(self.student.device)
-        if self.sampled and not len(batch.first): batch = with_tracks(batch, propose(self.teacher, self.wide(batch), batch, self.sampled))
-        return from_first(batch) if batch.first.any() else batch
+        count = self.found(batch)
+        batch = (from_first(batch) if batch.first.any() else batch).to(self.student.device)
+        return with_tracks(batch, propose(self.teacher, self.wide(batch), batch, count)) if count else batch
 
     def teach(self, batch: ClipBatch, kind: str) -> Shown | None:
         "The teacher's answer to prompts of one kind; None where it has no say (lambda2 = 0)."
         return teach(self.teacher, self.wide(batch), batch, kind, 4 * self.student.grid) if self.schedule.lambda2 else None
 
-    def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
-        batch, s = self.settle(batch), self.schedule
-        kind = draw_kind(batch.frame_index.shape[1])
+    def forward(self, batch: ClipBatch,
+                whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; None: this batch is all of it
+                ) -> dict[str, Tensor]:
+        "Losses by name; those of the parts of a step add up to the step's."
+        whole, s, again = self.counts(batch) if whole is None else whole, self.schedule, self.schedule.recomputes(self.student.image_size)
+        kind, frames, plain, batch = self.kind(batch), self.frames(batch), bool(self.found(batch)), self.settle(batch)
         if not len(batch.first): return nothing_learned(self.student)
-        ours = track(self.student, self.narrow(batch), batch.frame_index, first_prompts(self.student, batch, kind), detach_every=s.detach_every, checkpoint=s.checkpoint)
-        return track_losses(ours, self.teach(batch, kind), batch, s.lambda2, int(kind == "mask"), read_weight(s, self.step), s.focal, s.temperature)
+        ours = track(self.student, self.narrow(batch), batch.frame_index, first_prompts(self.student, batch, kind), detach_every=s.detach_every, checkpoint=again)
+        truth, shown = None if plain else batch.coverage("student", 4 * self.student.grid), self.teach(batch, kind)
+        return track_losses(ours.sets, batch, frames, truth, shown, s, read_weight(s, self.step), whole, again)
 
 
 def nothing_learned(student: Sam3) -> dict[str, Tensor]:
@@ -268,12 +300,17 @@ def nothing_learned(student: Sam3) -> dict[str, Tensor]:
     return {"distill": sum(0.0 * p.sum() for p in student.parameters() if p.requires_grad)}
 
 
-def track_losses(ours: Track, shown: Shown | None, batch: ClipBatch, lambda2: float, first: int = 0, lambda_read: float = 1.0,
-                 focal: float = 1.0, temperature: float = 0.0) -> dict[str, Tensor]:
-    "Means of `frame_losses` over frames `first`…T-1; `first=1` leaves out a frame whose mask was given."
-    truth, steps, out = batch.coverage("student", ours.masks.shape[-1]), range(first, len(ours.sets)), {}
-    for t in steps:
-        for k, v in frame_losses(ours.sets[t], t, batch, truth, shown, lambda2, lambda_read, focal, temperature).items(): out[k] = out.get(k, 0.0) + v / len(steps)
+def track_losses(answers: Sequence[MaskSet],  # the student's, of all frames
+                 batch: ClipBatch, frames: Sequence[int],  # which are judged
+                 truth: Tensor | None, shown: Shown | None, schedule: Schedule, lambda_read: float,
+                 whole: Mapping[str, float | Tensor] | None = None,  # as in `frame_losses`; None: these frames are all
+                 checkpoint: bool = False   # compute losses again in the backward pass
+                 ) -> dict[str, Tensor]:
+    "Sums of `frame_losses` over some frames."
+    whole, out = judged(batch, frames, 0) if whole is None else whole, {}
+    for t in frames:
+        terms = recomputed(frame_losses, checkpoint)(answers[t], t, batch, truth, shown, schedule.lambda2, lambda_read, schedule.focal, schedule.temperature, whole)
+        for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
     return out
 
 # %% ../nbs/20_stage2.ipynb #c024
@@ -311,26 +348,45 @@ def open_book(dense: EfficientSam3, narrow: Features, batch: ClipBatch, masks: T
 
 # %% ../nbs/20_stage2.ipynb #c025
 class FirstLesson(nn.Module):
-    "Losses of the first lesson, means over `frames` frames of each clip."
+    "Losses of the first lesson, on `frames` frames of each clip."
 
     def __init__(self, stage: Stage2, dense: EfficientSam3, frames: int = 3):
         super().__init__()
-        self.stage, self.dense, self.frames, self.kept = stage, dense.requires_grad_(False), frames, Kept()
+        self.stage, self.dense, self.most, self.kept = stage, dense.requires_grad_(False), frames, Kept()
 
-    def forward(self, batch: ClipBatch) -> dict[str, Tensor]:
-        student, batch, s, weight = self.stage.student, self.stage.settle(batch), self.stage.schedule, self.stage.schedule.lambda_read
-        if not len(batch.first) or batch.frame_index.shape[1] < 2: return nothing_learned(student)  # an image has no memory to read
-        seen, (book, shown), truth = self.stage.narrow(batch), self._prepared(batch), batch.coverage("student", 4 * self.dense.grid)
-        frames = (torch.randperm(len(book.maps) - 1)[:self.frames] + 1).tolist()
-        latents, at = (x.unflatten(0, (max(frames), -1)) for x in student.compress(*(x[:max(frames)].flatten(0, 1) for x in (book.maps, book.pos))))
+    def frames(self, batch: ClipBatch) -> list[int]:
+        "The frames that are asked for, the same in all parts of a step; not the first, which has no memory to read."
+        drawn = torch.randperm(batch.frame_index.shape[1] - 1, generator=Generator().manual_seed(batch.seed))
+        return (drawn[:self.most] + 1).tolist()
+
+    def counts(self, batch: ClipBatch) -> dict[str, float]:
+        "As `Stage2.counts`, of the lesson's frames."
+        return judged(batch, self.frames(batch), self.stage.found(batch))
+
+    def forward(self, batch: ClipBatch, whole: Mapping[str, float | Tensor] | None = None) -> dict[str, Tensor]:
+        "As `Stage2.forward`, with `counts` of the lesson."
+        student, s, plain = self.stage.student, self.stage.schedule, bool(self.stage.found(batch))
+        whole, frames, batch = self.counts(batch) if whole is None else whole, self.frames(batch), self.stage.settle(batch)
+        if not len(batch.first) or not frames: return nothing_learned(student)  # an image has no memory to read
+        again, seen, (book, shown) = s.recomputes(student.image_size), self.stage.narrow(batch), self._prepared(batch)
+        truth, past = None if plain else batch.coverage("student", 4 * self.dense.grid), max(frames)
+        if len(batch.images) <= len(frames) * len(batch.first): seen = student.begin_reading(seen, again)
+        tokens = recomputed(student.compress, again)(*(x[:past].flatten(0, 1) for x in (book.maps, book.pos)))
+        memories = [Memory(*m) for m in zip(*(x.unflatten(0, (past, -1)) for x in tokens), book.pointers)]
         out: dict[str, Tensor] = {}
         for t in frames:
-            answer = self._answer(seen, batch.frame_index[:, t], [Memory(*m) for m in zip(latents[:t], at, book.pointers)])
-            cells = batch.frames.valid("student", student.grid, batch.frame_index[:, t])
-            read = {"read-out": weight * feature_errors([answer.read], [book.read[t]], [cells])[0]} if weight else {}
-            terms = frame_losses(answer, t, batch, truth, shown, s.lambda2, weight, s.focal, s.temperature)
-            for k, v in {**read, **terms}.items(): out[k] = out.get(k, 0.0) + v / len(frames)
+            terms = recomputed(self._losses, again)(batch.frame_index[:, t], t, seen, batch, memories[:t], book.read[t], truth, shown, whole)
+            for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
         return out
+
+    def _losses(self, image: Tensor, t: int, seen: Features, batch: ClipBatch, memories: list[Memory], read: Tensor, truth: Tensor | None, shown: Shown | None,
+                whole: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+        "Losses of the answer to frame `t`, on pictures `image` [N], given the memories of all frames before."
+        s, answer = self.stage.schedule, self._answer(seen, image, memories)
+        cells = batch.frames.valid("student", answer.read.shape[-1], image)
+        off = over_count(picture_errors([answer.read], [read], [cells]).sum(), whole["pairs"])
+        return ({"read-out": s.lambda_read * off} if s.lambda_read else {}) | frame_losses(
+            answer, t, batch, truth, shown, s.lambda2, s.lambda_read, s.focal, s.temperature, whole)
 
     def _answer(self, seen: Features, image: Tensor, memories: list[Memory]) -> MaskSet:
         "The student's masks on pictures `image` [N], given the memories of all frames before."
@@ -340,7 +396,8 @@ class FirstLesson(nn.Module):
 
     def _prepared(self, batch: ClipBatch) -> tuple[Book, Shown | None]:
         "The book of a batch and what the teacher says of it, made once."
-        key = blake2b(b"".join(image.tobytes() for image in batch.images)).digest()
+        augmented = self.stage.schedule.augment or not batch.numbers
+        key = (blake2b(b"".join(image.tobytes() for image in batch.images)).digest() if augmented else (*batch.names, *batch.numbers), *batch.ids)
         if key not in self.kept:
             shown = self.stage.teach(batch, "mask")
             book = open_book(self.dense, self.stage.narrow(batch), batch, *to_remember(shown, batch, 4 * self.dense.grid))
