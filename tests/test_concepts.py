@@ -36,6 +36,11 @@ def reader(): return open_dataset(load_recipe("tiny"), "train", "concept_images"
 def batch(reader, teacher): return collate_images([reader.read(i) for i in range(4)], teacher.image_size, 128, max_instances=0)
 
 
+def chance(batch, seed: int = 0) -> list[np.random.Generator]:
+    "A generator for each picture of a batch: the same for all."
+    return [np.random.default_rng(seed)] * len(batch.phrases)
+
+
 def one_word_apart(phrase: str, words: list[str]) -> list[str]:
     "The slow way: phrases as long as this one that differ from it in exactly one word."
     own = phrase.split()
@@ -54,7 +59,7 @@ def test_the_toy_world_is_asked_as_ever(model, teacher):
     slow = lambda phrase: one_word_apart(phrase.lower(), TOY)
     batch = SimpleNamespace(phrases=[[Phrase("Red star", (0,), ""), Phrase("ring", (), "hard-shape"), Phrase("blue thing", (), "easy")]] * 8,
                             boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
-    a, b = (ask(batch, np.random.default_rng(3), Asking(each=20), kin) for kin in (index, slow))
+    a, b = (ask(batch, chance(batch, 3), Asking(each=20), kin) for kin in (index, slow))
     assert a.phrases == b.phrases and a.kinds == b.kinds and torch.equal(a.boxes, b.boxes) and a.kinds.count("proposed") > 3
 
 
@@ -93,7 +98,7 @@ def test_a_large_vocabulary_is_not_gone_through(monkeypatch):
     looked = []
     monkeypatch.setattr(esam3.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
     start = time.perf_counter()
-    asked = ask(batch, np.random.default_rng(0), Asking(), index)
+    asked = ask(batch, chance(batch, 0), Asking(), index)
     assert time.perf_counter() - start < 1 and len(looked) < 10000 and asked.kinds.count("proposed") > 5
     assert {p for p, k in zip(asked.phrases, asked.kinds) if k == "proposed"} <= {*words}
 
@@ -123,7 +128,7 @@ def test_no_phrase_is_proposed_that_is_labelled():
     index = Confusables(("blue curtain", "red curtain", "the red curtains", "green curtain"))
     labelled = [Phrase("a blue curtain", (0,), ""), Phrase("red curtains", (), "hard-other")]
     batch = SimpleNamespace(phrases=[labelled], boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
-    asked = ask(batch, np.random.default_rng(0), Asking(each=200, proposed=1.0), index)
+    asked = ask(batch, chance(batch, 0), Asking(each=200, proposed=1.0), index)
     assert {p for p, k in zip(asked.phrases, asked.kinds) if k == "proposed"} == {"green curtain"}
 
 
@@ -134,8 +139,8 @@ def test_vocabulary_of_videos():
 
 def test_no_questions_at_all(batch, teacher):
     "A rank whose pictures have no phrases: every tensor has its shape and type, and everything up to the losses goes through."
-    some = ask(batch, np.random.default_rng(0), Asking())
-    none = ask(replace(batch, phrases=[[]] * 4), np.random.default_rng(0), Asking())
+    some = ask(batch, chance(batch, 0), Asking())
+    none = ask(replace(batch, phrases=[[]] * 4), chance(batch, 0), Asking())
     assert none.phrases == none.kinds == none.members == []
     for k in ("image", "known", "boxes", "labels"):
         a, b = getattr(some, k), getattr(none, k)
@@ -185,7 +190,7 @@ def last_layer(found: Detections) -> Detections:
 def test_targets_and_matching_in_float32(dtype, batch):
     """What a step of stage 3 computes is under autocast the same as without, to the bit, and from bfloat16 answers the same
     as from the same numbers in float32."""
-    asked = ask(batch, np.random.default_rng(0), Asking(easy=0.0, hard=0.2))
+    asked = ask(batch, chance(batch, 0), Asking(easy=0.0, hard=0.2))
     found, valid = some_answers(len(asked.image), dtype), batch.frames.valid("student", 32, asked.image)
     frames = replace(batch.frames, teacher=99)  # a side whose multiples bfloat16 rounds
     wide = Detections(*(x.float() for x in vars(found).values() if x is not None))
@@ -342,7 +347,7 @@ def test_parts_of_a_step_add_up(reader, teacher):
     student, s, book = build_student("es-ev-s", teacher).eval(), Schedule(temperature=1.0, checkpoint=0), PhraseBook(teacher)
     collated = lambda some: collate_images([reader.read(i) for i in some], teacher.image_size, student.image_size, max_instances=0)
     batch = collated(range(4))
-    asked = ask(batch, np.random.default_rng(0), Asking(), Confusables(vocabulary(reader), teacher))
+    asked = ask(batch, chance(batch, 0), Asking(), Confusables(vocabulary(reader), teacher))
     assert 0 < asked.known.sum() < len(asked.known)
     whole = question_counts(asked) | {"images": 4.0}
     def terms(pictures: range, s: Schedule = s) -> dict[str, Tensor]:
