@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from esam3.core import Part
+from logs import content
+
 STEPS = 4
 RUN = "import sys, json; from esam3.stage3 import run_stage3; run_stage3(**json.loads(sys.argv[1]))"
 

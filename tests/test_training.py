@@ -10,12 +10,12 @@ from torch import nn
 from esam3 import training
 from esam3.backbones import Encoder
 from esam3.checkpoints import Tally, load_state, save_state
-from esam3.core import PRECISIONS, pick_precision
+from esam3.core import PRECISIONS, Part, pick_precision
 from esam3.samples import BadSample
 from esam3.stage2 import give_memory, present
 from esam3.student import build_student
 from esam3.teacher import load_teacher
-from esam3.training import TRAINS, Schedule, fit, parameter_groups, train_mode
+from esam3.training import TRAINS, Made, Schedule, fit, parameter_groups, train_mode
 
 
 class Line(nn.Module):
@@ -136,7 +136,7 @@ def test_an_overflow_is_the_scalers_business(scale, left_out, tmp_path, monkeypa
         init(self, *args, **kwargs)
         self.scaler, self.native_amp, self.state._mixed_precision = scaler, True, "fp16"
     monkeypatch.setattr(training.Accelerator, "__init__", scaled)
-    task = train(tmp_path, lambda step, *_: torch.full((4, 1), torch.nan) if step == 1 else torch.ones(4, 1), steps=3, task=Steep())[0]
+    task = train(tmp_path, lambda part: torch.full((4, 1), torch.nan) if part.step == 1 else torch.ones(4, 1), steps=3, task=Steep())[0]
     assert ["not_finite" in row for row in lines(tmp_path)] == [False, left_out, False] and task.net.weight.isfinite()
     assert scaler.get_scale() == scale / 2, "the overflow was seen"
 
@@ -153,3 +153,26 @@ def test_precision_is_said_and_not_guessed_from_the_processor(monkeypatch):
         assert pick_precision(cuda) == best and [pick_precision(cuda, p) for p in PRECISIONS] == [*PRECISIONS]
     with pytest.raises(ValueError, match="scales its losses on a GPU only"): pick_precision(cpu, "fp16")
     with pytest.raises(ValueError, match="did you mean 'fp16'"): pick_precision(cpu, "fp61")
+
+
+# ---- what is seen while it runs
+
+def test_every_line_says_what_its_step_took(tmp_path):
+    "And the account sums it up: 4 samples a step."
+    account = train(tmp_path, steps=6)[1]
+    timing = [row["timing"] for row in lines(tmp_path)]
+    assert all(set(t) == {"seconds", "waits", "per_second", "memory_gb", "left"} for t in timing) and timing[-1]["left"] == 0 < timing[0]["left"]
+    assert account["per_second"] == pytest.approx(24 / account["seconds"]) and sum(t["seconds"] for t in timing) <= account["seconds"] + 1e-3
+
+
+def test_curves_go_to_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(tmp_path, steps=7, log_to="tensorboard", stop=6)
+    train(tmp_path, steps=7, log_to="tensorboard")  # goes on from step 6
+    place = next(p for p in tmp_path.rglob("events.*")).parent
+    events = EventAccumulator(str(place)); events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [*range(7)] and events.Scalars("loss")[3].value == pytest.approx(lines(tmp_path)[3]["loss"])
+
+
+def test_a_tracker_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="log_to='tensorbord': accelerate knows no such tracker here .*tensorboard"): train(tmp_path, log_to="tensorbord")
