@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 
 import esam3.concepts
@@ -26,6 +27,13 @@ from esam3.toyworld import COLORS, PATTERNS, SHAPES
 
 @pytest.fixture(scope="module")
 def teacher(): return load_teacher("toy")
+
+
+@pytest.fixture(scope="module")
+def student(teacher):
+    from esam3.student import build_student
+    torch.manual_seed(0)
+    return build_student("es-ev-s", teacher).eval()
 
 
 @pytest.fixture(scope="module")
@@ -338,13 +346,11 @@ def part_of(asked: Questions, batch, pictures: range) -> Questions:
     return Questions(asked.image[rows] - pictures.start, some["phrases"], some["kinds"], members, asked.known[rows], asked.boxes[rows], asked.labels[rows])
 
 
-def test_parts_of_a_step_add_up(reader, teacher):
+def test_parts_of_a_step_add_up(reader, teacher, student):
     "Four pictures and their questions, in one part and in two of 1 and 3: truth, teacher's answers, read-out and maps. Recomputed it is the same."
     from esam3.stage3 import concept_terms, map_losses
-    from esam3.student import build_student
     from esam3.training import Schedule
-    torch.manual_seed(0)
-    student, s, book = build_student("es-ev-s", teacher).eval(), Schedule(temperature=1.0, checkpoint=0), PhraseBook(teacher)
+    s, book = Schedule(temperature=1.0, checkpoint=0), PhraseBook(teacher)
     collated = lambda some: collate_images([reader.read(i) for i in some], teacher.image_size, student.image_size, max_instances=0)
     batch = collated(range(4))
     asked = ask(batch, chance(batch, 0), Asking(), Confusables(vocabulary(reader), teacher))
@@ -363,9 +369,35 @@ def test_parts_of_a_step_add_up(reader, teacher):
         torch.testing.assert_close(again[k], v, rtol=1e-6, atol=1e-6)
     weights = [p for n, p in student.named_parameters() if n.startswith("detector_model.mask_decoder.mask_embedder")]
     for a, b in zip(*(torch.autograd.grad(sum(t.values()), weights) for t in (step, again))): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    alone = concept_terms(teacher, student, *look_at(teacher, student, batch), batch, asked, book, s)
+    with torch.no_grad(): alone = concept_terms(teacher, student, teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels), batch, asked, book, s)
     for k, v in alone.items(): torch.testing.assert_close(v, step[k], rtol=1e-5, atol=1e-6)
 
 
-def look_at(teacher, student, batch):
-    with torch.no_grad(): return teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+class Looks(TorchDispatchMode):
+    "Notes what looks at the values of a tensor, for which a GPU would be waited for; a transfer of a whole tensor is none."
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero") or any(i is not None and i.dtype == torch.bool for i in chosen):
+            self.seen.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+def test_nobody_looks(batch, reader, teacher, student):
+    "Questions are asked, matched and judged without a look at values on the way; the library's own call does look."
+    from esam3.stage3 import concept_terms
+    from esam3.training import Schedule
+    asked = ask(batch, chance(batch), Asking(exemplar=1.0), Confusables(vocabulary(reader), teacher))
+    whole, book, s = question_counts(asked), PhraseBook(teacher), Schedule(temperature=1.0)
+    book(asked.phrases)  # a phrase is encoded once
+    assert (asked.labels == 1).any() and (asked.labels[:, 0] == -10).any()
+    with torch.no_grad():
+        wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+        with Looks() as ours: terms = concept_terms(teacher, student, wide, narrow, batch, asked, book, s, whole)
+        words = teacher.concepts(["red star"], torch.zeros(1, dtype=torch.long))
+        with Looks() as theirs: teacher.detector_model(batch.teacher_pixels[:1], input_ids=words.input_ids, attention_mask=words.attention_mask)
+    assert terms["task mask"] > 0 and terms["distill mask"] > 0 and ours.seen == [] and len(theirs.seen) > 4
