@@ -39,7 +39,8 @@ def text_digest(model: Sam3) -> str:
 
 # %% ../nbs/31_concepts.ipynb #c008
 class PhraseBook:
-    "Embeddings of noun phrases by a model's text encoder, computed one by one (so that none depends on its neighbours) and kept on disk; the last `most` on the device."
+    """Embeddings of noun phrases by a model's text encoder, computed one by one (so that none depends on its neighbours) and
+    kept on disk; the last `most` on the device."""
 
     def __init__(self, model: Sam3, most: int = 16384):
         self.model, self.folder, self.most = model, cache_dir() / f"text-{text_digest(model)}", most
@@ -53,7 +54,8 @@ class PhraseBook:
             width = self.model.detector_model.text_projection.out_features
             return torch.zeros(0, 0, width, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device)
         words = self.model.concepts(phrases, torch.zeros(len(phrases), dtype=torch.long))  # on the CPU
-        rows = [tuple(i for i, counts in zip(*row) if counts) for row in zip(words.input_ids.tolist(), words.attention_mask.tolist())]
+        ids, counts = words.input_ids.tolist(), words.attention_mask.tolist()
+        rows = [tuple(i for i, c in zip(*row) if c) for row in zip(ids, counts)]
         tokens = pad_sequence([self._tokens(ids, device) for ids in rows], batch_first=True)
         counted = torch.tensor([[k < len(ids) for k in range(tokens.shape[1])] for ids in rows])
         return tokens, counted.to(device, non_blocking=True)
@@ -241,7 +243,8 @@ def ask(batch: ImageBatch, rngs: Sequence[np.random.Generator],  # of each pictu
 
 # %% ../nbs/31_concepts.ipynb #c018c
 def question_counts(asked: Questions | None) -> dict[str, float]:
-    "What `task` terms (`concepts`, their `targets`) and `distill` terms (`asked`, `asked targets`) are divided by. Questions on the CPU, or none."
+    """What `task` terms (`concepts`, their `targets`) and `distill` terms (`asked`, `asked targets`) are divided by.
+    Questions on the CPU, or none."""
     known, sizes = ([], []) if asked is None else (asked.known.tolist(), [*map(len, asked.members)])
     return {"concepts": float(sum(known)), "targets": float(sum(n for n, k in zip(sizes, known) if k)),
             "asked": float(len(known)), "asked targets": float(sum(sizes))}
@@ -250,8 +253,9 @@ def question_counts(asked: Questions | None) -> dict[str, float]:
 def concepts_of(model: Sam3, book: PhraseBook, asked: Questions, frames: Frames) -> Concepts:
     "Questions as a model's `detect` takes them."
     tokens, counted = book(asked.phrases)
-    boxes = box_convert(frames.boxes(asked.boxes, asked.image, "source", model.frame) / model.image_size, "xyxy", "cxcywh")
-    return Concepts(asked.image, tokens.new_zeros(tokens.shape[:2], dtype=torch.long), counted, boxes, asked.labels, tokens)
+    boxes = frames.boxes(asked.boxes, asked.image, "source", model.frame) / model.image_size
+    unread = torch.zeros_like(counted, dtype=torch.long)
+    return Concepts(asked.image, unread, counted, box_convert(boxes, "xyxy", "cxcywh"), asked.labels, tokens)
 
 # %% ../nbs/31_concepts.ipynb #c023
 @dataclass
@@ -267,7 +271,7 @@ class Targets:
 def true_targets(asked: Questions, batch: ImageBatch, frame: str, size: int) -> Targets:
     "The truth of N questions in a frame, masks `size` cells wide. Rows that are not `known` say nothing."
     device, most = batch.boxes.device, max([1, *map(len, asked.members)]) if len(batch.boxes) else 0
-    rows = [([*m, *[0] * (most - len(m))], [k < len(m) for k in range(most)]) for m in asked.members]  # of padding the first instance
+    rows = [([*m, *[0] * (most - len(m))], [k < len(m) for k in range(most)]) for m in asked.members]
     index, real = torch.tensor(rows, dtype=torch.long).view(len(rows), 2, most).to(device, non_blocking=True).unbind(1)
     boxes = batch.frames.boxes(batch.boxes, batch.image, "source", frame) / batch.frames.side(frame)
     masks = batch.frames.rasterise(batch.masks, frame, size)[index] * real[..., None, None]
@@ -286,7 +290,8 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
     most = max([1, *(p > least).sum(1).tolist()])  # all that is read: of these, masks are drawn
     best, query = p.topk(most, 1)
     row = torch.arange(len(p), device=p.device)[:, None]
-    chosen = torch.einsum("nkc,nchw->nkhw", found.queries[row, query], found.pixels) if found.masks is None else found.masks[row, query]
+    drawn = found.masks is not None
+    chosen = found.masks[row, query] if drawn else torch.einsum("nkc,nchw->nkhw", found.queries[row, query], found.pixels)
     boxes = frames.boxes(found.boxes[row, query].float() * frames.side(src), image, src, dst) / frames.side(dst)
     masks = soft_target(frames.maps(chosen, src, dst, size, image), temperature)
     union = soft_target(frames.maps(found.semantic, src, dst, size, image)[:, 0], temperature)
@@ -308,11 +313,11 @@ def box_giou(a: Tensor, b: Tensor,  # xyxy boxes [..., 4] that broadcast against
     return inter / (union + eps) - (hull - union) / (hull + eps)
 
 
-def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,   # of Q candidates: [..., Q], [..., Q, 4] and masks [..., Q, h, w] in 0…1
-               goal_boxes: Tensor, goal_masks: Tensor          # of K targets, [..., K, …]
-               ) -> Tensor:                                    # [..., Q, K] float32
+def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,  # of Q candidates, [..., Q, …]; masks [..., Q, h, w] in 0…1
+               goal_boxes: Tensor, goal_masks: Tensor         # of K targets, [..., K, …]
+               ) -> Tensor:                                   # [..., Q, K] float32
     "What it costs that a candidate stands for a target. Boxes are xyxy fractions. In float32, whatever autocast does."
-    scores, boxes, a, goal_boxes, b = (x.float() for x in (scores, boxes, masks.flatten(-2), goal_boxes, goal_masks.flatten(-2)))
+    scores, boxes, goal_boxes, a, b = (x.float() for x in (scores, boxes, goal_boxes, masks.flatten(-2), goal_masks.flatten(-2)))
     with torch.autocast(scores.device.type, enabled=False):
         dice = 1 - (2 * a @ b.mT + 1) / (a.sum(-1)[..., None] + b.sum(-1)[..., None, :] + 1)
         l1 = torch.cdist(box_convert(boxes, "xyxy", "cxcywh"), box_convert(goal_boxes, "xyxy", "cxcywh"), p=1)
@@ -322,7 +327,8 @@ def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,   # of Q candidates
 # %% ../nbs/31_concepts.ipynb #c030
 def halved(masks: Tensor) -> Tensor:
     "Masks [..., h, w] at half their sides, float32."
-    return F.avg_pool2d(masks.flatten(0, -3)[:, None].float(), 2).view(*masks.shape[:-2], masks.shape[-2] // 2, masks.shape[-1] // 2)
+    small = F.avg_pool2d(masks.flatten(0, -3)[:, None].float(), 2)
+    return small.view(*masks.shape[:-2], *small.shape[2:])
 
 
 def halved_masks(found: Detections) -> Iterator[Tensor]:
@@ -333,7 +339,7 @@ def halved_masks(found: Detections) -> Iterator[Tensor]:
 
 
 def _assigned(cost: np.ndarray) -> Tensor:
-    "[M, 4] of costs [L, N, Q, K]: layer, concept, query, target; concepts ascend. A target whose costs are infinite is none."
+    "[M, 4] of costs [L, N, Q, K]: layer, concept, query, target; concepts ascend. Where costs are infinite there is no target."
     rows = [np.zeros((0, 4), np.int64)]
     for n, layer in np.ndindex(cost.shape[1], cost.shape[0]):
         real = np.flatnonzero(np.isfinite(cost[layer, n, 0]))
@@ -348,11 +354,11 @@ def match_all(found: Detections,                   # with a leading axis of laye
               weights: Sequence[Tensor | None]     # [N] of each set; a concept of weight 0 is not matched
               ) -> list[Tensor]:                   # [M, 4] long on the CPU of each: layer, concept, query, target
     "One candidate for each target with a score above 0, in each layer and set by itself. The device is read once."
-    real = [goal.scores > 0 if w is None else (goal.scores > 0) & (w > 0)[:, None] for goal, w in zip(goals, weights, strict=True)]
+    real = [g.scores > 0 if w is None else (g.scores > 0) & (w > 0)[:, None] for g, w in zip(goals, weights, strict=True)]
     halves, cost = [halved(goal.masks) for goal in goals], []
-    for scores, boxes, masks in zip(found.logits.float().sigmoid(), found.boxes.float(), halved_masks(found)):
-        cost.append(torch.cat([match_cost(scores, boxes, masks, goal.boxes, half) for goal, half in zip(goals, halves)], -1))
-    cost = torch.stack(cost).nan_to_num(nan=1e6, posinf=1e6)  # there must be an assignment: the losses say what is wrong
+    for layer in zip(found.logits.float().sigmoid(), found.boxes.float(), halved_masks(found)):
+        cost.append(torch.cat([match_cost(*layer, goal.boxes, half) for goal, half in zip(goals, halves)], -1))
+    cost = torch.stack(cost).nan_to_num(nan=1e6, posinf=1e6)  # an assignment there must be: the losses say what is wrong
     cost = cost.masked_fill(~torch.cat(real, 1)[None, :, None], torch.inf).numpy(force=True)
     return [_assigned(c) for c in np.split(cost, np.cumsum([r.shape[1] for r in real])[:-1], -1)]
 
@@ -376,12 +382,13 @@ def concept_losses(found: Detections,   # with a leading axis of layers
                    valid: Tensor,       # [N, h, w] bool: the image, not its padding
                    focal: float = 20.0,  # of `losses.mask_loss`
                    weight: Tensor | None = None,  # [N] 1: the concept counts, 0: it does not; none: all do
-                   whole: Mapping[str, float | Tensor] | None = None,  # `concepts` and `targets` of the whole step; none: of these
+                   whole: Mapping[str, float | Tensor] | None = None,  # `concepts`, `targets` of the step; none: of these
                    matched: Tensor | None = None,  # of `match`
                    recompute: bool = False         # mask losses are computed again in the backward pass
                    ) -> dict[str, Tensor]:
-    """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts. Means over layers:
-    of scores, boxes and masks over targets (weighted by their scores), of presence and union over concepts."""
+    """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts.
+
+    Means over layers: of scores, boxes and masks over targets (weighted by their scores), of presence and union over concepts."""
     counts = torch.ones_like(goal.presence, dtype=torch.float32) if weight is None else weight.float()
     if matched is None: matched = match(found, goal, weight)
     layer, concept, query, target = matched.to(counts.device, non_blocking=True).unbind(1)
@@ -389,15 +396,20 @@ def concept_losses(found: Detections,   # with a leading axis of layers
     sure, layers = scores[concept, target], len(found.logits)
     whole = {"targets": scores.sum(), "concepts": counts.sum()} if whole is None else whole
     wanted = torch.zeros_like(found.logits, dtype=torch.float32); wanted[layer, concept, query] = sure
+    score = soft_focal(found.logits, wanted).sum(-1)
+    presence = F.binary_cross_entropy_with_logits(found.presence.float(), there.expand_as(score), reduction="none")
     got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target].float()
     l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
-    presence = F.binary_cross_entropy_with_logits(found.presence.float(), there.expand_as(found.presence), reduction="none")
-    masks = lambda: (mask_loss(found.masks_of(matched[:, :3]), goal.masks[concept, target], valid[concept], focal=focal) * sure).sum()
-    union = lambda: (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
-    sums = {"presence": (presence * counts).sum(), "score": (soft_focal(found.logits, wanted) * (there * counts)[:, None]).sum(), "l1": (l1 * sure).sum(),
-            "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(), "mask": recomputed(masks, recompute)(), "union": recomputed(union, recompute)()}
-    mean = lambda k: over_count(sums[k], whole["concepts" if k in ("presence", "union") else "targets"]) / (1 if k == "union" else layers)
-    return {k: WEIGHTS[k] * mean(k) for k in sums}
+    def masks() -> Tensor:
+        each = mask_loss(found.masks_of(matched[:, :3]), goal.masks[concept, target], valid[concept], focal=focal)
+        return (each * sure).sum()
+    def union() -> Tensor: return (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
+    of_concepts = {"presence": (presence * counts).sum() / layers, "union": recomputed(union, recompute)()}
+    of_targets = {"score": (score * there * counts).sum(), "l1": (l1 * sure).sum(),
+                  "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(), "mask": recomputed(masks, recompute)()}
+    means = {k: over_count(v, whole["concepts"]) for k, v in of_concepts.items()}
+    means |= {k: over_count(v, whole["targets"]) / layers for k, v in of_targets.items()}
+    return {k: weight * means[k] for k, weight in WEIGHTS.items()}
 
 # %% ../nbs/31_concepts.ipynb #c044
 def worth_imitating(taught: Targets, truth: Targets, known: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ class MixedSteps(Dataset):
 
 # %% ../nbs/30_stage3.ipynb #c019
 def thing_means(maps: Tensor, counts: Sequence[int], cover: Tensor) -> Tensor:
-    "Mean of maps [B, C, g, g] over each of N masks, of which the pictures have `counts`; cover [N, g, g] in 0…1: [N, C]."
+    "Mean of maps [B, C, g, g] over each of N masks, `counts` of them in each picture; cover [N, g, g] in 0…1: [N, C]."
     weight = (cover / cover.sum((1, 2), keepdim=True).clamp(min=1e-3)).flatten(1)
     with torch.autocast(maps.device.type, enabled=False):
         return torch.cat([w @ m.flatten(1).T for w, m in zip(weight.split([*counts]), maps.float())])
@@ -178,7 +178,7 @@ MAPS = (0.05, 0.1, 0.5, 0.05, 0.1, 0.2)  # weights of eq. 3's six maps, the dete
 def map_losses(wide: Features, narrow: Features, batch: ImageBatch, schedule: Schedule,
                whole: Mapping[str, float | Tensor] | None = None  # `images` of the whole step; none: of the batch
                ) -> dict[str, Tensor]:
-    """What a thawed encoder is held to: eq. 3, a mean over pictures, and `thing_losses` on the coarse map of the detector.
+    """What a thawed encoder is held to: eq. 3, a mean over pictures, and `thing_losses` on the detector's coarse map.
 
     The latter compare the things of a batch with each other. So the parts of a step are averaged, by their pictures."""
     ours, theirs, frames = (*narrow.detector, *narrow.tracker), (*wide.detector, *wide.tracker), batch.frames
@@ -188,35 +188,38 @@ def map_losses(wide: Features, narrow: Features, batch: ImageBatch, schedule: Sc
         valid = [frames.valid("student", s.shape[-1]) for s in ours]
         errors = picture_errors(ours, [warped(k) for k in range(len(ours))], valid).sum(1)
         return sum(weight * e for weight, e in zip(MAPS, errors))
-    out = {"features": schedule.lambda1 * over_count(recomputed(features, schedule.recomputes(frames.student))(), images)}
+    errors = recomputed(features, schedule.recomputes(frames.student))()
+    out = {"features": schedule.lambda1 * over_count(errors, images)}
     if sum(counts) < 2: return out
     cover = frames.rasterise(batch.masks, "student", ours[2].shape[-1])
     told = thing_losses(*(thing_means(m, counts, cover) for m in (ours[2], warped(2))))
     return out | {k: over_count(len(batch.names) * v, images) for k, v in told.items()}
 
 # %% ../nbs/30_stage3.ipynb #c024
-def concept_terms(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, asked: Questions, book: PhraseBook, schedule: Schedule,
-                  whole: Mapping[str, float | Tensor] | None = None  # `question_counts` of the whole step; none: of `asked`
+def concept_terms(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, asked: Questions,
+                  book: PhraseBook, schedule: Schedule,
+                  whole: Mapping[str, float | Tensor] | None = None  # `question_counts` of the step; none: of `asked`
                   ) -> dict[str, Tensor]:
-    """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher where it is worth imitating.
-    Nothing asked: none. The device is read twice: for what the teacher has found, and to match both."""
-    frames, size, s, again = batch.frames, 4 * student.grid, schedule, schedule.recomputes(student.image_size)
+    """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher where it is
+    worth imitating. Nothing asked: none. The device is read twice: for what the teacher has found, and to match both."""
     if not len(asked.phrases): return {}
-    whole = question_counts(asked) if whole is None else whole
-    ours = recomputed(student.detect, again)(narrow, concepts_of(student, book, asked, frames), all_layers=True, draw=False)
-    truth, valid = true_targets(asked, batch, "student", size), frames.valid("student", size, asked.image)
-    sets = [("task", 1.0, truth, asked.known.float(), {k: whole[k] for k in ("concepts", "targets")})]
+    frames, size, s, again = batch.frames, 4 * student.grid, schedule, schedule.recomputes(student.image_size)
+    whole, questions = question_counts(asked) if whole is None else whole, concepts_of(student, book, asked, frames)
+    ours = recomputed(student.detect, again)(narrow, questions, all_layers=True, draw=False)
+    truth, valid, known = true_targets(asked, batch, "student", size), frames.valid("student", size, asked.image), asked.known
+    sets = {"task": (truth, known.float(), 1.0, {"concepts": whole["concepts"], "targets": whole["targets"]})}
     if s.lambda2:
         with torch.no_grad(): theirs = teacher.detect(wide, concepts_of(teacher, book, asked, frames), draw=False)
         taught = taught_targets(theirs, asked.image, frames, "teacher", "student", size, temperature=s.temperature)
-        good = worth_imitating(taught, truth, asked.known).float()
-        sets.append(("distill", s.lambda2, taught, good, {"concepts": whole["asked"], "targets": whole["asked targets"]}))
-    out, matches = {}, match_all(ours, [goal for *_, goal, _, _ in sets], [weight for *_, weight, _ in sets])
-    for (word, factor, goal, weight, counts), matched in zip(sets, matches):
+        good = worth_imitating(taught, truth, known).float()
+        sets["distill"] = taught, good, s.lambda2, {"concepts": whole["asked"], "targets": whole["asked targets"]}
+    out, matches = {}, match_all(ours, [goal for goal, *_ in sets.values()], [weight for _, weight, *_ in sets.values()])
+    for (word, (goal, weight, factor, counts)), matched in zip(sets.items(), matches):
         told = concept_losses(ours, goal, valid, s.focal, weight, counts, matched, again)
         out |= {f"{word} {k}": factor * v for k, v in told.items()}
     if not s.lambda2: return out
-    read, cells = frames.maps(theirs.read, "teacher", "student", student.grid, asked.image), frames.valid("student", student.grid, asked.image)
+    read = frames.maps(theirs.read, "teacher", "student", student.grid, asked.image)
+    cells = frames.valid("student", student.grid, asked.image)
     errors = recomputed(lambda: picture_errors([ours.read], [read], [cells])[0], again)()
     return out | {"distill read": s.lambda2 * over_count((errors * good).sum(), whole["asked"])}
 
@@ -252,7 +255,7 @@ class Stage3(nn.Module):
         self.tracking.narrow = self.narrow
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
-        "What the student sees with the weights of now; a clip there and back has its pictures twice, and they are seen once."
+        "What the student sees with the weights of now; pictures that a clip there and back has twice are seen once."
         on = lambda rows: torch.tensor(rows).to(self.student.device, non_blocking=True)
         pixels = batch.student_pixels.to(self.student.device)
         some, place = batch.distinct() if isinstance(batch, ClipBatch) else ([*range(len(batch.images))],) * 2
@@ -260,28 +263,33 @@ class Stage3(nn.Module):
         return self.student.encode(pixels[on(some)]).pick(on(place))
 
     def counts(self, batch: Mixed) -> dict[str, float]:
-        "What the terms of a batch on the CPU are divided by: pictures, questions and instances; of the frames of clips, and of tracks. Always the same words."
+        """What the terms of a batch on the CPU are divided by: pictures, questions and instances; of the frames of clips, and of
+        tracks. Always the same words."""
         parts = {"": {"images": float(len(batch.images.names) if batch.images else 0), **question_counts(batch.asked)},
                  "prompt ": {"instances": float(len(batch.pointed))}, "frame ": question_counts(batch.shown_asked),
                  "clip ": {**NO_TRACKS, **(self.tracking.counts(batch.clips) if batch.clips else {})}}
         return {prefix + k: v for prefix, counts in parts.items() for k, v in counts.items()}
 
-    def forward(self, batch: Mixed, whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; none: of the batch
+    def forward(self, batch: Mixed,  # on the CPU
+                whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; none: of the batch
                 ) -> dict[str, Tensor]:
+        "Losses by name; those of the parts of a step add up to the step's."
         whole, pointed = self.counts(batch) if whole is None else whole, pointed_at(batch)
         of = lambda prefix: {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
         batch, out = batch.to(self.student.device), {}
         if batch.images: out |= self.on_images(batch, pointed.to(self.student.device), whole, of("prompt "))
         if batch.shown:
-            wide, narrow = self.wide(batch.shown), self.narrow(batch.shown)
-            out |= {f"frame {k}": v for k, v in self.concepts(batch.shown, batch.shown_asked, wide, narrow, of("frame ")).items()}
+            told = self.concepts(batch.shown, batch.shown_asked, self.wide(batch.shown), self.narrow(batch.shown), of("frame "))
+            out |= {f"frame {k}": v for k, v in told.items()}
         if batch.clips: out |= {f"clip {k}": v for k, v in self.tracking(batch.clips, of("clip ")).items()}
         return out or nothing_learned(self.student)
 
-    def concepts(self, images: ImageBatch, asked: Questions, wide: Features, narrow: Features, whole: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+    def concepts(self, images: ImageBatch, asked: Questions, wide: Features, narrow: Features,
+                 whole: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
         return concept_terms(self.teacher, self.student, wide, narrow, images, asked, self.book, self.schedule, whole)
 
-    def on_images(self, batch: Mixed, pointed: ImageBatch, whole: Mapping[str, float | Tensor], of_prompts: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+    def on_images(self, batch: Mixed, pointed: ImageBatch, whole: Mapping[str, float | Tensor],
+                  of_prompts: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
         "Maps of a thawed encoder, concepts, and prompts."
         s, wide, narrow = self.schedule, self.wide(batch.images), self.narrow(batch.images)
         out = map_losses(wide, narrow, batch.images, s, whole) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
@@ -302,7 +310,8 @@ class MapLesson(nn.Module):
         "What the terms are divided by: pictures."
         return {"images": float(len(batch.names))}
 
-    def forward(self, batch: ImageBatch, whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; none: of the batch
+    def forward(self, batch: ImageBatch,
+                whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; none: of the batch
                 ) -> dict[str, Tensor]:
         batch = batch.to(self.student.device)
         return map_losses(self.wide(batch), self.narrow(batch), batch, self.schedule, whole)

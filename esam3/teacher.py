@@ -110,8 +110,8 @@ class Concepts:
 class Detections:
     """Q candidates for each of N concepts; with `all_layers`, a leading axis of decoder layers.
 
-    A candidate's mask is the product of its query with the pixels. Six layers of 200 candidates are 79 M mask cells a concept at
-    full size, of which a loss reads a few: with `draw=False` there are queries and pixels instead of masks."""
+    A candidate's mask is the product of its query with the pixels. At full size six layers of 200 candidates are 79 M cells
+    a concept, of which a loss reads a few: with `draw=False` there are queries and pixels instead of masks."""
     boxes: Tensor     # [N, Q, 4] xyxy as fractions of the model's square
     logits: Tensor    # [N, Q] class logits, float32
     presence: Tensor  # [N] logit: the concept is in the picture; float32
@@ -358,13 +358,17 @@ def _prompt_tokens(self: Sam3, seen: Features, concepts: Concepts) -> tuple[Tens
 
 
 @in_own_precision
-def _detect(self: Sam3, features: Features, concepts: Concepts, all_layers: bool = False, draw: bool = True) -> Detections:
-    "Candidates for each (picture, concept) pair; with `all_layers`, of each decoder layer. `draw=False`: masks are not drawn yet."
+def _detect(self: Sam3, features: Features, concepts: Concepts,
+            all_layers: bool = False,  # of each decoder layer, not of the last alone
+            draw: bool = True          # False: masks are not drawn yet
+            ) -> Detections:
+    "Candidates for each (picture, concept) pair."
     d, seen = self.detector_model, features.pick(concepts.image)
     prompt, mask = self._prompt_tokens(seen, concepts)
     e = d.detr_encoder(vision_features=[seen.detector[-1]], text_features=prompt, vision_pos_embeds=[self._position(seen.detector[-1])], text_mask=mask)
-    o = with_float32_weights(d.detr_decoder, names="reference_points", vision_features=e.last_hidden_state, text_features=e.text_features,
-                             vision_pos_encoding=e.pos_embeds_flattened, text_mask=mask, spatial_shapes=np.array([seen.detector[-1].shape[-2:]]))
+    o = with_float32_weights(d.detr_decoder, names="reference_points", vision_features=e.last_hidden_state,
+                             text_features=e.text_features, vision_pos_encoding=e.pos_embeds_flattened, text_mask=mask,
+                             spatial_shapes=np.array([seen.detector[-1].shape[-2:]]))  # on the host
     keep = slice(None) if all_layers else slice(-1, None)
     states, anchors = o.intermediate_hidden_states[keep], o.reference_boxes[keep]
     boxes = box_cxcywh_to_xyxy((inverse_sigmoid(anchors.float()) + d.detr_decoder.box_head(states)).sigmoid())
@@ -377,12 +381,13 @@ def _detect(self: Sam3, features: Features, concepts: Concepts, all_layers: bool
     return Detections(*said, semantic, read, queries, None if draw else pixels)
 
 
-def _sketch(self: Sam3, states: Tensor, seen: Features, read: Tensor, prompt: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "What the library's mask decoder draws masks from: queries [L, N, Q, C] and pixels [N, C, 4g, 4g]; and the union [N, 1, 4g, 4g]."
+def _sketch(self: Sam3, states: Tensor, seen: Features, read: Tensor, prompt: Tensor, mask: Tensor
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    "What the library's mask decoder draws from: queries [L, N, Q, C], pixels [N, C, 4g, 4g]; the union [N, 1, 4g, 4g]."
     m = self.detector_model.mask_decoder
-    bias = create_bidirectional_mask(config=m.config, inputs_embeds=read, encoder_hidden_states=prompt, attention_mask=mask)
+    bias = create_bidirectional_mask(m.config, read, mask, encoder_hidden_states=prompt)
     told = m.prompt_cross_attn(query=m.prompt_cross_attn_norm(read), key=prompt, value=prompt, attention_mask=bias)[0]
-    embedded = m._embed_pixels(backbone_features=list(seen.detector), encoder_hidden_states=read + m.prompt_cross_attn_dropout(told))
+    embedded = m._embed_pixels(list(seen.detector), read + m.prompt_cross_attn_dropout(told))
     return m.mask_embedder(states), m.instance_projection(embedded), m.semantic_projection(embedded)
 
 
