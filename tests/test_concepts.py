@@ -254,17 +254,19 @@ def plain_losses(found: Detections, goal: Targets, valid: Tensor) -> dict[str, T
         a, b, sure = found.boxes[layer, c, q], goal.boxes[c, k], goal.scores[c, k]
         wanted[layer, c, q] = sure
         each = {"l1": (box_convert(a, "xyxy", "cxcywh") - box_convert(b, "xyxy", "cxcywh")).abs().sum(),
-                "giou": generalized_box_iou_loss(a[None], b[None])[0], "mask": mask_loss(found.masks[layer, c, q], goal.masks[c, k], valid[c])}
+                "giou": generalized_box_iou_loss(a[None], b[None])[0],
+                "mask": mask_loss(found.masks[layer, c, q], goal.masks[c, k], valid[c])}
         sums = {name: v + sure * each[name] for name, v in sums.items()}
     there = goal.presence.expand(layers, n)
     score, targets = (soft_focal(found.logits, wanted) * there[..., None]).sum(), goal.scores.sum().clamp(min=1)
-    return {"presence": F.binary_cross_entropy_with_logits(found.presence, there), "union": 2 * mask_loss(found.semantic[:, 0], goal.union, valid).mean(),
+    return {"presence": F.binary_cross_entropy_with_logits(found.presence, there),
+            "union": 2 * mask_loss(found.semantic[:, 0], goal.union, valid).mean(),
             **{name: WEIGHTS[name] * v / (layers * targets) for name, v in {**sums, "score": score}.items()}}
 
 
 def rows_of(found: Detections, goal: Targets, rows: Tensor) -> tuple[Detections, Targets]:
     "Some of the concepts alone."
-    layered = (found.boxes[:, rows], found.logits[:, rows], found.presence[:, rows], None if found.masks is None else found.masks[:, rows])
+    layered = [None if x is None else x[:, rows] for x in (found.boxes, found.logits, found.presence, found.masks)]
     undrawn = {} if found.queries is None else {"queries": found.queries[:, rows], "pixels": found.pixels[rows]}
     return Detections(*layered, found.semantic[rows], **undrawn), Targets(*(x[rows] for x in vars(goal).values()))
 
@@ -328,10 +330,12 @@ def test_masks_that_are_not_drawn_cost_nothing():
     def learned(drawn: bool, recompute: bool = False) -> tuple[Mapping[str, Tensor], list[Tensor], int]:
         few, whole = undrawn(5)
         goal, valid = random_targets(5, 4), torch.ones(5, 32, 32, dtype=torch.bool)
-        losses, kept = bytes_kept(lambda: concept_losses(whole if drawn else few, goal, valid, matched=match(whole, goal), recompute=recompute))
+        losses, kept = bytes_kept(lambda: concept_losses(whole if drawn else few, goal, valid, matched=match(whole, goal),
+                                                         recompute=recompute))
         sum(losses.values()).backward()
         return losses, [x.grad for x in leaves_of(few)], kept
-    (whole, g_whole, _), (few, g_few, kept), (again, g_again, little) = learned(True), learned(False), learned(False, True)
+    (whole, g_whole, _), (few, g_few, kept) = learned(True), learned(False)
+    again, g_again, little = learned(False, True)
     for k, v in whole.items(): torch.testing.assert_close(few[k], v, rtol=1e-6, atol=1e-6)
     for a, b in zip(g_few, g_whole): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(few[k], v) for k, v in again.items()) and all(torch.equal(a, b) for a, b in zip(g_again, g_few))
@@ -343,15 +347,18 @@ def part_of(asked: Questions, batch, pictures: range) -> Questions:
     rows, first = [i for i, b in enumerate(asked.image.tolist()) if b in pictures], int((batch.image < pictures.start).sum())
     some = {k: [getattr(asked, k)[i] for i in rows] for k in ("phrases", "kinds")}
     members = [tuple(m - first for m in asked.members[i]) for i in rows]
-    return Questions(asked.image[rows] - pictures.start, some["phrases"], some["kinds"], members, asked.known[rows], asked.boxes[rows], asked.labels[rows])
+    return Questions(asked.image[rows] - pictures.start, some["phrases"], some["kinds"], members, asked.known[rows],
+                     asked.boxes[rows], asked.labels[rows])
 
 
 def test_parts_of_a_step_add_up(reader, teacher, student):
-    "Four pictures and their questions, in one part and in two of 1 and 3: truth, teacher's answers, read-out and maps. Recomputed it is the same."
+    """Four pictures and their questions, in one part and in two of 1 and 3: truth, teacher's answers, read-out and maps.
+    Recomputed it is the same."""
     from esam3.stage3 import concept_terms, map_losses
     from esam3.training import Schedule
     s, book = Schedule(temperature=1.0, checkpoint=0), PhraseBook(teacher)
-    collated = lambda some: collate_images([reader.read(i) for i in some], teacher.image_size, student.image_size, max_instances=0)
+    sides = teacher.image_size, student.image_size
+    collated = lambda some: collate_images([reader.read(i) for i in some], *sides, max_instances=0)
     batch = collated(range(4))
     asked = ask(batch, chance(batch, 0), Asking(), Confusables(vocabulary(reader), teacher))
     assert 0 < asked.known.sum() < len(asked.known)
@@ -360,7 +367,7 @@ def test_parts_of_a_step_add_up(reader, teacher, student):
         own = collated(pictures)
         with torch.no_grad(): wide = teacher.encode(own.teacher_pixels)
         narrow = student.encode(own.student_pixels)
-        maps = {"features": map_losses(wide, narrow, own, s, whole)["features"]}  # what compares things with each other is a mean over parts
+        maps = {"features": map_losses(wide, narrow, own, s, whole)["features"]}  # what compares things is a mean over parts
         return maps | concept_terms(teacher, student, wide, narrow, own, part_of(asked, batch, pictures), book, s, whole)
     step, parts, again = terms(range(4)), [terms(range(1)), terms(range(1, 4))], terms(range(4), replace(s, checkpoint=1))
     assert {"features", "distill read", "task mask", "distill mask"} <= step.keys() == again.keys()
@@ -368,8 +375,11 @@ def test_parts_of_a_step_add_up(reader, teacher, student):
         torch.testing.assert_close(sum(p[k] for p in parts), v, rtol=1e-5, atol=1e-6, msg=lambda m, k=k: f"{k}: {m}")
         torch.testing.assert_close(again[k], v, rtol=1e-6, atol=1e-6)
     weights = [p for n, p in student.named_parameters() if n.startswith("detector_model.mask_decoder.mask_embedder")]
-    for a, b in zip(*(torch.autograd.grad(sum(t.values()), weights) for t in (step, again))): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-    with torch.no_grad(): alone = concept_terms(teacher, student, teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels), batch, asked, book, s)
+    one, other = (torch.autograd.grad(sum(t.values()), weights) for t in (step, again))
+    for a, b in zip(one, other): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        seen = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+        alone = concept_terms(teacher, student, *seen, batch, asked, book, s)
     for k, v in alone.items(): torch.testing.assert_close(v, step[k], rtol=1e-5, atol=1e-6)
 
 
@@ -382,8 +392,8 @@ class Looks(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         name = op.overloadpacket.__name__
         chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero") or any(i is not None and i.dtype == torch.bool for i in chosen):
-            self.seen.append(name)
+        picked = any(i is not None and i.dtype == torch.bool for i in chosen)
+        if picked or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero"): self.seen.append(name)
         return op(*args, **(kwargs or {}))
 
 
@@ -399,5 +409,5 @@ def test_nobody_looks(batch, reader, teacher, student):
         wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
         with Looks() as ours: terms = concept_terms(teacher, student, wide, narrow, batch, asked, book, s, whole)
         words = teacher.concepts(["red star"], torch.zeros(1, dtype=torch.long))
-        with Looks() as theirs: teacher.detector_model(batch.teacher_pixels[:1], input_ids=words.input_ids, attention_mask=words.attention_mask)
+        with Looks() as theirs: teacher.detector_model(batch.teacher_pixels[:1], None, words.input_ids, words.attention_mask)
     assert terms["task mask"] > 0 and terms["distill mask"] > 0 and ours.seen == [] and len(theirs.seen) > 4
