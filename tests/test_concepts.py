@@ -288,7 +288,8 @@ def leaves_of(found: Detections) -> list[Tensor]:
 def test_matching_is_what_it_is_one_by_one():
     found, goal = some_answers(5, torch.float32), random_targets(5, 4)
     assert sorted(map(tuple, match(found, goal).tolist())) == sorted(plain_match(found, goal)) != []
-    one, other = match_all(found, [goal, replace(goal, scores=goal.scores.flip(0))], [None, torch.tensor([1.0, 1, 0, 1, 1])])
+    flipped, weight = replace(goal, scores=goal.scores.flip(0)), torch.tensor([1.0, 1, 0, 1, 1])
+    one, other = match_all(found, [goal, flipped], [None, weight])
     assert torch.equal(one, match(found, goal)) and 2 not in other[:, 1] and len(other) > 0
     assert (one[:, 1].diff() >= 0).all(), "concepts ascend"
 
@@ -301,7 +302,8 @@ def test_losses_are_what_they_are_one_by_one():
     assert got.keys() == plain.keys() == WEIGHTS.keys()
     for k, v in plain.items(): torch.testing.assert_close(got[k], v, rtol=1e-5, atol=1e-6)
     keep = torch.tensor([True, False, True, True, False])  # a row of weight 0 might as well not be there
-    got, plain = concept_losses(found, goal, valid, weight=keep.float()), plain_losses(*rows_of(found, goal, keep), valid[keep])
+    got = concept_losses(found, goal, valid, weight=keep.float())
+    plain = plain_losses(*rows_of(found, goal, keep), valid[keep])
     for k, v in plain.items(): torch.testing.assert_close(got[k], v, rtol=1e-5, atol=1e-6)
 
 
@@ -321,30 +323,32 @@ def bytes_kept(call: Callable[[], Mapping[str, Tensor]]) -> tuple[Mapping[str, T
     def keep(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
         return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): return call(), sum(s.nbytes() for s in kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): said = call()
+    return said, sum(s.nbytes() for s in kept.values())
 
 
 def test_masks_that_are_not_drawn_cost_nothing():
-    """Losses and gradients are those of drawn masks. Computed again they are those too, and nothing but what is not made of masks is
-    kept for them."""
+    "Losses and gradients are those of drawn masks. Computed again they are those too, and of masks nothing is kept."
     def learned(drawn: bool, recompute: bool = False) -> tuple[Mapping[str, Tensor], list[Tensor], int]:
         few, whole = undrawn(5)
         goal, valid = random_targets(5, 4), torch.ones(5, 32, 32, dtype=torch.bool)
-        losses, kept = bytes_kept(lambda: concept_losses(whole if drawn else few, goal, valid, matched=match(whole, goal),
-                                                         recompute=recompute))
+        found, matched = whole if drawn else few, match(whole, goal)
+        losses, kept = bytes_kept(lambda: concept_losses(found, goal, valid, matched=matched, recompute=recompute))
         sum(losses.values()).backward()
         return losses, [x.grad for x in leaves_of(few)], kept
     (whole, g_whole, _), (few, g_few, kept) = learned(True), learned(False)
     again, g_again, little = learned(False, True)
     for k, v in whole.items(): torch.testing.assert_close(few[k], v, rtol=1e-6, atol=1e-6)
     for a, b in zip(g_few, g_whole): torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert all(torch.equal(few[k], v) for k, v in again.items()) and all(torch.equal(a, b) for a, b in zip(g_again, g_few))
+    assert all(torch.equal(few[k], v) for k, v in again.items())
+    assert all(torch.equal(a, b) for a, b in zip(g_again, g_few))
     assert little < 2 * 32 * 32 * 4 < kept / 20, "not as much as two masks"
 
 
 def part_of(asked: Questions, batch, pictures: range) -> Questions:
     "The questions about some pictures, which become a batch of their own."
-    rows, first = [i for i, b in enumerate(asked.image.tolist()) if b in pictures], int((batch.image < pictures.start).sum())
+    rows = [i for i, b in enumerate(asked.image.tolist()) if b in pictures]
+    first = int((batch.image < pictures.start).sum())
     some = {k: [getattr(asked, k)[i] for i in rows] for k in ("phrases", "kinds")}
     members = [tuple(m - first for m in asked.members[i]) for i in rows]
     return Questions(asked.image[rows] - pictures.start, some["phrases"], some["kinds"], members, asked.known[rows],
@@ -352,7 +356,7 @@ def part_of(asked: Questions, batch, pictures: range) -> Questions:
 
 
 def test_parts_of_a_step_add_up(reader, teacher, student):
-    """Four pictures and their questions, in one part and in two of 1 and 3: truth, teacher's answers, read-out and maps.
+    """Four pictures and their questions, in one part and in two of 1 and 3: truth, teacher's answers, read-out, maps.
     Recomputed it is the same."""
     from esam3.stage3 import concept_terms, map_losses
     from esam3.training import Schedule
@@ -367,9 +371,11 @@ def test_parts_of_a_step_add_up(reader, teacher, student):
         own = collated(pictures)
         with torch.no_grad(): wide = teacher.encode(own.teacher_pixels)
         narrow = student.encode(own.student_pixels)
-        maps = {"features": map_losses(wide, narrow, own, s, whole)["features"]}  # what compares things is a mean over parts
-        return maps | concept_terms(teacher, student, wide, narrow, own, part_of(asked, batch, pictures), book, s, whole)
-    step, parts, again = terms(range(4)), [terms(range(1)), terms(range(1, 4))], terms(range(4), replace(s, checkpoint=1))
+        maps = {"features": map_losses(wide, narrow, own, s, whole)["features"]}  # things are compared part by part
+        questions = part_of(asked, batch, pictures)
+        return maps | concept_terms(teacher, student, wide, narrow, own, questions, book, s, whole)
+    step, again = terms(range(4)), terms(range(4), replace(s, checkpoint=1))
+    parts = [terms(range(1)), terms(range(1, 4))]
     assert {"features", "distill read", "task mask", "distill mask"} <= step.keys() == again.keys()
     for k, v in step.items():
         torch.testing.assert_close(sum(p[k] for p in parts), v, rtol=1e-5, atol=1e-6, msg=lambda m, k=k: f"{k}: {m}")
@@ -384,7 +390,9 @@ def test_parts_of_a_step_add_up(reader, teacher, student):
 
 
 class Looks(TorchDispatchMode):
-    "Notes what looks at the values of a tensor, for which a GPU would be waited for; a transfer of a whole tensor is none."
+    "Notes what looks at values of a tensor, for which a GPU is waited for; a transfer of a whole tensor is none."
+    LOOKS = "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero"
+
     def __init__(self):
         super().__init__()
         self.seen: list[str] = []
@@ -393,7 +401,7 @@ class Looks(TorchDispatchMode):
         name = op.overloadpacket.__name__
         chosen = args[1] if name in ("index", "index_put", "index_put_", "_index_put_impl_") else ()
         picked = any(i is not None and i.dtype == torch.bool for i in chosen)
-        if picked or name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero"): self.seen.append(name)
+        if picked or name in self.LOOKS: self.seen.append(name)
         return op(*args, **(kwargs or {}))
 
 
@@ -409,5 +417,6 @@ def test_nobody_looks(batch, reader, teacher, student):
         wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
         with Looks() as ours: terms = concept_terms(teacher, student, wide, narrow, batch, asked, book, s, whole)
         words = teacher.concepts(["red star"], torch.zeros(1, dtype=torch.long))
-        with Looks() as theirs: teacher.detector_model(batch.teacher_pixels[:1], None, words.input_ids, words.attention_mask)
+        pixels = batch.teacher_pixels[:1]
+        with Looks() as theirs: teacher.detector_model(pixels, None, words.input_ids, words.attention_mask)
     assert terms["task mask"] > 0 and terms["distill mask"] > 0 and ours.seen == [] and len(theirs.seen) > 4
