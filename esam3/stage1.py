@@ -172,9 +172,10 @@ def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
     drawn, instances = prompt_chances(batch, schedule.refinements), len(truth) if whole is None else whole["instances"]
     clicks, answer = drawn.to(truth.device), recomputed(round_losses, schedule.recomputes(student.image_size))
     for rows, prompts in ask_first(batch, drawn[:, 0]):
+        goal, inside = truth[rows], valid[rows]
         for round in range(schedule.refinements + 1):
             told = ask_teacher(teacher, wide, batch, prompts, truth.shape[-1])
-            terms, said = answer(student, narrow, prompts, told, truth[rows], valid[rows], schedule, instances)
+            terms, said = answer(student, narrow, prompts, told, goal, inside, schedule, instances)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
             if round == schedule.refinements: break
             prompts = refine(prompts, told.best()[0], said, batch.frames, schedule.corrective, chance=clicks[rows, 1 + round])

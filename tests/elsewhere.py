@@ -19,6 +19,9 @@ What runs on it is computed by the CPU's kernels, with the CPU's values and its 
   `torch.Generator(device)` and `torch.load(map_location=device)` work. `torch.save` writes what a CPU tensor would:
   loaded without `map_location` it is on the CPU, unlike CUDA.
 
+`with reads() as found:` lists every time that the host reads from the device in the block, each with its place in the
+project. On CUDA it waits there for all that was computed before.
+
 Not modelled: streams and asynchrony, memory, in-place changes of shape (`resize_`, `unsqueeze_`; they raise), a device
 generator in a CPU operation, fp16 in accelerate (it knows its own list of devices).
 The label is torch's PrivateUse1, renamed; it is registered when this module is imported and cannot be taken back.
@@ -26,6 +29,7 @@ Import it at the top of a test module, before any `backward` of the process: the
 """
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
 from weakref import WeakValueDictionary
@@ -140,6 +144,7 @@ def compute(op, args: tuple, kwargs: dict):
     if torch.Tag.inplace_view in op.tags: raise NotImplementedError(f"{op} on {DEVICE}: a shape is changed in place")
     refuse_mixing(op, args, kwargs)
     own_generator(kwargs)
+    if READERS and host_reads(op, args, kwargs): note(kind(op)[0])
     known: dict[int, Tensor] = {}  # what an in-place operation returns is what it was given
     def inside(t: Tensor) -> Tensor:
         inner = t.inner if isinstance(t, Elsewhere) else t
@@ -151,6 +156,44 @@ def compute(op, args: tuple, kwargs: dict):
     if op._schema.is_mutable and any(t.shape != t.inner.shape for t in known.values() if isinstance(t, Elsewhere)):
         raise NotImplementedError(f"{op} on {DEVICE}: a shape is changed in place")
     return each(result, lambda t: known[id(t)] if id(t) in known else Elsewhere(t) if stays else t)
+
+
+# what a host cannot do without knowing values of the device: numbers, and shapes that depend on values
+ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+          "unique_dim_consecutive", "bincount", "repeat_interleave", "is_nonzero"}
+READERS: list[list[str]] = []  # lists that `reads` has given out, of the blocks that are open
+
+
+def host_reads(op, args: tuple, kwargs: dict) -> bool:
+    "Whether the host must wait for the device to do an operation that has tensors of it among its arguments."
+    name = kind(op)[0]
+    if name in COPIES:
+        if name == "_to_copy": return kwargs.get("device") is not None and torch.device(kwargs["device"]).type != NAME
+        source, target = (args[0], args[1]) if name.startswith("_copy_from") else (args[1], args[0])
+        here = lambda x: any(isinstance(t, Elsewhere) for t in tensors(x))
+        return here(source) and not here(target)
+    if name in INDEXED: return any(isinstance(t, Elsewhere) and t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
+    if name == "repeat_interleave": return kwargs.get("output_size") is None and op._schema.overload_name in ("Tensor", "self_Tensor")
+    return name in ASKING
+
+
+def note(what: str) -> None:
+    "Write down that somebody reads, with the innermost place in esam3; else in a test, else in a library."
+    frames = [f for f in traceback.extract_stack() if f.filename != __file__]
+    for inside in ("/esam3/", "/tests/", ""):
+        place = next((f for f in reversed(frames) if inside in f.filename), None)
+        if place: break
+    said = f"{what}: {place.filename.rsplit('/', 1)[-1]}:{place.lineno} in {place.name}: {place.line}"
+    for reader in READERS: reader.append(said)
+
+
+@contextlib.contextmanager
+def reads() -> Iterator[list[str]]:
+    "The host reads from the device within the block, in their order: `what: file:line in function: its source`."
+    found: list[str] = []
+    READERS.append(found)
+    try: yield found
+    finally: READERS[:] = [r for r in READERS if r is not found]
 
 
 class Generator(torch.Generator):

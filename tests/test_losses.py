@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from esam3.concepts import Targets, concept_losses, soft_focal
 from esam3.losses import (MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss,
-                          focal_factor, focal_loss, iou_head_loss, map_terms, mask_iou, mask_loss, match_masks, pick_cells,
-                          relational_loss, score_loss, soft_target, task_terms)
+                          focal_factor, focal_loss, iou_head_loss, least_orders, map_terms, mask_iou, mask_loss, match_masks, pick_cells,
+                          picture_errors, relational_loss, score_loss, soft_target, task_terms)
 from esam3.teacher import Detections
 
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
@@ -46,7 +47,7 @@ def test_mask_terms_by_hand():
     assert math.isclose(focal_loss(logits, target), by_hand, rel_tol=1e-5)
 
 
-@pytest.mark.parametrize("masks", [1, 2, 3, 4])
+@pytest.mark.parametrize("masks", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("padded", [False, True])
 def test_matching_is_the_best_of_all_permutations(masks, padded):
     g = torch.Generator().manual_seed(masks)
@@ -59,6 +60,18 @@ def test_matching_is_the_best_of_all_permutations(masks, padded):
         cost = [[slow_mask_loss(student[n, s].numpy(), target[n, t].numpy(), v) for s in range(masks)] for t in range(masks)]
         least = min(orders, key=lambda order: sum(cost[t][s] for t, s in enumerate(order)))
         assert found[n].tolist() == list(least)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_least_orders_are_scipys(size):
+    "Random costs have no ties; where costs are tied the totals are the same."
+    g = torch.Generator().manual_seed(size)
+    cost = torch.rand(500, size, size, generator=g)
+    assert torch.equal(least_orders(cost), torch.tensor(np.array([linear_sum_assignment(c)[1] for c in cost.numpy()])))
+    tied = cost.mul(3).round()
+    totals = [sum(c[range(size), linear_sum_assignment(c)[1]]) for c in tied.numpy()]
+    assert tied.gather(2, least_orders(tied)[..., None]).sum((1, 2)).tolist() == totals
+    assert least_orders(cost[:0]).shape == (0, size)
 
 
 def test_matching_looks_past_the_padding():
@@ -90,6 +103,24 @@ def test_feature_errors_by_hand():
     assert feature_loss([student, teacher], [teacher, teacher]).item() == pytest.approx(0.1)
     assert feature_loss([student, teacher], [teacher, teacher], weights=[3, 1]).item() == pytest.approx(0.6)
     with pytest.raises(ValueError, match="map 1"): feature_errors([student, student[:, :1]], [teacher, teacher])
+
+
+def test_a_pictures_error_is_its_own():
+    "Pictures of different scales and paddings, alone or together; parts add up to the whole."
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(3, 4, 6, 6, generator=g) * torch.tensor([1.0, 100, 0.01]).view(3, 1, 1, 1) for _ in range(2))
+    valid = torch.arange(6).expand(3, 6, 6) < torch.tensor([6, 3, 1]).view(3, 1, 1)
+    together = picture_errors([student, teacher], [teacher, teacher], [valid, valid])
+    for b, cells in enumerate(valid):
+        s, t = (m[b][:, cells].double() for m in (student, teacher))
+        assert together[0, b].item() == pytest.approx((((s - t) ** 2).mean() / ((t - t.mean(1, keepdim=True)) ** 2).mean()).item(), rel=1e-4)
+    assert together[1].tolist() == [0, 0, 0]
+    loss = lambda rows, whole=None: feature_loss([student[rows], teacher[rows]], [teacher[rows], student[rows]], [valid[rows], valid[rows]], (3, 1), whole)
+    whole = loss(slice(None))
+    assert sum(loss(slice(k, k + 1), 3) for k in range(3)).item() == pytest.approx(whole.item(), rel=1e-5)
+    assert loss(slice(None), torch.tensor(6.0)).item() == pytest.approx(whole.item() / 2, rel=1e-5) and loss(slice(0, 0), 3) == 0 == loss(slice(0, 0))
+    attention = lambda rows, whole=None: map_terms(["attention"], [student[rows]], [teacher[rows]], [valid[rows]], whole)["attention"]
+    assert sum(attention(slice(k, k + 1), 3) for k in range(3)).item() == pytest.approx(attention(slice(None)).item(), rel=1e-5)
 
 
 def slow_relations(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
@@ -167,6 +198,25 @@ def test_task_teaches_the_best_mask_and_every_iou():
     assert terms["mask"].item() == pytest.approx(np.mean(best), rel=1e-4)
     assert terms["iou"].item() == pytest.approx(np.abs(iou[here].numpy() - np.array(real)).mean(), rel=1e-4)
     assert terms["score"].item() == pytest.approx(np.mean([softplus(-1.0), softplus(2.0), softplus(0.5), softplus(-3.0)]), rel=1e-4)
+
+
+def test_task_terms_of_parts_add_up():
+    "Objects that are not known teach nothing, whatever is said of them; those that are absent their score; None: all are known and there."
+    g = torch.Generator().manual_seed(0)
+    masks, target, iou, scores = torch.randn(6, 3, 6, 6, generator=g), torch.rand(6, 6, 6, generator=g), torch.rand(6, 3, generator=g), torch.randn(6, generator=g)
+    known, there = torch.tensor([1, 1, 0, 1, 1, 0]).bool(), torch.tensor([1, 0, 0, 1, 1, 0]).bool()
+    told = lambda rows, **more: task_terms(masks[rows], iou[rows], scores[rows], target[rows], present=there[rows], known=known[rows], **more)
+    whole = {"there": 3, "known": 4}
+    all_, alone = told(slice(None)), task_terms(masks[known], iou[known], scores[known], target[known], present=there[known])
+    for k in all_: torch.testing.assert_close(all_[k], alone[k])
+    for counts in (whole, {k: torch.tensor(float(v)) for k, v in whole.items()}):
+        parts = [told(rows, whole=counts) for rows in (slice(0, 2), slice(2, 3), slice(3, 6))]
+        for k in all_: torch.testing.assert_close(sum(p[k] for p in parts), all_[k])
+    assert all(v == 0 for v in told(slice(2, 3), whole={"there": 0, "known": 0}).values()), "of nothing there is nothing"
+    masks[2], iou[2], scores[2] = 50, 0, 50
+    assert all(torch.equal(told(slice(None))[k], all_[k]) for k in all_)
+    plain = task_terms(masks, iou, scores, target)
+    for k, v in task_terms(masks, iou, scores, target, whole={"there": 6, "known": 6}).items(): torch.testing.assert_close(v, plain[k])
 
 
 MAPS = {"features": lambda s, t, v: feature_errors([s], [t], [v])[0], "attention": attention_loss,

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import elsewhere, reads
+from logs import content
 from test_resume import STEPS, finish, kill_in_training, start
 
 from esam3 import stage1
-from esam3.core import seed_everything
-from esam3.data import collate_images, load_recipe, rng_at
+from esam3.core import Part, seed_everything
+from esam3.data import ImageBatch, collate_images, load_recipe, some_instances
 from esam3.losses import distill_loss, feature_errors, map_terms, task_terms
 from esam3.prompts import refine
-from esam3.stage1 import Stage1, ask_both, ask_first, cached_source, keep_features, picture_source, run_stage1, stage1_schedule, warp_features
+from esam3.stage1 import (CachedSteps, Stage1, ask_both, ask_first, keep_features, picture_source, prompt_chances, run_stage1, stage1_schedule,
+                          warp_features)
 from esam3.student import EfficientSam3, build_student
 from esam3.teacher import Sam3, load_teacher
 from esam3.toyworld import toyworld
@@ -33,40 +36,140 @@ def networks() -> tuple[Sam3, EfficientSam3]:
 @pytest.fixture(scope="module")
 def batch():
     "Four pictures, live."
-    return picture_source(load_recipe("tiny"), Schedule(batch_size=4), SIDES, 42)(0, 0, 1)
+    return picture_source(load_recipe("tiny"), Schedule(batch_size=4), SIDES, 42)[Part(0)]
 
 
 def losses(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
-    "Losses of the untrained student; always the same chance."
-    task = Stage1(*networks(), schedule)
-    seed_everything(0)
-    with torch.no_grad(): return task(batch)
+    "Losses of the untrained student; the chance is the batch's own."
+    with torch.no_grad(): return Stage1(*networks(), schedule)(batch)
 
 
 def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
     "The same, written down once more: eq. 3, eq. 4 and L_task with weights alone, no options."
     teacher, student = networks()
-    seed_everything(0)
     with torch.no_grad():
         wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
         out = {"features": schedule.lambda1 * feature_errors((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow)).mean()}
         truth = batch.frames.rasterise(batch.masks, "student", 4 * student.grid)
         valid = batch.frames.valid("student", truth.shape[-1], batch.image)
-        for rows, prompts in ask_first(batch):
+        chance = prompt_chances(batch, schedule.refinements)
+        for rows, prompts in ask_first(batch, chance[:, 0]):
             for round in range(schedule.refinements + 1):
                 t, s = ask_both(teacher, student, wide, narrow, batch, prompts)
                 terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows], schedule.temperature, schedule.focal).mean()}
                 for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows], focal=schedule.focal).items(): terms[f"task {k}"] = v
                 for k, v in terms.items(): out[k] = out.get(k, 0) + len(rows) / len(truth) * v
-                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.frames)
+                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.frames, chance=chance[rows, 1 + round])
     return out
 
 
-@pytest.mark.parametrize("schedule", [Schedule(), Schedule(lambda1=4.0, lambda2=0.5, refinements=2, temperature=1.0, focal=20.0), Schedule(checkpoint=True)], ids=["default", "other weights", "recomputed"])
+@pytest.mark.parametrize("schedule", [Schedule(), Schedule(lambda1=4.0, lambda2=0.5, refinements=2, temperature=1.0, focal=20.0), Schedule(checkpoint=1)], ids=["default", "other weights", "recomputed"])
 def test_default_losses_are_the_method_alone(batch, schedule):
     found, expected = losses(batch, schedule), by_hand(batch, schedule)
     assert list(found) == list(expected) == ["features", "distill", "task mask", "task iou", "task score"]
-    for k in expected: assert torch.equal(found[k], expected[k]), k
+    for k in expected: torch.testing.assert_close(found[k], expected[k], rtol=1e-5, atol=1e-7, msg=k)
+
+
+def gradients(schedule: Schedule, batch: ImageBatch, whole: dict | None = None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    "Losses of a step or a part of it, and gradients, with the batch norms at rest."
+    teacher, student = networks()
+    student.zero_grad()
+    terms = Stage1(teacher, student, schedule)(batch, whole)
+    sum(terms.values()).backward()
+    return {k: v.detach() for k, v in terms.items()}, {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+
+
+def nothing(grads: dict[str, torch.Tensor]) -> float:
+    "What counts as no difference: some gradients are 0 but for rounding, such as a key's bias."
+    return 1e-6 * max(float(g.abs().max()) for g in grads.values())
+
+
+OPTIONS = {"default": {}, "two rounds": {"refinements": 2, "temperature": 1.0, "focal": 20.0, "map_weights": (3, 0, 1, 0, 0, 1)},
+           "deepest": {"corrective": "deepest", "map_terms": ("attention",), "lambda2": 0.5}}
+
+
+def part_of(batch: ImageBatch, recipe: Schedule, part: Part) -> ImageBatch:
+    "The pictures that one part of step 0 draws."
+    return picture_source(load_recipe("tiny"), recipe, SIDES, 42)[part]
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_parts_add_up_to_the_step(batch, case):
+    "A step of four pictures as one, two and four parts: the same prompts, losses and gradients."
+    schedule = Schedule(batch_size=4, **OPTIONS[case])
+    task = Stage1(*networks(), schedule)
+    whole, (losses, grads) = task.counts(batch), gradients(schedule, batch)
+    assert whole == {"images": 4, "instances": len(batch.image)}
+    for count in (2, 4):
+        parts = [part_of(batch, schedule, Part(0, k, count)) for k in range(count)]
+        assert len({len(p.image) for p in parts}) > 1, "parts of unequal numbers of instances: a mean of means would be another"
+        assert {k: sum(task.counts(p)[k] for p in parts) for k in whole} == whole
+        found = [gradients(schedule, p, whole) for p in parts]
+        for k, v in losses.items(): torch.testing.assert_close(sum(f[0][k] for f in found), v, rtol=1e-5, atol=1e-7, msg=k)
+        for n, g in grads.items():
+            torch.testing.assert_close(sum(f[1][n] for f in found if n in f[1]), g, rtol=1e-3, atol=nothing(grads), msg=n)
+
+
+def test_whole_may_lie_on_the_device(batch):
+    task = Stage1(*networks(), Schedule())
+    with torch.no_grad(): said, told = task(batch, task.counts(batch)), task(batch, {k: torch.tensor(float(v)) for k, v in task.counts(batch).items()})
+    for k in said: torch.testing.assert_close(said[k], told[k])
+
+
+def test_chance_is_the_pictures_own(batch):
+    "A picture is asked the same whoever is beside it, and whatever was drawn before; pictures without seeds are numbered."
+    seed_everything(1)
+    first, drawn = ask_first(batch, prompt_chances(batch)[:, 0]), torch.get_rng_state()
+    seed_everything(2)
+    again = ask_first(batch, prompt_chances(batch)[:, 0])
+    for (a, p), (b, q) in zip(first, again, strict=True): assert torch.equal(a, b) and torch.equal(p.points, q.points)
+    losses(batch, Schedule())
+    seed_everything(1)
+    losses(batch, Schedule())
+    assert torch.equal(torch.get_rng_state(), drawn), "nothing is drawn from the process's generator"
+    bare = replace(batch, seeds=[])
+    assert torch.equal(prompt_chances(bare, 2), prompt_chances(replace(batch, seeds=[0, 1, 2, 3]), 2))
+    assert not torch.equal(prompt_chances(bare), prompt_chances(batch)) and losses(bare, Schedule()).keys() == losses(batch, Schedule()).keys()
+
+
+def test_checkpointing_changes_nothing(batch):
+    "Losses to the bit, gradients nearly; and a round keeps next to nothing."
+    def kept(schedule: Schedule) -> int:
+        "Bytes that the forward pass keeps for the backward pass, the encoder's and parameters apart."
+        teacher, student = networks()
+        with torch.no_grad(): narrow, wide = student.encode(batch.student_pixels), teacher.encode(batch.teacher_pixels)
+        owned = {t.untyped_storage().data_ptr() for t in (*student.state_dict().values(), *narrow.tracker, *narrow.detector)}
+        saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
+        def pack(t: torch.Tensor) -> torch.Tensor: return saved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage()) and t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): terms = stage1.prompt_losses(teacher, student, wide, narrow, batch, schedule)
+        assert terms
+        return sum(storage.nbytes() for at, storage in saved.items() if at not in owned)
+    plain, again = Schedule(refinements=2, checkpoint=0), Schedule(refinements=2, checkpoint=1)
+    (a, ga), (b, gb) = gradients(plain, batch), gradients(again, batch)
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-6, atol=0) for k in a) and ga.keys() == gb.keys()
+    for n in ga: torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=nothing(ga), msg=n)
+    assert kept(again) < 0.1 * kept(plain)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_no_host_reads(batch, case):
+    "Neither forward nor backward waits for the device; with sizes of pictures, instances and prompts of all kinds."
+    teacher, student = load_teacher("toy"), build_student("es-ev-s", networks()[0])
+    with elsewhere() as device:
+        task = Stage1(teacher.to(device), student.to(device), Schedule(checkpoint=1, **OPTIONS[case]))
+        whole = task.counts(batch)
+        with reads() as found: sum(task(batch, whole).values()).backward()
+        assert not found, "\n".join(found)
+
+
+def test_unmarked_instances_are_counted_by_how_many_are_sought(batch):
+    "What the teacher finds does not change what losses are divided by."
+    bare = some_instances(batch, torch.zeros(0, dtype=torch.long))
+    task = Stage1(*networks(), Schedule(), sampled=5)
+    assert task.counts(bare) == {"images": 4, "instances": 20} and task.counts(batch)["instances"] == len(batch.image)
+    with torch.no_grad():
+        few, many = task(bare), task(bare, {"images": 4, "instances": 40})
+    assert few["distill"] > 0 and torch.allclose(few["distill"], 2 * many["distill"])
 
 
 TASK = {"task mask", "task iou", "task score"}
@@ -130,14 +233,13 @@ def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
 
 
 def live_source(pictures, kept, seed: int, size: int):
-    "What `cached_source` draws, seen by the teacher itself."
-    cached = cached_source(load_recipe("tiny"), Schedule(batch_size=size), pictures, kept, SIDES, seed)
-    def batch_at(step: int, rank: int, ranks: int):
-        samples = stage1.draw(pictures, seed, step, size, rank, ranks)
-        batch = collate_images(samples, *SIDES, rng=rng_at(seed, step, rank))
-        assert all(torch.equal(a, b) for a, b in zip(batch.masks, cached(step, rank, ranks).masks)), "the same replays"
-        return batch
-    return batch_at
+    "What `CachedSteps` draws, seen by the teacher itself."
+    class Live(CachedSteps):
+        def collated(self, samples, rngs, rng):
+            batch, cached = collate_images(samples, *SIDES, self.most, rngs), super().collated(samples, rngs, rng)
+            assert all(torch.equal(a, b) for a, b in zip(batch.masks, cached.masks)), "the same replays"
+            return batch
+    return Live(load_recipe("tiny"), Schedule(batch_size=size), pictures, kept, SIDES, seed)
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +274,8 @@ def test_cached_run_is_a_live_run(cached_run, tmp_path, monkeypatch):
     cached, live = ([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (folder, tmp_path))
     for a, b in zip(cached, live, strict=True):
         assert a["features"] == pytest.approx(b["features"], rel=2e-3) and a["distill"] == pytest.approx(b["distill"], rel=0.03) and a["loss"] == pytest.approx(b["loss"], rel=0.03)
-    batch = cached_source(load_recipe("tiny"), schedule, pictures, cache, SIDES, 42)(0, 0, 1)
-    right, exchanged, seen = (float(losses(b, schedule)["distill"]) for b in (batch, replace(batch, trunk=batch.trunk.pick([1, 2, 3, 0])), source(0, 0, 1)))
+    batch = CachedSteps(load_recipe("tiny"), schedule, pictures, cache, SIDES, 42)[Part(0)]
+    right, exchanged, seen = (float(losses(b, schedule)["distill"]) for b in (batch, replace(batch, trunk=batch.trunk.pick([1, 2, 3, 0])), source[Part(0)]))
     assert right == pytest.approx(seen, rel=0.02) and exchanged != pytest.approx(seen, rel=0.05)
 
 
@@ -193,4 +295,4 @@ def test_killed_cached_run_continues(tmp_path, monkeypatch):
     assert "features to write: 48 pictures of 0.0172 MB" in finish(whole)
     reports = {name: json.loads((place / "report.json").read_text()) for name, place in folder.items()}
     assert 0 < reports["cut"].pop("timing")["steps"] < STEPS == reports["whole"].pop("timing")["steps"] and reports["cut"] == reports["whole"]
-    for name in ("metrics.jsonl", "student/model.safetensors"): assert (folder["cut"] / name).read_bytes() == (folder["whole"] / name).read_bytes(), name
+    for name in ("metrics.jsonl", "student/model.safetensors"): assert content(folder["cut"] / name) == content(folder["whole"] / name), name
