@@ -276,12 +276,12 @@ class Stage3(nn.Module):
         "Losses by name; those of the parts of a step add up to the step's."
         whole, pointed = self.counts(batch) if whole is None else whole, pointed_at(batch)
         of = lambda prefix: {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
-        batch, out = batch.to(self.student.device), {}
+        clips, batch, out = batch.clips, replace(batch, clips=None).to(self.student.device), {}
         if batch.images: out |= self.on_images(batch, pointed.to(self.student.device), whole, of("prompt "))
         if batch.shown:
             told = self.concepts(batch.shown, batch.shown_asked, self.wide(batch.shown), self.narrow(batch.shown), of("frame "))
             out |= {f"frame {k}": v for k, v in told.items()}
-        if batch.clips: out |= {f"clip {k}": v for k, v in self.tracking(batch.clips, of("clip ")).items()}
+        if clips: out |= {f"clip {k}": v for k, v in self.tracking(clips, of("clip ")).items()}  # which moves them itself, after a look at them
         return out or nothing_learned(self.student)
 
     def concepts(self, images: ImageBatch, asked: Questions, wide: Features, narrow: Features,
