@@ -269,6 +269,7 @@ def test_kind_and_frames_are_the_steps(batch):
     lesson = FirstLesson(task_of(), networks()[1])
     seeds = range(400)
     kinds = [stage2.draw_kind(4, torch.Generator().manual_seed(s)) for s in seeds]
+    assert kinds == [stage2.draw_kind(4, torch.Generator().manual_seed(s)) for s in seeds]
     assert all(abs(kinds.count(k) / 400 - share) < 0.08 for k, share in stage2.KINDS.items())
     assert "mask" not in [stage2.draw_kind(1, torch.Generator().manual_seed(s)) for s in range(50)]
     drawn = {s: lesson.frames(replace(batch, seed=s)) for s in range(20)}
@@ -317,7 +318,7 @@ def test_checkpointing_keeps_little(batch):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): terms = losses(task, batch)
         assert terms
         return sum(storage.nbytes() for at, storage in saved.items() if at not in owned)
-    assert kept(checkpoint=1) < 0.15 * kept()
+    assert kept(checkpoint=1) < 0.02 * kept()
 
 
 def test_late_tracks_are_trained_in_their_own_time():
