@@ -246,13 +246,16 @@ def map_terms(names: Sequence[str],                          # of `MAP_LOSSES`
               whole: float | Tensor | None = None,           # pictures of the whole step; None: these are all
               seeds: Sequence[int] | None = None             # of each picture, for the losses of picked cells
               ) -> dict[str, Tensor]:                        # name → scalar
-    "Some of the optional feature losses, means over the maps of the sums over pictures divided by `whole`. `ValueError` for a name that is none of them."
+    """Some of the optional feature losses: sums over pictures divided by `whole`, means over maps.
+
+    `ValueError` for a name that is none of them."""
     for name in names:
         if name not in MAP_LOSSES: raise ValueError(nearest(name, MAP_LOSSES, "feature loss"))
     triples = list(zip(student, teacher, [None] * len(student) if valid is None else valid, strict=True))
     pictures = len(student[0]) if whole is None else whole
     chance = lambda name: {} if name == "attention" else {"seeds": seeds}
-    return {name: over_count(torch.stack([MAP_LOSSES[name](*m, **chance(name)) for m in triples]).mean(0).sum(), pictures) for name in names}
+    losses = lambda name: torch.stack([MAP_LOSSES[name](*m, **chance(name)) for m in triples]).mean(0)
+    return {name: over_count(losses(name).sum(), pictures) for name in names}
 
 # %% ../nbs/13_losses.ipynb #c068
 def mask_iou(logits: Tensor,              # [..., h, w]
@@ -293,7 +296,8 @@ def task_terms(masks: Tensor,          # [N, M, h, w] logits
                known: Tensor | None = None,   # [N] bool; an object without a known truth teaches nothing. None: all are known
                whole: Mapping[str, float | Tensor] | None = None  # objects of the whole step that are `there`, and `known`; None: these are all
                ) -> dict[str, Tensor]:        # scalars `mask`, `iou`, `score`
-    "L_task (§4.2): the best mask of the set against the truth and the IoU head, summed over objects that are there, and the object score, over known ones; each over the count in `whole`."
+    """L_task (§4.2): the best mask of the set against the truth and the IoU head, summed over objects that are there, and the object score,
+    summed over known ones; each sum divided by its count in `whole`."""
     per_mask = mask_loss(masks, target[:, None].expand_as(masks), None if valid is None else valid[:, None], focal=focal)
     seen = torch.ones_like(object_logits, dtype=torch.float32) if known is None else known.float()
     here = seen if present is None else seen * present
