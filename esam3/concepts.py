@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ARTICLES', 'JOINS', 'LINKS', 'COST', 'WEIGHTS', 'text_digest', 'PhraseBook', 'vocabulary', 'content_words',
-           'head_noun', 'masked', 'token_bags', 'Confusables', 'Asking', 'Questions', 'ask', 'concepts_of', 'Targets',
-           'true_targets', 'taught_targets', 'match_cost', 'match', 'soft_focal', 'concept_losses', 'of_rows',
-           'worth_imitating', 'keep_concepts']
+           'head_noun', 'masked', 'token_bags', 'Confusables', 'Asking', 'Questions', 'ask', 'question_counts',
+           'concepts_of', 'Targets', 'true_targets', 'taught_targets', 'box_giou', 'match_cost', 'halved',
+           'halved_masks', 'match_all', 'match', 'soft_focal', 'concept_losses', 'worth_imitating', 'keep_concepts']
 
 # %% ../nbs/31_concepts.ipynb #c003
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
+from torchvision.ops import box_convert
 
 from .core import Frames, atomically, cache_dir, weights_digest
 from .data import ImageBatch
-from .losses import focal_factor, mask_loss, mean_of, soft_target
+from .losses import focal_factor, mask_loss, over_count, soft_target
 from .teacher import Concepts, Detections, Features, Sam3
+from .training import recomputed
 
 # %% ../nbs/31_concepts.ipynb #c006
 def text_digest(model: Sam3) -> str:
@@ -38,9 +39,12 @@ def text_digest(model: Sam3) -> str:
 
 # %% ../nbs/31_concepts.ipynb #c008
 class PhraseBook:
-    "Embeddings of noun phrases by a model's text encoder, computed one by one (so that none depends on its neighbours) and kept on disk."
+    """Embeddings of noun phrases by a model's text encoder, computed one by one (so that none depends on its neighbours) and
+    kept on disk; the last `most` on the device."""
 
-    def __init__(self, model: Sam3): self.model, self.folder, self.kept = model, cache_dir() / f"text-{text_digest(model)}", {}
+    def __init__(self, model: Sam3, most: int = 16384):
+        self.model, self.folder, self.most = model, cache_dir() / f"text-{text_digest(model)}", most
+        self.kept: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def __call__(self, phrases: Sequence[str | None]  # None: exemplars alone
                  ) -> tuple[Tensor, Tensor]:          # tokens [N, L, C], which of them count [N, L] bool
@@ -49,11 +53,19 @@ class PhraseBook:
         if not phrases:
             width = self.model.detector_model.text_projection.out_features
             return torch.zeros(0, 0, width, device=device), torch.zeros(0, 0, dtype=torch.bool, device=device)
-        words = self.model.concepts(phrases, torch.zeros(len(phrases), dtype=torch.long, device=device))
-        rows = [tuple(ids[m.bool()].tolist()) for ids, m in zip(words.input_ids, words.attention_mask)]
-        for ids in {*rows} - self.kept.keys(): self.kept[ids] = self._read(ids)
-        tokens = pad_sequence([self.kept[ids] for ids in rows], batch_first=True).to(device)
-        return tokens, torch.tensor([[k < len(ids) for k in range(tokens.shape[1])] for ids in rows], device=device)
+        words = self.model.concepts(phrases, torch.zeros(len(phrases), dtype=torch.long))  # on the CPU
+        ids, counts = words.input_ids.tolist(), words.attention_mask.tolist()
+        rows = [tuple(i for i, c in zip(*row) if c) for row in zip(ids, counts)]
+        tokens = pad_sequence([self._tokens(ids, device) for ids in rows], batch_first=True)
+        counted = torch.tensor([[k < len(ids) for k in range(tokens.shape[1])] for ids in rows])
+        return tokens, counted.to(device, non_blocking=True)
+
+    def _tokens(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
+        "[L, C] of one phrase on a device."
+        if (found := self.kept.get((device, ids))) is None:
+            found = self.kept[device, ids] = self._read(ids).to(device)
+            if len(self.kept) > self.most: del self.kept[next(iter(self.kept))]
+        return found
 
     @torch.no_grad()
     def _read(self, ids: tuple[int, ...]) -> Tensor:
@@ -229,13 +241,21 @@ def ask(batch: ImageBatch, rngs: Sequence[np.random.Generator],  # of each pictu
     return Questions(torch.tensor(image, dtype=torch.long), phrases, kinds, members, torch.tensor(known, dtype=torch.bool),
                      torch.tensor(boxes, dtype=torch.float32).view(-1, 2, 4), torch.tensor(labels, dtype=torch.long).view(-1, 2))
 
+# %% ../nbs/31_concepts.ipynb #c018c
+def question_counts(asked: Questions | None) -> dict[str, float]:
+    """What `task` terms (`concepts`, their `targets`) and `distill` terms (`asked`, `asked targets`) are divided by.
+    Questions on the CPU, or none."""
+    known, sizes = ([], []) if asked is None else (asked.known.tolist(), [*map(len, asked.members)])
+    return {"concepts": float(sum(known)), "targets": float(sum(n for n, k in zip(sizes, known) if k)),
+            "asked": float(len(known)), "asked targets": float(sum(sizes))}
+
 # %% ../nbs/31_concepts.ipynb #c020
 def concepts_of(model: Sam3, book: PhraseBook, asked: Questions, frames: Frames) -> Concepts:
     "Questions as a model's `detect` takes them."
     tokens, counted = book(asked.phrases)
-    boxes = box_convert(frames.boxes(asked.boxes, asked.image, "source", model.frame) / model.image_size, "xyxy", "cxcywh")
-    shown = bool((asked.labels != -10).any())
-    return Concepts(asked.image, tokens.new_zeros(tokens.shape[:2], dtype=torch.long), counted, boxes if shown else None, asked.labels if shown else None, tokens)
+    boxes = frames.boxes(asked.boxes, asked.image, "source", model.frame) / model.image_size
+    unread = torch.zeros_like(counted, dtype=torch.long)
+    return Concepts(asked.image, unread, counted, box_convert(boxes, "xyxy", "cxcywh"), asked.labels, tokens)
 
 # %% ../nbs/31_concepts.ipynb #c023
 @dataclass
@@ -247,18 +267,16 @@ class Targets:
     presence: Tensor  # [N] in 0…1
     union: Tensor     # [N, h, w] in 0…1
 
-    def rows(self, some: Tensor) -> "Targets": return Targets(*(x[some] for x in (self.boxes, self.masks, self.scores, self.presence, self.union)))
-
 
 def true_targets(asked: Questions, batch: ImageBatch, frame: str, size: int) -> Targets:
     "The truth of N questions in a frame, masks `size` cells wide. Rows that are not `known` say nothing."
-    device, most = batch.boxes.device, max([1, *map(len, asked.members)])
-    index = torch.tensor([[*m, *[0] * (most - len(m))] for m in asked.members], dtype=torch.long, device=device).view(-1, most)
-    real = torch.tensor([[k < len(m) for k in range(most)] for m in asked.members], dtype=torch.bool, device=device).view(-1, most)
-    if not len(batch.boxes): index, real = index[:, :0], real[:, :0]
+    device, most = batch.boxes.device, max([1, *map(len, asked.members)]) if len(batch.boxes) else 0
+    rows = [([*m, *[0] * (most - len(m))], [k < len(m) for k in range(most)]) for m in asked.members]
+    index, real = torch.tensor(rows, dtype=torch.long).view(len(rows), 2, most).to(device, non_blocking=True).unbind(1)
     boxes = batch.frames.boxes(batch.boxes, batch.image, "source", frame) / batch.frames.side(frame)
     masks = batch.frames.rasterise(batch.masks, frame, size)[index] * real[..., None, None]
-    return Targets(boxes[index], masks, real.float(), real.any(1).float(), masks.amax(1) if masks.shape[1] else masks.new_zeros(len(index), size, size))
+    union = masks.amax(1) if most else masks.new_zeros(len(index), size, size)
+    return Targets(boxes[index], masks, real.float(), real.any(1).float(), union)
 
 # %% ../nbs/31_concepts.ipynb #c025
 @torch.no_grad()
@@ -269,11 +287,13 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
                    ) -> Targets:
     "A teacher's answer, moved from its frame to another: what it finds with its scores, presence and masks as probabilities."
     p = found.logits.float().sigmoid()
-    most = max([1, *(p > least).sum(1).tolist()])
+    most = max([1, *(p > least).sum(1).tolist()])  # all that is read: of these, masks are drawn
     best, query = p.topk(most, 1)
     row = torch.arange(len(p), device=p.device)[:, None]
+    drawn = found.masks is not None
+    chosen = found.masks[row, query] if drawn else torch.einsum("nkc,nchw->nkhw", found.queries[row, query], found.pixels)
     boxes = frames.boxes(found.boxes[row, query].float() * frames.side(src), image, src, dst) / frames.side(dst)
-    masks = soft_target(frames.maps(found.masks[row, query], src, dst, size, image), temperature)
+    masks = soft_target(frames.maps(chosen, src, dst, size, image), temperature)
     union = soft_target(frames.maps(found.semantic, src, dst, size, image)[:, 0], temperature)
     return Targets(boxes, masks, best * (best > least), found.presence.float().sigmoid(), union)
 
@@ -281,33 +301,71 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
 COST: Mapping[str, float] = {"class": 2.0, "l1": 5.0, "giou": 2.0, "mask": 2.0}
 
 
-def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,   # of Q candidates: [Q] and masks [Q, h, w] in 0…1, boxes [Q, 4]
-               goal_boxes: Tensor, goal_masks: Tensor          # of K targets
-               ) -> Tensor:                                    # [Q, K] float32
+def box_giou(a: Tensor, b: Tensor,  # xyxy boxes [..., 4] that broadcast against each other
+             eps: float = 0.0       # 0: nan of two boxes without an area
+             ) -> Tensor:           # [...]
+    "Generalised IoU, -1…1; torchvision's own picks out those that meet, for which a GPU is waited for."
+    area = lambda size: size[..., 0] * size[..., 1]
+    more, less = torch.maximum, torch.minimum
+    inter = area((less(a[..., 2:], b[..., 2:]) - more(a[..., :2], b[..., :2])).clamp(min=0))
+    hull = area(more(a[..., 2:], b[..., 2:]) - less(a[..., :2], b[..., :2]))
+    union = area(a[..., 2:] - a[..., :2]) + area(b[..., 2:] - b[..., :2]) - inter
+    return inter / (union + eps) - (hull - union) / (hull + eps)
+
+
+def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,  # of Q candidates, [..., Q, …]; masks [..., Q, h, w] in 0…1
+               goal_boxes: Tensor, goal_masks: Tensor         # of K targets, [..., K, …]
+               ) -> Tensor:                                   # [..., Q, K] float32
     "What it costs that a candidate stands for a target. Boxes are xyxy fractions. In float32, whatever autocast does."
-    scores, boxes, a, goal_boxes, b = (x.float() for x in (scores, boxes, masks.flatten(1), goal_boxes, goal_masks.flatten(1)))
+    scores, boxes, goal_boxes, a, b = (x.float() for x in (scores, boxes, goal_boxes, masks.flatten(-2), goal_masks.flatten(-2)))
     with torch.autocast(scores.device.type, enabled=False):
-        dice = 1 - (2 * a @ b.T + 1) / (a.sum(1)[:, None] + b.sum(1) + 1)
+        dice = 1 - (2 * a @ b.mT + 1) / (a.sum(-1)[..., None] + b.sum(-1)[..., None, :] + 1)
         l1 = torch.cdist(box_convert(boxes, "xyxy", "cxcywh"), box_convert(goal_boxes, "xyxy", "cxcywh"), p=1)
-    giou = generalized_box_iou(boxes, goal_boxes).nan_to_num(nan=-1.0)  # of two boxes without an area there is none
-    return -COST["class"] * scores[:, None] + COST["l1"] * l1 - COST["giou"] * giou + COST["mask"] * dice
+    giou = box_giou(boxes[..., :, None, :], goal_boxes[..., None, :, :]).nan_to_num(nan=-1.0)
+    return -COST["class"] * scores[..., None] + COST["l1"] * l1 - COST["giou"] * giou + COST["mask"] * dice
 
 # %% ../nbs/31_concepts.ipynb #c030
+def halved(masks: Tensor) -> Tensor:
+    "Masks [..., h, w] at half their sides, float32."
+    small = F.avg_pool2d(masks.flatten(0, -3)[:, None].float(), 2)
+    return small.view(*masks.shape[:-2], *small.shape[2:])
+
+
+def halved_masks(found: Detections) -> Iterator[Tensor]:
+    "Masks in 0…1 of all candidates at half their sides, layer after layer: [N, Q, 2g, 2g] float32."
+    if found.masks is not None: yield from (halved(masks.float().sigmoid()) for masks in found.masks); return
+    pixels = F.avg_pool2d(found.pixels, 2)
+    yield from (torch.einsum("nqc,nchw->nqhw", queries, pixels).float().sigmoid() for queries in found.queries)
+
+
+def _assigned(cost: np.ndarray) -> Tensor:
+    "[M, 4] of costs [L, N, Q, K]: layer, concept, query, target; concepts ascend. Where costs are infinite there is no target."
+    rows = [np.zeros((0, 4), np.int64)]
+    for n, layer in np.ndindex(cost.shape[1], cost.shape[0]):
+        real = np.flatnonzero(np.isfinite(cost[layer, n, 0]))
+        q, k = linear_sum_assignment(cost[layer, n][:, real])
+        rows.append(np.stack([np.full_like(q, layer), np.full_like(q, n), q, real[k]], 1))
+    return torch.from_numpy(np.concatenate(rows))
+
+# %% ../nbs/31_concepts.ipynb #c030a
 @torch.no_grad()
-def match(found: Detections,  # with a leading axis of layers
-          goal: Targets) -> Tensor:  # [M, 4] long: layer, concept, query, target
-    "One candidate for each target with a score above 0, in each layer by itself."
-    small = lambda x: F.avg_pool2d(x.flatten(0, -3)[:, None].float(), 2).view(*x.shape[:-2], x.shape[-2] // 2, x.shape[-1] // 2)
-    masks, goals, scores = small(found.masks.float().sigmoid()), small(goal.masks), found.logits.float().sigmoid()
-    rows = [torch.zeros(0, 4, dtype=torch.long)]
-    for n in goal.scores.any(1).nonzero()[:, 0].tolist():
-        real = goal.scores[n] > 0
-        for layer in range(len(scores)):
-            cost = match_cost(scores[layer, n], found.boxes[layer, n].float(), masks[layer, n], goal.boxes[n, real], goals[n, real])
-            cost = cost.nan_to_num(nan=1e6, posinf=1e6)  # there must be an assignment: the losses say what is wrong
-            q, k = linear_sum_assignment(cost.numpy(force=True))
-            rows.append(torch.stack([torch.full((len(q),), layer), torch.full((len(q),), n), torch.tensor(q), real.nonzero()[:, 0].cpu()[k]], 1))
-    return torch.cat(rows).to(found.logits.device)
+def match_all(found: Detections,                   # with a leading axis of layers
+              goals: Sequence[Targets],            # sets of targets for the same N concepts
+              weights: Sequence[Tensor | None]     # [N] of each set; a concept of weight 0 is not matched
+              ) -> list[Tensor]:                   # [M, 4] long on the CPU of each: layer, concept, query, target
+    "One candidate for each target with a score above 0, in each layer and set by itself. The device is read once."
+    real = [g.scores > 0 if w is None else (g.scores > 0) & (w > 0)[:, None] for g, w in zip(goals, weights, strict=True)]
+    halves, cost = [halved(goal.masks) for goal in goals], []
+    for layer in zip(found.logits.float().sigmoid(), found.boxes.float(), halved_masks(found)):
+        cost.append(torch.cat([match_cost(*layer, goal.boxes, half) for goal, half in zip(goals, halves)], -1))
+    cost = torch.stack(cost).nan_to_num(nan=1e6, posinf=1e6)  # an assignment there must be: the losses say what is wrong
+    cost = cost.masked_fill(~torch.cat(real, 1)[None, :, None], torch.inf).numpy(force=True)
+    return [_assigned(c) for c in np.split(cost, np.cumsum([r.shape[1] for r in real])[:-1], -1)]
+
+
+def match(found: Detections, goal: Targets, weight: Tensor | None = None) -> Tensor:
+    "`match_all` for one set of targets."
+    return match_all(found, [goal], [weight])[0]
 
 # %% ../nbs/31_concepts.ipynb #c034
 WEIGHTS: Mapping[str, float] = {"presence": 1.0, "score": 4.0, "l1": 5.0, "giou": 2.0, "mask": 2.0, "union": 2.0}
@@ -319,34 +377,41 @@ def soft_focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
     return F.binary_cross_entropy_with_logits(x, t, reduction="none") * focal_factor((x.sigmoid() - t).abs(), gamma)
 
 # %% ../nbs/31_concepts.ipynb #c036
-def concept_losses(found: Detections,  # with a leading axis of layers
+def concept_losses(found: Detections,   # with a leading axis of layers
                    goal: Targets,
-                   valid: Tensor,      # [N, h, w] bool: the image, not its padding
-                   focal: float = 20.0  # of `losses.mask_loss`
+                   valid: Tensor,       # [N, h, w] bool: the image, not its padding
+                   focal: float = 20.0,  # of `losses.mask_loss`
+                   weight: Tensor | None = None,  # [N] 1: the concept counts, 0: it does not; none: all do
+                   whole: Mapping[str, float | Tensor] | None = None,  # `concepts`, `targets` of the step; none: of these
+                   matched: Tensor | None = None,  # of `match`
+                   recompute: bool = False         # mask losses are computed again in the backward pass
                    ) -> dict[str, Tensor]:
-    """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts. Means over layers:
-    of boxes and masks over targets (weighted by their scores), of presence over concepts."""
-    layer, concept, query, target = match(found, goal).unbind(1)
-    scores = goal.scores.float()
-    sure, total = scores[concept, target], scores.sum().clamp(min=1) * len(found.logits)
+    """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts.
+
+    Means over layers: of scores, boxes and masks over targets (weighted by their scores), of presence and union over concepts."""
+    counts = torch.ones_like(goal.presence, dtype=torch.float32) if weight is None else weight.float()
+    if matched is None: matched = match(found, goal, weight)
+    layer, concept, query, target = matched.to(counts.device, non_blocking=True).unbind(1)
+    scores, there = goal.scores.float() * counts[:, None], goal.presence.float()
+    sure, layers = scores[concept, target], len(found.logits)
+    whole = {"targets": scores.sum(), "concepts": counts.sum()} if whole is None else whole
     wanted = torch.zeros_like(found.logits, dtype=torch.float32); wanted[layer, concept, query] = sure
-    mean = lambda each: (each * sure).sum() / total
+    score = soft_focal(found.logits, wanted).sum(-1)
+    presence = F.binary_cross_entropy_with_logits(found.presence.float(), there.expand_as(score), reduction="none")
     got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target].float()
     l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
-    there = goal.presence.float().expand_as(found.presence)
-    out = {"presence": mean_of(F.binary_cross_entropy_with_logits(found.presence.float(), there, reduction="none")),
-           "score": (soft_focal(found.logits, wanted) * there[..., None]).sum() / total,
-           "l1": mean(l1), "giou": mean(generalized_box_iou_loss(got, want)),
-           "mask": mean(mask_loss(found.masks[layer, concept, query], goal.masks[concept, target], valid[concept], focal=focal)),
-           "union": mean_of(mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal))}
-    return {k: WEIGHTS[k] * v for k, v in out.items()}
+    def masks() -> Tensor:
+        each = mask_loss(found.masks_of(matched[:, :3]), goal.masks[concept, target], valid[concept], focal=focal)
+        return (each * sure).sum()
+    def union() -> Tensor: return (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
+    of_concepts = {"presence": (presence * counts).sum() / layers, "union": recomputed(union, recompute)()}
+    of_targets = {"score": (score * there * counts).sum(), "l1": (l1 * sure).sum(),
+                  "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(), "mask": recomputed(masks, recompute)()}
+    means = {k: over_count(v, whole["concepts"]) for k, v in of_concepts.items()}
+    means |= {k: over_count(v, whole["targets"]) / layers for k, v in of_targets.items()}
+    return {k: weight * means[k] for k, weight in WEIGHTS.items()}
 
 # %% ../nbs/31_concepts.ipynb #c044
-def of_rows(found: Detections, some: Tensor) -> Detections:
-    "The detections (with a leading axis of layers) of some concepts."
-    return Detections(found.boxes[:, some], found.logits[:, some], found.presence[:, some], found.masks[:, some], found.semantic[some], found.read[some] if found.read is not None else None)
-
-
 def worth_imitating(taught: Targets, truth: Targets, known: Tensor) -> Tensor:
     "[N] bool: the teacher's presence agrees with the truth, or the truth is not known."
     return ~known | ((taught.presence > 0.5) == (truth.presence > 0.5))

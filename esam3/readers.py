@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NO_MEDIA', 'Where', 'ENDS_EARLY', 'Fields', 'ID', 'TEXT', 'TRUTHS', 'bad_only', 'some_there', 'tar_index',
            'kept_places', 'below', 'places', 'sizes_of', 'digest_of', 'folder_index', 'fields_of', 'stated_size',
-           'rle_size', 'choose', 'Sa1b', 'TooShort', 'SaV', 'masks_in', 'by_picture', 'same_sized', 'ids_of', 'Davis',
-           'SaCoImages', 'SaCoVideo', 'Videos']
+           'rle_size', 'choose', 'counted', 'Sa1b', 'TooShort', 'SaV', 'masks_in', 'by_picture', 'same_sized', 'ids_of',
+           'Davis', 'SaCoImages', 'SaCoVideo', 'Videos']
 
 # %% ../nbs/01b_readers.ipynb #c003
-import hashlib, json, tarfile
+import hashlib, json, os, tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, wraps
@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from .core import atomically, cache_dir, fingerprint, nearest
 from .samples import (PICTURES, VIDEOS, VOID, BadSample, ClipSample, ImageSample, Phrase, RunMasks, Video, checked_rle, components, decode_rle,
@@ -195,6 +196,11 @@ def choose(n: int, limit: int, rng: np.random.Generator | None) -> list[int]:
     return list(range(limit)) if rng is None else sorted(rng.choice(n, limit, replace=False).tolist())
 
 # %% ../nbs/01b_readers.ipynb #c011
+def counted(places: Sequence[Path], what: str) -> Iterable[Path]:
+    "Many places one by one, with a bar; other ranks than the first show none."
+    return tqdm(places, desc=what, leave=False, mininterval=1, disable=len(places) < 2 or os.environ.get("RANK", "0") != "0")
+
+
 class Sa1b:
     """SA-1B pictures: `NAME.jpg` beside `NAME.json`, in tars (read in place) or loose in a folder.
 
@@ -208,7 +214,7 @@ class Sa1b:
         found = [s for p in found for s in (self._tars(p) or [p] if p.is_dir() else [p])]
         self.sources = kept_places(found, without)
         if not self.sources: raise FileNotFoundError(f"nothing at {path} without {without}")
-        found = [folder_index(p, without) if p.is_dir() else tar_index(p) for p in self.sources]
+        found = [folder_index(p, without) if p.is_dir() else tar_index(p) for p in counted(self.sources, "index")]
         self.notes += [(ENDS_EARLY, str(p)) for p, f in zip(self.sources, found) if not f["whole"]]
         self.names, self.spans = (np.concatenate([f[k] for f in found]) for k in ("names", "spans"))
         self.source = np.repeat(np.arange(len(found)), [len(f["names"]) for f in found])

@@ -60,7 +60,8 @@ def open_stage(stage: int, recipe: Mapping, variant: str, teacher: str, schedule
 
     `ValueError` where the batch does not divide among ranks, or the folder has other settings; `RuntimeError` where another process uses it."""
     schedule.micro_batches(ranks().num_processes)
-    settings = {"stage": stage, "variant": variant, "recipe": {k: recipe[k] for k in ("name", "sampling", "augment")}, "data": digests(recipe, kinds),
+    with ranks().main_process_first(): data = digests(recipe, kinds)  # the first one indexes, and the others find it done
+    settings = {"stage": stage, "variant": variant, "recipe": {k: recipe[k] for k in ("name", "sampling", "augment")}, "data": data,
                 "teacher": model_name(teacher), "schedule": asdict(schedule), "ranks": ranks().num_processes, "seed": seed, **more}
     with ranks().main_process_first():  # only the first one removes a run that is begun anew
         if ranks().is_main_process: hold(runs_folder(runs) / recipe["name"] / variant / f"stage{stage}")

@@ -153,3 +153,26 @@ def test_precision_is_said_and_not_guessed_from_the_processor(monkeypatch):
         assert pick_precision(cuda) == best and [pick_precision(cuda, p) for p in PRECISIONS] == [*PRECISIONS]
     with pytest.raises(ValueError, match="scales its losses on a GPU only"): pick_precision(cpu, "fp16")
     with pytest.raises(ValueError, match="did you mean 'fp16'"): pick_precision(cpu, "fp61")
+
+
+# ---- what is seen while it runs
+
+def test_every_line_says_what_its_step_took(tmp_path):
+    "And the account sums it up: 4 samples a step."
+    account = train(tmp_path, steps=6)[1]
+    timing = [row["timing"] for row in lines(tmp_path)]
+    assert all(set(t) == {"seconds", "waits", "per_second", "memory_gb", "left"} for t in timing) and timing[-1]["left"] == 0 < timing[0]["left"]
+    assert account["per_second"] == pytest.approx(24 / account["seconds"]) and sum(t["seconds"] for t in timing) <= account["seconds"] + 1e-3
+
+
+def test_curves_go_to_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    train(tmp_path, steps=7, log_to="tensorboard", stop=6)
+    train(tmp_path, steps=7, log_to="tensorboard")  # goes on from step 6
+    place = next(p for p in tmp_path.rglob("events.*")).parent
+    events = EventAccumulator(str(place)); events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [*range(7)] and events.Scalars("loss")[3].value == pytest.approx(lines(tmp_path)[3]["loss"])
+
+
+def test_a_tracker_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="log_to='tensorbord': accelerate knows no such tracker here .*tensorboard"): train(tmp_path, log_to="tensorbord")

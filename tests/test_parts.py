@@ -1,0 +1,88 @@
+"A step is the same step whoever works it off: by two processes, or in micro-batches, its losses are those of one process with the whole batch."
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from esam3 import training
+from esam3.perceiver import SpatialPerceiver
+from esam3.stage1 import run_stage1
+from esam3.stage2 import run_stage2
+from esam3.stage3 import run_stage3
+from esam3.training import in_ranks
+from logs import rows
+
+STEPS = 20 if os.environ.get("ESAM3_FULL") else 3
+RUN = {1: run_stage1, 2: run_stage2, 3: run_stage3}
+COMMON = dict(variant="es-ev-s", recipe="tiny", steps=STEPS, batch_size=4, every=100)
+OWN = {1: {"eval_images": 1}, 2: {"brief": True, "eval_clips": 1, "eval_frames": 2, "lesson_steps": 2, "options": {"back": 0.5}},
+       3: {"brief": True, "eval_images": 1, "lesson_steps": 2, "options": {"clip_every": 1, "alternate": False}}}
+PARTS = {"two processes": {"ranks": 2}, "micro-batches": {"micro_batch": 2}, "both": {"ranks": 2, "micro_batch": 1}}
+APART = ("things", "told apart")  # how the instances of a part differ from one another: of the parts by themselves
+
+
+def still(stage_run: Callable[..., Path], live: bool = False, **given) -> Path:
+    "A run whose batch norms keep their statistics, and whose Perceiver drops nothing out: what is left to chance is of the slots."
+    train_mode = training.train_mode
+    def frozen(task: nn.Module, parent: bool = True) -> None:
+        train_mode(task, parent)
+        for m in task.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and not live: m.eval()
+            if isinstance(m, SpatialPerceiver):
+                for d in m.modules():
+                    if isinstance(d, nn.Dropout): d.p = 0.0
+    training.train_mode = frozen
+    try: return stage_run(**given)
+    finally: training.train_mode = train_mode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    "A stage by one process with the whole batch, from the one before; run when it is first asked for."
+    done: dict[int, Path] = {}
+    def of(stage: int) -> Path:
+        if stage not in done: done[stage] = trained(stage, tmp_path_factory.mktemp("whole"), of(stage - 1) if stage > 1 else None)
+        return done[stage]
+    return of
+
+
+def trained(stage: int, runs: Path, after: Path | None, ranks: int = 1, **more) -> Path:
+    options = {**OWN[stage].get("options", {}), **({"lambda1": 4.0} if stage == 3 else {})}
+    given = COMMON | OWN[stage] | {"options": options} | more | ({"student": str(after / "student")} if after else {})
+    return in_ranks(still, ranks, stage_run=RUN[stage], runs=str(runs), **given)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("stage", RUN)
+def test_losses_are_those_of_the_whole_batch(stage, parts, whole, tmp_path):
+    "1e-5 at the first step, 1e-3 relative over all; what is logged are the sums over all parts."
+    one, folder = whole(stage), trained(stage, tmp_path, whole(stage - 1) if stage > 1 else None, **PARTS[parts])
+    for log in ("metrics.jsonl", "lesson/metrics.jsonl") if stage > 1 else ("metrics.jsonl",):
+        a, b = rows(one / log), rows(folder / log)
+        assert len(a) == len(b) and a[0].keys() == b[0].keys()
+        for step, (x, y) in enumerate(zip(a, b)):
+            told = [k for k in x if k not in (*APART, "loss", "gradient")] + ([] if {*APART} & x.keys() else ["loss", "gradient"])
+            close = 1e-5 if step == 0 else 1e-3
+            off = {k: (x[k], y[k]) for k in told if not math.isclose(x[k], y[k], rel_tol=close, abs_tol=2e-5)}
+            assert not off, (log, step, off)
+    settings = json.loads((folder / "report.json").read_text())["settings"]
+    assert (settings["ranks"], settings["schedule"]["micro_batch"]) == (PARTS[parts].get("ranks", 1), PARTS[parts].get("micro_batch", 0))
+
+
+def test_live_statistics_are_of_each_part(tmp_path):
+    "With them a part is normalised by itself: the gap is small and it is there."
+    a, b = (rows(in_ranks(still, 1, stage_run=run_stage1, live=True, runs=str(tmp_path / str(m)), micro_batch=m, **COMMON, **OWN[1]) / "metrics.jsonl")[0] for m in (0, 2))
+    assert 1e-4 < abs(a["loss"] - b["loss"]) / a["loss"] < 0.3
+
+
+def test_synchronised_batch_norm_on_cuda():
+    "What `fit` makes of a task of several ranks there; it cannot be computed on a CPU."
+    norms = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    weight = norms[1].weight
+    same = training.convert_sync_batchnorm(norms)
+    assert isinstance(same[1], torch.nn.SyncBatchNorm) and same[1].weight is weight and isinstance(same[1], nn.modules.batchnorm._BatchNorm)
