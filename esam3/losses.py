@@ -167,10 +167,11 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Se
 def pick_cells(maps: Tensor,          # [B, C, h, w]
                valid: Tensor | None,  # [B, h, w] bool; all cells when missing
                count: int,            # cells wanted of each map
-               generator: Generator | None = None  # on the maps' device
+               seeds: Sequence[int] | None = None  # of each map; None: 0, 1, …
                ) -> tuple[Tensor, Tensor]:         # flat indices [B, K] long, K = min(count, h·w); [B, K] bool
-    "Random valid cells of each map, each at most once. The second answer is False where a map had no more of them."
-    chance = torch.rand(maps[:, 0].shape, generator=generator, device=maps.device)
+    "Random valid cells of each map by its own seed, each at most once. The second answer is False where a map had no more of them."
+    drawn = [torch.rand(maps.shape[2:], generator=Generator().manual_seed(s)) for s in seeds or range(len(maps))]
+    chance = torch.stack(drawn).to(maps.device) if drawn else maps.new_zeros(maps[:, 0].shape, dtype=torch.float32)
     if valid is not None: chance = chance.masked_fill(~valid, -1)
     best, cells = (flat := chance.flatten(1)).topk(min(count, flat.shape[1]))
     return cells, best >= 0
@@ -199,9 +200,10 @@ def relational_loss(student: Tensor,              # [B, C, h, w]
                     valid: Tensor | None = None,  # [B, h, w] bool; False in the padding
                     distance: float = 1.0, angle: float = 2.0,  # weights (RKD's 25 : 50)
                     count: int = 32,              # cells of a picture
-                    generator: Generator | None = None) -> Tensor:  # [B]
+                    seeds: Sequence[int] | None = None  # of `pick_cells`
+                    ) -> Tensor:                        # [B]
     "Relational distillation (RKD): Huber losses of distances and angles between random cells."
-    cells, ok = pick_cells(teacher, valid, count, generator)
+    cells, ok = pick_cells(teacher, valid, count, seeds)
     pairs = ok[:, None] & ok[:, :, None] & ~torch.eye(ok.shape[1], dtype=torch.bool, device=ok.device)
     triples = pairs[..., None] & pairs[:, :, None] & pairs[:, None]
     (ds, cs), (dt, ct) = _relations(at_cells(student, cells), pairs), _relations(at_cells(teacher.detach(), cells), pairs)
@@ -224,9 +226,10 @@ def contrastive_loss(student: Tensor,              # [B, C, h, w]
                      teacher: Tensor,              # [B, C, h, w] in the student's frame
                      valid: Tensor | None = None,  # [B, h, w] bool; False in the padding
                      temperature: float = 0.07, count: int = 32,  # CRD's; cells of a picture
-                     generator: Generator | None = None) -> Tensor:  # [B]
+                     seeds: Sequence[int] | None = None  # of `pick_cells`
+                     ) -> Tensor:                        # [B]
     "Contrastive distillation after CRD: cross-entropy of finding the teacher's features of a cell among those of all picked cells of the batch."
-    cells, ok = pick_cells(teacher, valid, count, generator)
+    cells, ok = pick_cells(teacher, valid, count, seeds)
     s, t = (F.normalize(at_cells(m, cells).flatten(0, 1), dim=-1) for m in (student, teacher.detach()))
     with torch.autocast(s.device.type, enabled=False): logits = (s @ t.T / temperature).masked_fill(~ok.flatten(), -1e4)
     loss = F.cross_entropy(logits, torch.arange(len(s), device=s.device), reduction="none").view_as(ok)
@@ -240,14 +243,19 @@ MAP_LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 def map_terms(names: Sequence[str],                          # of `MAP_LOSSES`
               student: Sequence[Tensor], teacher: Sequence[Tensor],  # maps [B, C, h, w], the teacher's in the student's frame
               valid: Sequence[Tensor] | None = None,         # bool [B, h, w] for each map
-              whole: float | Tensor | None = None            # pictures of the whole step; None: these are all
+              whole: float | Tensor | None = None,           # pictures of the whole step; None: these are all
+              seeds: Sequence[int] | None = None             # of each picture, for the losses of picked cells
               ) -> dict[str, Tensor]:                        # name → scalar
-    "Some of the optional feature losses, means over the maps of the sums over pictures divided by `whole`. `ValueError` for a name that is none of them."
+    """Some of the optional feature losses: sums over pictures divided by `whole`, means over maps.
+
+    `ValueError` for a name that is none of them."""
     for name in names:
         if name not in MAP_LOSSES: raise ValueError(nearest(name, MAP_LOSSES, "feature loss"))
     triples = list(zip(student, teacher, [None] * len(student) if valid is None else valid, strict=True))
     pictures = len(student[0]) if whole is None else whole
-    return {name: over_count(torch.stack([MAP_LOSSES[name](*m) for m in triples]).mean(0).sum(), pictures) for name in names}
+    chance = lambda name: {} if name == "attention" else {"seeds": seeds}
+    losses = lambda name: torch.stack([MAP_LOSSES[name](*m, **chance(name)) for m in triples]).mean(0)
+    return {name: over_count(losses(name).sum(), pictures) for name in names}
 
 # %% ../nbs/13_losses.ipynb #c068
 def mask_iou(logits: Tensor,              # [..., h, w]
@@ -288,7 +296,8 @@ def task_terms(masks: Tensor,          # [N, M, h, w] logits
                known: Tensor | None = None,   # [N] bool; an object without a known truth teaches nothing. None: all are known
                whole: Mapping[str, float | Tensor] | None = None  # objects of the whole step that are `there`, and `known`; None: these are all
                ) -> dict[str, Tensor]:        # scalars `mask`, `iou`, `score`
-    "L_task (§4.2): the best mask of the set against the truth and the IoU head, summed over objects that are there, and the object score, over known ones; each over the count in `whole`."
+    """L_task (§4.2): the best mask of the set against the truth and the IoU head, summed over objects that are there, and the object score,
+    summed over known ones; each sum divided by its count in `whole`."""
     per_mask = mask_loss(masks, target[:, None].expand_as(masks), None if valid is None else valid[:, None], focal=focal)
     seen = torch.ones_like(object_logits, dtype=torch.float32) if known is None else known.float()
     here = seen if present is None else seen * present

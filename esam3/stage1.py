@@ -209,7 +209,7 @@ class Stage1(nn.Module):
         maps = ((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow))
         out = {"features": s.lambda1 * recomputed(feature_loss, again)(*maps, s.map_weights or None, whole["images"])} if s.lambda1 else {}
         if s.lambda2 or s.task: out |= prompt_losses(self.teacher, self.student, wide, narrow, self.settle(batch, wide), s, whole)
-        return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps, whole["images"]).items()}
+        return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps, whole["images"], batch.seeds).items()}
 
     def settle(self, batch: ImageBatch, wide: Features) -> ImageBatch:
         "The batch, with instances that the teacher sees where nobody has marked any."

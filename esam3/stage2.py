@@ -215,7 +215,8 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
     image, terms = batch.frame_index[:, t], {}
     valid = batch.frames.valid("student", answer.masks.shape[-1], image)
     if truth is not None:
-        told = task_terms(answer.masks, answer.iou, answer.object_logits, truth[:, t], valid, batch.visible[:, t], focal, batch.annotated[:, t], whole)
+        told = task_terms(answer.masks, answer.iou, answer.object_logits, truth[:, t], valid,
+                          batch.visible[:, t], focal, batch.annotated[:, t], whole)
         terms = {f"task {k}": v for k, v in told.items()}
     if shown is None: return terms
     right, target, sure = shown.right[:, t].float(), soft_target(shown.masks[:, t], temperature), shown.scores[:, t].sigmoid()
@@ -233,7 +234,8 @@ def judged(batch: ClipBatch,
            ) -> dict[str, float]:
     "How many pairs of a track and a frame there are: visible (`there`), annotated (`known`), all (`pairs`)."
     if found: return {"there": 0, "known": 0, "pairs": found * len(batch.names) * len(frames)}
-    length, when = batch.visible.shape[1], batch.first[:, None] + torch.tensor([*frames], dtype=torch.long, device=batch.first.device)
+    length, later = batch.visible.shape[1], torch.tensor([*frames], dtype=torch.long, device=batch.first.device)
+    when = batch.first[:, None] + later
     count = lambda x: int((x.gather(1, when.clamp(max=length - 1)) & (when < length)).sum())
     return {"there": count(batch.visible), "known": count(batch.annotated), "pairs": when.numel()}
 
@@ -287,11 +289,12 @@ class Stage2(nn.Module):
                 whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; None: this batch is all of it
                 ) -> dict[str, Tensor]:
         "Losses by name; those of the parts of a step add up to the step's."
-        whole, s, again = self.counts(batch) if whole is None else whole, self.schedule, self.schedule.recomputes(self.student.image_size)
+        s, student, whole = self.schedule, self.student, self.counts(batch) if whole is None else whole
         kind, frames, plain, batch = self.kind(batch), self.frames(batch), bool(self.found(batch)), self.settle(batch)
-        if not len(batch.first): return nothing_learned(self.student)
-        ours = track(self.student, self.narrow(batch), batch.frame_index, first_prompts(self.student, batch, kind), detach_every=s.detach_every, checkpoint=again)
-        truth, shown = None if plain else batch.coverage("student", 4 * self.student.grid), self.teach(batch, kind)
+        if not len(batch.first): return nothing_learned(student)
+        prompts, again = first_prompts(student, batch, kind), s.recomputes(student.image_size)
+        ours = track(student, self.narrow(batch), batch.frame_index, prompts, detach_every=s.detach_every, checkpoint=again)
+        truth, shown = None if plain else batch.coverage("student", 4 * student.grid), self.teach(batch, kind)
         return track_losses(ours.sets, batch, frames, truth, shown, s, read_weight(s, self.step), whole, again)
 
 
@@ -309,7 +312,8 @@ def track_losses(answers: Sequence[MaskSet],  # the student's, of all frames
     "Sums of `frame_losses` over some frames."
     whole, out = judged(batch, frames, 0) if whole is None else whole, {}
     for t in frames:
-        terms = recomputed(frame_losses, checkpoint)(answers[t], t, batch, truth, shown, schedule.lambda2, lambda_read, schedule.focal, schedule.temperature, whole)
+        terms = recomputed(frame_losses, checkpoint)(
+            answers[t], t, batch, truth, shown, schedule.lambda2, lambda_read, schedule.focal, schedule.temperature, whole)
         for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
     return out
 
@@ -375,12 +379,13 @@ class FirstLesson(nn.Module):
         memories = [Memory(*m) for m in zip(*(x.unflatten(0, (past, -1)) for x in tokens), book.pointers)]
         out: dict[str, Tensor] = {}
         for t in frames:
-            terms = recomputed(self._losses, again)(batch.frame_index[:, t], t, seen, batch, memories[:t], book.read[t], truth, shown, whole)
+            image, known = batch.frame_index[:, t], memories[:t]
+            terms = recomputed(self._losses, again)(image, t, seen, batch, known, book.read[t], truth, shown, whole)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
         return out
 
-    def _losses(self, image: Tensor, t: int, seen: Features, batch: ClipBatch, memories: list[Memory], read: Tensor, truth: Tensor | None, shown: Shown | None,
-                whole: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
+    def _losses(self, image: Tensor, t: int, seen: Features, batch: ClipBatch, memories: list[Memory], read: Tensor,
+                truth: Tensor | None, shown: Shown | None, whole: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
         "Losses of the answer to frame `t`, on pictures `image` [N], given the memories of all frames before."
         s, answer = self.stage.schedule, self._answer(seen, image, memories)
         cells = batch.frames.valid("student", answer.read.shape[-1], image)

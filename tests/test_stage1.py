@@ -85,7 +85,7 @@ def nothing(grads: dict[str, torch.Tensor]) -> float:
 
 
 OPTIONS = {"default": {}, "two rounds": {"refinements": 2, "temperature": 1.0, "focal": 20.0, "map_weights": (3, 0, 1, 0, 0, 1)},
-           "deepest": {"corrective": "deepest", "map_terms": ("attention",), "lambda2": 0.5}}
+           "deepest": {"corrective": "deepest", "map_terms": ("attention", "relational"), "lambda2": 0.5}}
 
 
 def part_of(batch: ImageBatch, recipe: Schedule, part: Part) -> ImageBatch:

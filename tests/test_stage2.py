@@ -18,9 +18,9 @@ from esam3.readers import Videos
 from esam3.samples import ClipSample
 from esam3.stage2 import FirstLesson, Stage2, give_memory, read_weight, run_stage2, stage2_schedule, track_losses
 from esam3.student import EfficientSam3, build_student
-from esam3.teacher import Features, Sam3, load_teacher
+from esam3.teacher import Bank, Features, Sam3, load_teacher
 from esam3.toyworld import toyworld
-from esam3.tracker import track
+from esam3.tracker import see, track
 from esam3.tracks import propose, with_tracks
 from esam3.training import TRAINS, Schedule, parameter_groups, train_mode
 
@@ -269,6 +269,7 @@ def test_kind_and_frames_are_the_steps(batch):
     lesson = FirstLesson(task_of(), networks()[1])
     seeds = range(400)
     kinds = [stage2.draw_kind(4, torch.Generator().manual_seed(s)) for s in seeds]
+    assert kinds == [stage2.draw_kind(4, torch.Generator().manual_seed(s)) for s in seeds]
     assert all(abs(kinds.count(k) / 400 - share) < 0.08 for k, share in stage2.KINDS.items())
     assert "mask" not in [stage2.draw_kind(1, torch.Generator().manual_seed(s)) for s in range(50)]
     drawn = {s: lesson.frames(replace(batch, seed=s)) for s in range(20)}
@@ -317,7 +318,24 @@ def test_checkpointing_keeps_little(batch):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): terms = losses(task, batch)
         assert terms
         return sum(storage.nbytes() for at, storage in saved.items() if at not in owned)
-    assert kept(checkpoint=1) < 0.15 * kept()
+    assert kept(checkpoint=1) < 0.02 * kept()
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_reading_begins_once_a_picture(batch, who):
+    "Begun for all pictures, for the features' few pictures, or for each object: the same maps; and each picture's only once."
+    model = networks()[0] if who == "teacher" else task_of().student.eval()
+    with torch.no_grad():
+        seen = look(model, batch)
+        first, image = first_frame(model, batch)[0], batch.frame_index[:, 1]
+        _, memory = see(model, seen, batch.frame_index[:, 0], first)
+        bank = Bank([(0, memory)], [(1, memory.pointer)])
+        begun, pictures = model.begin_reading(seen), image.unique()
+        assert len(pictures) < len(image) < len(batch.images) and begun.started.shape[:2] == (len(batch.images), model.grid**2)
+        each, all_ = model.recall(seen, image, bank), model.recall(begun, image, bank)
+        few = model.recall(seen.pick(pictures), torch.searchsorted(pictures, image), bank)
+    for other in (each, few): torch.testing.assert_close(other, all_, rtol=1e-5, atol=1e-5)
+    assert model.begin_reading(begun) is begun and torch.equal(begun.pick(image).started, begun.started[image])
 
 
 def test_late_tracks_are_trained_in_their_own_time():
