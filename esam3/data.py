@@ -374,7 +374,7 @@ def frame_batch(batch: ClipBatch,
     masks = [m[batch.visible[batch.clip == b, t], t] for b, (m, t) in enumerate(zip(batch.masks, frames))]
     points = np.concatenate([deepest_points(m.numpy(force=True)) for m in masks])
     return ImageBatch(
-        batch.names, [batch.images[k] for k in at], replace(batch.frames, sizes=batch.frames.sizes[at]),
+        batch.names, [batch.images[k] for k in at], batch.frames.pick(at),
         batch.teacher_bytes[at], batch.student_bytes[at], batch.clip[rows], batch.boxes[rows, own[rows]],
         torch.from_numpy(points).to(device), masks, [_phrases_in_frame(ps, known, shown) for ps in batch.phrases],
         seeds=batch.seeds, seed=batch.seed)

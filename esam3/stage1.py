@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_cache', 'image_batch', 'picture_source', 'encode_rate', 'decode_rate', 'together_rate', 'keep_features',
            'CachedSteps', 'warp_features', 'ask_teacher', 'ask_both', 'prompt_chances', 'ask_first', 'round_losses',
-           'prompt_losses', 'Stage1', 'stage1_schedule', 'run_stage1']
+           'prompt_losses', 'nothing_learned', 'shared_out', 'Stage1', 'stage1_schedule', 'run_stage1']
 
 # %% ../nbs/10_stage1.ipynb #c005
 import contextlib, time
@@ -149,39 +149,54 @@ def round_losses(student: Sam3, narrow: Features, prompts: Prompts,
                  truth: Tensor,   # [n, 4g, 4g] coverage in 0…1
                  valid: Tensor,   # [n, 4g, 4g] bool
                  schedule: Schedule,
-                 instances: float | Tensor  # that sums over instances are divided by
+                 instances: float | Tensor,  # that sums over instances are divided by
+                 weight: Tensor   # [n] of each instance in them
                  ) -> tuple[dict[str, Tensor], Tensor]:
     "Losses of one round by name, and the student's best masks [n, 4g, 4g], without gradient."
     s, out = student.decode(narrow, prompts), {}
     if schedule.lambda2:
         away = distill_loss(s.masks, told.masks, valid, schedule.temperature, schedule.focal)
-        out["distill"] = schedule.lambda2 * over_count(away.sum(), instances)
+        out["distill"] = schedule.lambda2 * over_count((away * weight).sum(), instances)
     if schedule.task:
         counts = {"there": instances, "known": instances}
-        terms = task_terms(s.masks, s.iou, s.object_logits, truth, valid, focal=schedule.focal, whole=counts)
+        terms = task_terms(s.masks, s.iou, s.object_logits, truth, valid, focal=schedule.focal, known=weight, whole=counts)
         out |= {f"task {k}": schedule.task * v for k, v in terms.items()}
     return out, s.best()[0].detach()
 
 
 def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, schedule: Schedule,
-                  whole: Mapping[str, float | Tensor] | None = None  # `instances` of the whole step; None: these are all
+                  whole: Mapping[str, float | Tensor] | None = None,  # `instances` of the whole step; None: these are all
+                  weight: Tensor | None = None  # [N] of each instance; None: 1
                   ) -> dict[str, Tensor]:
     "λ2 · eq. 4 (`distill`) and L_task (`task …`) summed over the rounds and over instances, and divided by the `whole` step's instances."
     truth, out = batch.frames.rasterise(batch.masks, "student", 4 * student.grid), {}
     valid = batch.frames.valid("student", truth.shape[-1], batch.image)
     drawn, instances = prompt_chances(batch, schedule.refinements), len(truth) if whole is None else whole["instances"]
     clicks, answer = drawn.to(truth.device), recomputed(round_losses, schedule.recomputes(student.image_size))
+    weight = truth.new_ones(len(truth)) if weight is None else weight
     for rows, prompts in ask_first(batch, drawn[:, 0]):
-        goal, inside = truth[rows], valid[rows]
+        goal, inside, worth = truth[rows], valid[rows], weight[rows]
         for round in range(schedule.refinements + 1):
             told = ask_teacher(teacher, wide, batch, prompts, truth.shape[-1])
-            terms, said = answer(student, narrow, prompts, told, goal, inside, schedule, instances)
+            terms, said = answer(student, narrow, prompts, told, goal, inside, schedule, instances, worth)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
             if round == schedule.refinements: break
             prompts = refine(prompts, told.best()[0], said, batch.frames, schedule.corrective, chance=clicks[rows, 1 + round])
     return out
 
 # %% ../nbs/10_stage1.ipynb #c018
+def nothing_learned(student: Sam3) -> dict[str, Tensor]:
+    "The loss of a batch that asks nothing: 0, with gradients that are 0."
+    return {"distill": sum(0.0 * p.sum() for p in student.parameters() if p.requires_grad)}
+
+
+def shared_out(masks: Sequence[Tensor],  # for each image or clip [n, …]
+               device: torch.device) -> Tensor:
+    "[N] weights of the instances that were found: those of an image share its one."
+    counts = torch.tensor([len(m) for m in masks])
+    return (1.0 / counts.clamp(min=1)).repeat_interleave(counts).to(device, non_blocking=True)
+
+
 class Stage1(nn.Module):
     "Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the schedule asks for."
 
@@ -195,8 +210,13 @@ class Stage1(nn.Module):
         return bool(self.sampled) and not len(batch.image)
 
     def counts(self, batch: ImageBatch) -> dict[str, float]:
-        "What sums over a step are divided by, known from the data alone: where instances have to be found, as many as are sought."
-        return {"images": len(batch.names), "instances": self.sampled * len(batch.names) if self.finds(batch) else len(batch.image)}
+        "What sums over a step are divided by, known from the data alone: an image whose instances have to be found counts as one, whatever will be found."
+        return {"images": len(batch.names), "instances": len(batch.names if self.finds(batch) else batch.image)}
+
+    @property
+    def steady(self) -> bool:
+        "Every batch uses all that is trained: where nobody asks, the decoder is not used at all."
+        return bool(self.schedule.lambda2 or self.schedule.task)
 
     def forward(self, batch: ImageBatch,
                 whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; None: this batch is all of it
@@ -208,7 +228,11 @@ class Stage1(nn.Module):
         narrow = self.student.encode(batch.student_pixels)
         maps = ((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow))
         out = {"features": s.lambda1 * recomputed(feature_loss, again)(*maps, s.map_weights or None, whole["images"])} if s.lambda1 else {}
-        if s.lambda2 or s.task: out |= prompt_losses(self.teacher, self.student, wide, narrow, self.settle(batch, wide), s, whole)
+        if s.lambda2 or s.task:
+            found = self.finds(batch)
+            batch = self.settle(batch, wide)
+            told = prompt_losses(self.teacher, self.student, wide, narrow, batch, s, whole, shared_out(batch.masks, narrow.detector[0].device) if found else None)
+            out |= told or nothing_learned(self.student)
         return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps, whole["images"], batch.seeds).items()}
 
     def settle(self, batch: ImageBatch, wide: Features) -> ImageBatch:

@@ -6,7 +6,7 @@
 __all__ = ['PICTURES_A_CLIP', 'MAPS', 'NO_TRACKS', 'stage3_schedule', 'Mixed', 'flipped', 'varied', 'concept_batch',
            'ImageQueries', 'ClipQueries', 'check_concepts', 'MixedSteps', 'thing_means', 'thing_losses', 'map_losses',
            'concept_terms', 'stage3_groups', 'pointed_at', 'Stage3', 'MapLesson', 'lesson_batch', 'take_map_lesson',
-           'train_stage3', 'run_stage3']
+           'pictures_of', 'train_stage3', 'run_stage3']
 
 # %% ../nbs/30_stage3.ipynb #c005
 import time
@@ -32,8 +32,8 @@ from .losses import over_count, picture_errors
 from .readers import choose
 from .runs import WANTED, earlier_student, file_digest, finish, is_saved, open_stage, print_groups, save_student, saved_student
 from .samples import ImageSample
-from .stage1 import prompt_losses
-from .stage2 import EncodeOnce, Stage2, clip_source, nothing_learned, present, run_stage2
+from .stage1 import nothing_learned, prompt_losses
+from .stage2 import EncodeOnce, Stage2, clip_source, most_frames, present, run_stage2
 from .student import EfficientSam3
 from .teacher import Features, Sam3, load_teacher
 from .tracks import sought
@@ -247,11 +247,12 @@ class Stage3(nn.Module):
     """Losses of stage 3 (§4.4): concepts and stage 1's prompts on images, stage 2's terms on clips and concepts on a frame of each, and what keeps a thawed
     encoder near the teacher's maps."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule):
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+                 keep: bool = True):  # maps of images that are not augmented
         super().__init__()
         self.teacher, self.student, self.schedule, self.book = teacher, student, schedule, PhraseBook(teacher)
-        self.tracking, self.wide = Stage2(teacher, student, schedule), EncodeOnce(teacher, detector=True, keep=not schedule.augment)
-        self.narrow = self.live if schedule.encoder_lr else EncodeOnce(student, detector=True, keep=not schedule.augment)
+        self.tracking, self.wide = Stage2(teacher, student, schedule, keep=keep), EncodeOnce(teacher, detector=True, keep=keep and not schedule.augment)
+        self.narrow = self.live if schedule.encoder_lr else EncodeOnce(student, detector=True, keep=keep and not schedule.augment)
         self.tracking.narrow = self.narrow
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
@@ -332,10 +333,16 @@ def take_map_lesson(task: Stage3, recipe: Mapping, sides: tuple[int, int], folde
     return fit(MapLesson(task), source, parameter_groups(task.student, {"encoder": THAW["encoder"]}, own.lr), own, folder / "lesson", seed, **options)
 
 # %% ../nbs/30_stage3.ipynb #c035
+def pictures_of(recipe: Mapping) -> int:
+    "Pictures that stage 3 may draw of a recipe whose images are not augmented: images and their mirror images, frames of clips."
+    parts, frames = recipe["splits"]["train"], most_frames(recipe["sampling"])
+    return sum(len(open_dataset(recipe, "train", k)) * (frames if "clips" in k else 2) for k in parts)
+
+
 def train_stage3(small: EfficientSam3, big: Sam3, recipe: Mapping, s: Schedule, asking: Asking, folder: Path, seed: int, **options) -> dict[str, Any]:
     "The lesson on maps, where the schedule has one and thaws the encoder, and the concepts, in place; the account of both. `options` of `fit`."
     for_training(small, s)
-    task, sides, options = Stage3(big, small, s), (big.image_size, small.image_size), {"bad": recipe["sampling"]["bad"], **options}
+    task, sides, options = Stage3(big, small, s, EncodeOnce.fits(big, pictures_of(recipe), True)), (big.image_size, small.image_size), {"bad": recipe["sampling"]["bad"], **options}
     if "clips" in recipe["splits"]["train"]: task.tracking.sampled = sought(open_dataset(recipe, "train", "clips"), recipe["sampling"]["tracks"])
     source = MixedSteps(recipe, s, sides, seed, asking, big)
     lesson = take_map_lesson(task, recipe, sides, folder, seed, **options) if s.encoder_lr and s.lesson_steps and s.lambda2 else {"seconds": 0.0}

@@ -15,7 +15,7 @@ from esam3.core import Part, seed_everything
 from esam3.data import ImageBatch, collate_images, load_recipe, some_instances
 from esam3.losses import distill_loss, feature_errors, map_terms, task_terms
 from esam3.prompts import refine
-from esam3.stage1 import (CachedSteps, Stage1, ask_both, ask_first, keep_features, picture_source, prompt_chances, run_stage1, stage1_schedule,
+from esam3.stage1 import (CachedSteps, Stage1, ask_both, ask_first, keep_features, picture_source, prompt_chances, run_stage1, shared_out, stage1_schedule,
                           warp_features)
 from esam3.student import EfficientSam3, build_student
 from esam3.teacher import Sam3, load_teacher
@@ -162,14 +162,28 @@ def test_no_host_reads(batch, case):
         assert not found, "\n".join(found)
 
 
-def test_unmarked_instances_are_counted_by_how_many_are_sought(batch):
-    "What the teacher finds does not change what losses are divided by."
+def test_unmarked_instances_share_their_image(batch):
+    "What the teacher finds does not change what losses are divided by, and the image counts as one whatever is found in it: losses keep their size."
     bare = some_instances(batch, torch.zeros(0, dtype=torch.long))
     task = Stage1(*networks(), Schedule(), sampled=5)
-    assert task.counts(bare) == {"images": 4, "instances": 20} and task.counts(batch)["instances"] == len(batch.image)
+    assert task.counts(bare) == {"images": 4, "instances": 4} and task.counts(batch)["instances"] == len(batch.image)
     with torch.no_grad():
-        few, many = task(bare), task(bare, {"images": 4, "instances": 40})
-    assert few["distill"] > 0 and torch.allclose(few["distill"], 2 * many["distill"])
+        few, many = task(bare), task(bare, {"images": 4, "instances": 8})
+        found = task.settle(bare, task.look(bare))
+        marked = Stage1(task.teacher, task.student, Schedule())(found)
+    assert torch.allclose(few["distill"], 2 * many["distill"])
+    assert len({len(m) for m in found.masks}) > 1 and few["distill"] == pytest.approx(float(marked["distill"]), rel=0.5), "a mean over images, not over instances"
+    weights = shared_out(found.masks, torch.device("cpu"))
+    assert torch.allclose(torch.stack([w.sum() for w in weights.split([len(m) for m in found.masks])]), torch.ones(4))
+
+
+def test_nothing_to_ask_teaches_nothing(batch):
+    "And all that is trained has a gradient, as other ranks have one."
+    task = Stage1(*networks(), Schedule(lambda1=0.0))
+    parameter_groups(task.student, TRAINS[1], 1e-3)
+    terms = task(some_instances(batch, torch.zeros(0, dtype=torch.long)), {"images": 8, "instances": 31})
+    sum(terms.values()).backward()
+    assert sum(terms.values()) == 0 and all(p.grad is not None and not p.grad.any() for p in task.student.parameters() if p.requires_grad)
 
 
 TASK = {"task mask", "task iou", "task score"}
