@@ -1,32 +1,31 @@
-"""One part of a feature cache (14_feature_cache): `python slurm/cache.py PART PARTS -p recipe sa1b -p cache int8 -p replays 4`.
+"""One part of a feature cache (14_feature_cache): `python slurm/cache.py PART PARTS -p recipe sa1b -p replays 4`.
 
-Takes those of stage 1's parameters that decide what is in a cache, and writes what stage 1 will look for when it is given the same."""
+Takes those of stage 1's parameters that decide what is in a cache, and writes what stage 1 will look for when it is
+given the same."""
 import argparse
 
 import yaml
 
-from esam3.core import cache_dir, check_parameters, fingerprint, pick_device, pick_precision
-from esam3.data import load_recipe, open_dataset
-from esam3.feature_cache import Replays, cache_settings, plan, write_cache
-from esam3.stage1 import check_cache, decode_rate, encode_rate, together_rate
+from esam3.core import check_parameters, pick_device, pick_precision
+from esam3.data import load_recipe
+from esam3.feature_cache import write_cache
+from esam3.stage1 import check_cache, open_features
 from esam3.teacher import load_teacher
 from esam3.training import pick_workers
 
-DECLARED = {"recipe": (str, "toy"), "teacher": (str, ""), "precision": (str, "auto"), "cache": (str, "int8"), "replays": (int, 4), "workers": (int, -1)}
+DECLARED = {"recipe": (str, "toy"), "teacher": (str, ""), "precision": (str, "auto"), "cache": (str, "int8"),
+            "replays": (int, 4), "workers": (int, -1)}
 
 
-def write_part(part: int, parts: int, recipe: str = "toy", teacher: str = "", precision: str = "auto", cache: str = "int8", replays: int = 4, workers: int = -1) -> None:
+def write_part(part: int, parts: int, recipe: str = "toy", teacher: str = "", precision: str = "auto",
+               cache: str = "int8", replays: int = 4, workers: int = -1) -> None:
     "Write what part `part` of `parts` lacks. Errors are those of `write_cache`; `ValueError` for a part that is none."
     if not 0 <= part < parts: raise ValueError(f"part {part} of {parts}: parts are 0 … {parts - 1}")
     told, device = load_recipe(recipe), pick_device()
     check_cache(cache, replays, told["splits"]["train"]["images"])
     precision, vit = pick_precision(device, precision), load_teacher(teacher or told["teacher"]).to(device)
-    pictures = Replays(open_dataset(told, "train", "images"), 0, replays, told["augment"])
-    settings = cache_settings(vit, pictures, cache) | {"precision": precision}
     many = pick_workers(device, workers)
-    rate = parts * together_rate(encode_rate(vit, precision), decode_rate(pictures, vit.image_size, many), many)
-    print(f"all parts: {plan(len(pictures.reader), settings, replays, rate)}", flush=True)
-    folder = cache_dir() / f"features-{told['name']}-{cache}-{fingerprint(settings)[:8]}"
+    pictures, folder, _ = open_features(told, vit, cache, replays, precision, many, parts)
     print(write_cache(folder, vit, pictures, cache, rank=part, world=parts, workers=many, precision=precision))
 
 
