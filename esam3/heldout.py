@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .core import Frames
 from .data import ClipBatch, ImageBatch, collate_images
 from .metrics import region_similarity  # chapter 4's definition
-from .prompts import CORNERS, POSITIVE, append, chances, corrective_points, disagreement  # chapter 1's loop, against the truth
+from .prompts import CORNERS, POSITIVE, append, corrective_points, disagreement  # chapter 1's loop, against the truth
 from .samples import ImageSample
 from .teacher import Features, Prompts, Sam3
 
@@ -75,12 +75,13 @@ def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
              ) -> Iterator[tuple[Prompts, Tensor]]:  # prompts and answers [N, 4g, 4g], before the first correction and after each
     "Ask, compare with the truth, click where it is wrong, ask again."
     frame, size = model.frame, 4 * model.grid
-    chance = chances([seed], [len(batch.image)], more).to(batch.image.device)
+    draw, n = torch.Generator().manual_seed(seed), len(batch.image)
     truth, valid = batch.frames.rasterise(batch.masks, frame, size), batch.frames.valid(frame, size, batch.image)
     prompts = opening(model, batch, start)
     logits = best_masks(model, seen, prompts)
     yield prompts, logits
-    for click in chance.unbind(1):
+    for _ in range(more):
+        click = torch.rand(n, generator=draw, dtype=torch.float64).to(logits.device)
         wrong = disagreement(truth - 0.5, logits, valid)
         prompts = append(prompts, *corrective_points(*wrong, model.image_size, "deepest", min_pixels=0, chance=click))
         logits = best_masks(model, seen, prompts)

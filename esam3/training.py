@@ -346,7 +346,7 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     batches = clock.waiting(iter(ahead))
     bar = tqdm(range(first, last), initial=first, total=last, desc=f"{folder.name}", disable=not main, mininterval=2)
     average = average or ({n: t.clone() for n, t in trained(task).items()} if schedule.ema else None)
-    log = open(folder / "metrics.jsonl", "a") if main else None
+    log = open(folder / "metrics.jsonl", "a", buffering=1) if main else None  # a line is there when its step is done
     if log_to: accelerator.init_trackers("", init_kwargs={log_to: {"purge_step": first}} if log_to == "tensorboard" else {})
     for step in bar:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * schedule.factor(step)
