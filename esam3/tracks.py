@@ -44,7 +44,7 @@ def choose_masks(masks: Tensor,   # [M, h, w] logits
     kept: list[int] = []
     for i in score.masked_fill(~pool, -1).argsort(descending=True, stable=True).tolist():
         if len(kept) == count or not pool[i]: break
-        if not kept or mask_iou(masks[i], (masks[kept] > 0).float()).max() < 0.5: kept.append(i)
+        if not kept or mask_iou(masks[i], (torch.stack([masks[k] for k in kept]) > 0).float()).max() < 0.5: kept.append(i)
     return torch.tensor(kept, dtype=torch.long).to(masks.device, non_blocking=True)
 
 # %% ../nbs/23_tracks.ipynb #c012
