@@ -160,7 +160,8 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Se
                  ) -> Tensor:                             # scalar
     "Eq. 3 over several maps: the weighted sum of `picture_errors`, summed over the pictures and divided by `whole`."
     errors = picture_errors(student, teacher, valid)
-    shares = torch.tensor([1 / len(errors)] * len(errors) if weights is None else [*weights]).to(errors, non_blocking=True)
+    shares = [1 / len(errors)] * len(errors) if weights is None else [*weights]
+    shares = torch.tensor(shares).to(errors, non_blocking=True)
     return over_count((errors * shares[:, None]).sum(), errors.shape[1] if whole is None else whole)
 
 # %% ../nbs/13_losses.ipynb #c045
@@ -171,7 +172,8 @@ def pick_cells(maps: Tensor,          # [B, C, h, w]
                ) -> tuple[Tensor, Tensor]:         # flat indices [B, K] long, K = min(count, h·w); [B, K] bool
     "Random valid cells of each map by its own seed, each at most once. The second answer is False where a map had no more of them."
     drawn = [torch.rand(maps.shape[2:], generator=Generator().manual_seed(s)) for s in seeds or range(len(maps))]
-    chance = torch.stack(drawn).to(maps.device, non_blocking=True) if drawn else maps.new_zeros(maps[:, 0].shape, dtype=torch.float32)
+    chance = torch.stack(drawn) if drawn else torch.zeros(maps[:, 0].shape)
+    chance = chance.to(maps.device, non_blocking=True)
     if valid is not None: chance = chance.masked_fill(~valid, -1)
     best, cells = (flat := chance.flatten(1)).topk(min(count, flat.shape[1]))
     return cells, best >= 0

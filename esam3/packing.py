@@ -31,7 +31,8 @@ class Packed:
         x = self.codes.float().mul_(self.scale[:, None]).add_(self.centre[:, None])
         return x.flatten(1).scatter_(1, self.place.long(), self.exact).view_as(x)
 
-    def to(self, device: torch.device | str) -> "Packed": return Packed(*(onto(getattr(self, f.name), device) for f in fields(self)))
+    def to(self, device: torch.device | str) -> "Packed":
+        return Packed(*(onto(getattr(self, f.name), device) for f in fields(self)))
 
     def pick(self, rows: Sequence[int]) -> "Packed":
         "Some of the B pictures."

@@ -44,7 +44,8 @@ def choose_masks(masks: Tensor,   # [M, h, w] logits
     kept: list[int] = []
     for i in score.masked_fill(~pool, -1).argsort(descending=True, stable=True).tolist():
         if len(kept) == count or not pool[i]: break
-        if not kept or mask_iou(masks[i], (torch.stack([masks[k] for k in kept]) > 0).float()).max() < 0.5: kept.append(i)
+        others = [(masks[k] > 0).float() for k in kept]
+        if not kept or mask_iou(masks[i], torch.stack(others)).max() < 0.5: kept.append(i)
     return torch.tensor(kept, dtype=torch.long).to(masks.device, non_blocking=True)
 
 # %% ../nbs/23_tracks.ipynb #c012
@@ -95,7 +96,8 @@ def with_tracks(batch: ClipBatch,
                 ) -> ClipBatch:
     "The batch with these tracks in the place of its own; its frames after the first one are not annotated, nor is the first."
     length, counts = len(batch.images) // len(batch.names), torch.tensor([len(m) for m in found])
-    clip, device = torch.arange(len(found)).repeat_interleave(counts).to(batch.first.device, non_blocking=True), batch.first.device
+    device = batch.first.device
+    clip = torch.arange(len(found)).repeat_interleave(counts).to(device, non_blocking=True)
     masks = [torch.cat([m[:, None], m.new_zeros(len(m), length - 1, *m.shape[1:])], 1) for m in found]
     boxes, nobody = torch.full((len(clip), length, 4), torch.nan), torch.zeros(len(clip), length, dtype=torch.bool, device=device)
     boxes[:, 0] = _joined(found, boxes_of)

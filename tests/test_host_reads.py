@@ -1,4 +1,4 @@
-"How often a training waits for the device, to read or to copy: a device-labelled tensor counts what a GPU would have to finish first."
+"How often a training waits for the device, to read or to copy, counted by a device-labelled tensor."
 import pytest
 
 from elsewhere import elsewhere, reads, uploads
@@ -47,7 +47,7 @@ def waited(make, steps: int, folder) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("make, most", [(stage1, 3), (stage2, 3), (stage3, 6)])
 def test_steps_hardly_wait_for_the_device(make, most, tmp_path):
-    "More steps in a run, more reads: so many for each. Nothing is copied so that the host waits, but in the library's models."
+    "More steps in a run, more reads: so many for each. The host waits for no copy, but those of the library's models."
     with elsewhere():
         runs = {n: waited(make, n, tmp_path / str(n)) for n in (1, 3)}
     each = (len(runs[3][0]) - len(runs[1][0])) / 2
