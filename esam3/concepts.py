@@ -63,7 +63,7 @@ class PhraseBook:
     def _tokens(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
         "[L, C] of one phrase on a device."
         if (found := self.kept.get((device, ids))) is None:
-            found = self.kept[device, ids] = self._read(ids).to(device)
+            found = self.kept[device, ids] = self._read(ids).to(device, non_blocking=True)
             if len(self.kept) > self.most: del self.kept[next(iter(self.kept))]
         return found
 
@@ -74,7 +74,7 @@ class PhraseBook:
         if path.exists():
             try: return load_file(path)["tokens"]
             except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}): remove it, and it is made again") from e
-        ids = torch.tensor([ids], device=self.model.device)
+        ids = torch.tensor([ids]).to(self.model.device, non_blocking=True)
         with torch.autocast(ids.device.type, enabled=False):
             tokens = self.model.detector_model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True).pooler_output[0].float().cpu()
         with atomically(path) as p: save_file({"tokens": tokens.contiguous()}, p)

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .core import Frames, Part, seed_at
+from .core import Frames, Part, onto, seed_at
 from .readers import TooShort, choose
 from .recipes import KINDS, READERS, data_digest, load_recipe, open_dataset, with_sampling  # noqa: F401
 from .samples import BadSample, ClipSample, ImageSample, Phrase, RunMasks, boxes_of, deepest_points
@@ -194,7 +194,8 @@ def _students(pixels: torch.Tensor,  # [B, 3, C, C] uint8
               extent: torch.Tensor   # [B, 2] width and height of what is no padding, px
               ) -> torch.Tensor:
     "Bytes as a student sees them: ImageNet's mean and std, 0 in the padding."
-    mean, std = (pixels.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    channels = lambda *values: torch.stack([torch.full((1, 1), v, device=pixels.device) for v in values])  # made there
+    mean, std = channels(0.485, 0.456, 0.406), channels(0.229, 0.224, 0.225)
     at = torch.arange(pixels.shape[-1], device=pixels.device)
     inside = (at[:, None] < extent[:, 1, None, None]) & (at < extent[:, 0, None, None])
     return pixels.float().div_(255).sub_(mean).div_(std).mul_(inside[:, None])
@@ -221,7 +222,7 @@ class _Batch:
 
     def to(self, device: torch.device | str):
         "The batch with its tensors on a device; source pictures stay where they are. From pinned memory nobody waits for the copy."
-        return replace(self._with(lambda t: t.to(device, non_blocking=True)), frames=self.frames.to(device))
+        return replace(self._with(lambda t: onto(t, device)), frames=self.frames.to(device))
 
     def pin_memory(self):
         "The batch in memory that a GPU copies from by itself."
@@ -231,7 +232,8 @@ class _Batch:
                some: Sequence[int] | None = None    # pictures; None: all
                ) -> torch.Tensor:
         "[B, 3, side, side] as the network of a frame sees the pictures, made when asked for."
-        at = slice(None) if some is None else [*some]
+        rows = lambda: onto(torch.tensor([*some], dtype=torch.long), self.student_bytes.device)
+        at = slice(None) if some is None else rows()
         if frame == "teacher": return _teachers(self.teacher_bytes[at])
         return _students(self.student_bytes[at], self.frames.extent("student")[at])
 

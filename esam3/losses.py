@@ -95,7 +95,7 @@ def least_orders(cost: Tensor  # [N, M, M], finite; M is at most 4 (24 orders)
                  ) -> Tensor:  # [N, M] long: the column of each row
     "The assignments with the least total cost, by trying all orders on the costs' device."
     rows = cost.shape[1]
-    orders = torch.tensor([*permutations(range(rows))]).to(cost.device)
+    orders = torch.tensor([*permutations(range(rows))]).to(cost.device, non_blocking=True)
     totals = sum(cost[:, k].index_select(1, orders[:, k]) for k in range(rows))
     return orders.index_select(0, totals.argmin(1))
 
@@ -114,7 +114,7 @@ def match_masks(student: Tensor,             # [N, M, h, w] logits
     cost = cost.nan_to_num(nan=1e6, posinf=1e6)  # an assignment there must be: the loss of such masks says what is wrong with them
     if m <= 4: return least_orders(cost)
     pairs = np.array([linear_sum_assignment(c)[1] for c in cost.cpu().numpy()], dtype=np.int64).reshape(n, m)
-    return torch.from_numpy(pairs).to(student.device)
+    return torch.from_numpy(pairs).to(student.device, non_blocking=True)
 
 # %% ../nbs/13_losses.ipynb #c035
 def distill_loss(student: Tensor,              # [N, M, h, w] logits
@@ -160,7 +160,8 @@ def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Se
                  ) -> Tensor:                             # scalar
     "Eq. 3 over several maps: the weighted sum of `picture_errors`, summed over the pictures and divided by `whole`."
     errors = picture_errors(student, teacher, valid)
-    shares = torch.tensor([1 / len(errors)] * len(errors) if weights is None else [*weights]).to(errors)
+    shares = [1 / len(errors)] * len(errors) if weights is None else [*weights]
+    shares = torch.tensor(shares).to(errors, non_blocking=True)
     return over_count((errors * shares[:, None]).sum(), errors.shape[1] if whole is None else whole)
 
 # %% ../nbs/13_losses.ipynb #c045
@@ -171,7 +172,8 @@ def pick_cells(maps: Tensor,          # [B, C, h, w]
                ) -> tuple[Tensor, Tensor]:         # flat indices [B, K] long, K = min(count, h·w); [B, K] bool
     "Random valid cells of each map by its own seed, each at most once. The second answer is False where a map had no more of them."
     drawn = [torch.rand(maps.shape[2:], generator=Generator().manual_seed(s)) for s in seeds or range(len(maps))]
-    chance = torch.stack(drawn).to(maps.device) if drawn else maps.new_zeros(maps[:, 0].shape, dtype=torch.float32)
+    chance = torch.stack(drawn) if drawn else torch.zeros(maps[:, 0].shape)
+    chance = chance.to(maps.device, non_blocking=True)
     if valid is not None: chance = chance.masked_fill(~valid, -1)
     best, cells = (flat := chance.flatten(1)).topk(min(count, flat.shape[1]))
     return cells, best >= 0

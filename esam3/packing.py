@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .core import onto
+
 # %% ../nbs/14a_packing.ipynb #c010
 @dataclass
 class Packed:
@@ -29,7 +31,8 @@ class Packed:
         x = self.codes.float().mul_(self.scale[:, None]).add_(self.centre[:, None])
         return x.flatten(1).scatter_(1, self.place.long(), self.exact).view_as(x)
 
-    def to(self, device: torch.device | str) -> "Packed": return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
+    def to(self, device: torch.device | str) -> "Packed":
+        return Packed(*(onto(getattr(self, f.name), device) for f in fields(self)))
 
     def pick(self, rows: Sequence[int]) -> "Packed":
         "Some of the B pictures."

@@ -143,7 +143,7 @@ class LocalLatents(nn.Module):
 
     def forward(self, x: Tensor, pos: Tensor) -> Stream:
         "The stream before maps x, pos [B, dim, H, W]."
-        cell, valid, _ = (t.to(x.device) for t in windows(*x.shape[-2:], self.grid))
+        cell, valid, _ = (t.to(x.device, non_blocking=True) for t in windows(*x.shape[-2:], self.grid))
         gather = lambda maps: maps.flatten(2).mT[:, cell].flatten(0, 1)
         divides = x.shape[-2] % self.grid[0] == 0 and x.shape[-1] % self.grid[1] == 0
         return Stream(self.latents.repeat(len(x), 1)[:, None], gather(x), gather(pos) if self.local_pos else None,
@@ -209,7 +209,8 @@ class SpatialPerceiver(MemoryTokens):
             out.append(stream.latents.reshape(len(x), -1, x.shape[1]))
         latents = self.layer_norm(torch.cat(out, 1))
         at = torch.cat([kind.encoded_at(*x.shape[-2:]) for kind, _ in self.kinds()])
-        places = sine_encoding(at, x.shape[1]).nan_to_num(0).to(latents.device, torch.promote_types(latents.dtype, torch.float32))
+        places, dtype = sine_encoding(at, x.shape[1]).nan_to_num(0), torch.promote_types(latents.dtype, torch.float32)
+        places = places.to(latents.device, dtype, non_blocking=True)
         return latents, places.expand_as(latents)
 
 # %% ../nbs/21_perceiver.ipynb #c031x
@@ -290,7 +291,7 @@ class AveragePooling(MemoryTokens):
 
     def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
         "[B, dim, H, W], [B or 1, dim, H, W] -> tokens [B, K, dim], encodings [B, K, dim]."
-        cell, valid, _ = (t.to(x.device) for t in self.windows(*x.shape[-2:]))
+        cell, valid, _ = (t.to(x.device, non_blocking=True) for t in self.windows(*x.shape[-2:]))
         share = (valid / valid.sum(1, keepdim=True))[..., None]
         return tuple((t.flatten(2).mT[:, cell] * share.to(t)).sum(2) for t in (x, pos.expand_as(x)))
 
@@ -303,6 +304,6 @@ class AveragePooling(MemoryTokens):
         return self.windows(height, width)[1].sum(1).log()
     def attention(self, x: Tensor, pos: Tensor) -> Tensor:
         "What each token is made of, as maps [B, K, H, W]: its window in equal parts; each map sums to 1."
-        cell, valid, _ = (t.to(x.device) for t in self.windows(*x.shape[-2:]))
+        cell, valid, _ = (t.to(x.device, non_blocking=True) for t in self.windows(*x.shape[-2:]))
         share = valid / valid.sum(1, keepdim=True)
         return x.new_zeros(len(cell), x[0, 0].numel()).scatter_add_(1, cell, share.to(x)).unflatten(1, x.shape[-2:]).expand(len(x), -1, -1, -1)

@@ -39,8 +39,9 @@ def initial_prompts(boxes: Tensor,    # [N, 4] xyxy px in any one frame
     "One prompt an instance, a box or its centre point by a coin of its own (§4.2). A kind that no instance drew is left out."
     heads = (chance < p_box).tolist()
     def kind(box: bool, points: Tensor, labels: tuple[int, ...], multimask: bool) -> tuple[Tensor, Prompts]:
-        rows = torch.tensor([n for n, up in enumerate(heads) if up == box], dtype=torch.long).to(points.device)
-        labels = torch.tensor(labels, dtype=torch.int32).to(points.device).expand(len(rows), -1)
+        there = lambda numbers, dtype: torch.tensor(numbers, dtype=dtype).to(points.device, non_blocking=True)
+        rows = there([n for n, up in enumerate(heads) if up == box], torch.long)
+        labels = there(labels, torch.int32).expand(len(rows), -1)
         return rows, Prompts(image[rows], points[rows], labels, None, multimask)
     kinds = [kind(True, boxes.unflatten(-1, (2, 2)), CORNERS, False), kind(False, centres[:, None], (POSITIVE,), True)]
     return [(rows, prompts) for rows, prompts in kinds if len(rows)]

@@ -185,7 +185,8 @@ def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
     truth, out = batch.frames.rasterise(batch.masks, "student", 4 * student.grid), {}
     valid = batch.frames.valid("student", truth.shape[-1], batch.image)
     drawn, instances = prompt_chances(batch, schedule.refinements), len(truth) if whole is None else whole["instances"]
-    clicks, answer = drawn.to(truth.device), recomputed(round_losses, schedule.recomputes(student.image_size))
+    clicks = drawn.to(truth.device, non_blocking=True)
+    answer = recomputed(round_losses, schedule.recomputes(student.image_size))
     weight = truth.new_ones(len(truth)) if weight is None else weight
     for rows, prompts in ask_first(batch, drawn[:, 0]):
         goal, inside, worth = truth[rows], valid[rows], weight[rows]

@@ -24,7 +24,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .cluster import ends_together
-from .core import find_variant, nearest, pick_device, pick_precision, printable, weights_digest
+from .core import find_variant, nearest, onto, pick_device, pick_precision, printable, weights_digest
 from .data import ClipBatch, ImageBatch, Steps, changed, collate_clips, load_recipe, open_dataset, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .heldout import first_frame, look
@@ -125,7 +125,7 @@ class EncodeOnce:
         found = {k: self.kept[k] for k in keys if k in self.kept}
         missing = [i for k, i in {k: i for i, k in enumerate(keys)}.items() if k not in found]
         for i in range(0, len(missing), self.group): found |= self._encode(keys, batch, missing[i:i + self.group])
-        maps = [torch.cat(level).to(self.model.device) for level in zip(*(found[k] for k in keys))]
+        maps = [torch.cat(level).to(self.model.device, non_blocking=True) for level in zip(*(found[k] for k in keys))]
         return Features(tuple(maps[:-3]), tuple(maps[-3:]))
 
     def _precision(self) -> torch.dtype:
@@ -147,7 +147,7 @@ def encode_distinct(model: Sam3, batch: ImageBatch | ClipBatch) -> Features:
     if not isinstance(batch, ClipBatch): return model.encode(batch.pixels(model.frame).to(model.device))
     some, place = batch.distinct()
     seen = model.encode(batch.pixels(model.frame, some).to(model.device))
-    return seen if len(some) == len(place) else seen.pick(torch.tensor(place, device=model.device))
+    return seen if len(some) == len(place) else seen.pick(torch.tensor(place).to(model.device, non_blocking=True))
 
 
 FOUR, LARGE = 4, 512  # small images are always encoded in batches of so many; from so many px on one by one, since filling up would cost more than it saves
@@ -166,7 +166,7 @@ def first_prompts(model: Sam3, batch: ClipBatch, kind: str) -> Prompts:
     "Prompts of one kind for every track, at the frame where it begins, in the model's own frame."
     masks, boxes = first_frame(model, batch)
     n, device = len(boxes), boxes.device
-    labels = lambda *of: torch.tensor([of], dtype=torch.int32, device=device).expand(n, -1)
+    labels = lambda *of: torch.tensor([of], dtype=torch.int32).to(device, non_blocking=True).expand(n, -1)
     if kind == "box": return Prompts(masks.image, boxes.view(n, 2, 2), labels(2, 3), multimask=False)
     if kind == "point": return Prompts(masks.image, batch.frames.points(batch.points, masks.image, "source", model.frame)[:, None], labels(1))
     return masks
@@ -243,7 +243,7 @@ def judged(batch: ClipBatch,
            ) -> dict[str, float]:
     "How many pairs of a track and a frame there are: visible (`there`), annotated (`known`), all (`pairs`)."
     if found: return {"there": 0, "known": 0, "pairs": len(batch.names) * len(frames)}  # tracks that are found share their clip's
-    length, later = batch.visible.shape[1], torch.tensor([*frames], dtype=torch.long, device=batch.first.device)
+    length, later = batch.visible.shape[1], onto(torch.tensor([*frames], dtype=torch.long), batch.first.device)
     when = batch.first[:, None] + later
     count = lambda x: int((x.gather(1, when.clamp(max=length - 1)) & (when < length)).sum())
     return {"there": count(batch.visible), "known": count(batch.annotated), "pairs": when.numel()}
@@ -415,7 +415,7 @@ class FirstLesson(nn.Module):
             shown = self.stage.teach(batch, "mask")
             book = open_book(self.dense, self.stage.narrow(batch), batch, *to_remember(shown, batch, 4 * self.dense.grid))
             self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in (*astuple(book), *(astuple(shown) if shown else ())))
-        tensors = [x.to(batch.frame_index.device) for x in self.kept[key]]
+        tensors = [x.to(batch.frame_index.device, non_blocking=True) for x in self.kept[key]]
         return Book(*tensors[:4]), Shown(*tensors[4:]) if tensors[4:] else None
 
 # %% ../nbs/20_stage2.ipynb #c031

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from .cluster import ends_together
 from .concepts import (Asking, Confusables, PhraseBook, Questions, ask, concept_losses, concepts_of, match_all, question_counts, taught_targets,
                             true_targets, vocabulary, worth_imitating)
-from .core import Part, find_variant, pick_device, pick_precision, printable
+from .core import Part, find_variant, onto, pick_device, pick_precision, printable
 from .data import ClipBatch, ImageBatch, Steps, augment, collate_images, frame_batch, load_recipe, open_dataset, rng_at, some_instances, with_sampling  # noqa: F401
 from .evaluate import limits_of, run_scores, teacher_scores
 from .losses import over_count, picture_errors
@@ -67,7 +67,9 @@ class Mixed:
     def notes(self) -> list[tuple[str, str]]: return [n for batch in (self.images, self.clips) if batch for n in batch.notes]
 
     def to(self, device: torch.device | str) -> "Mixed":
-        move = lambda x: _moved(x, device) if isinstance(x, Questions) else x.to(device) if x is not None else None
+        def move(x):
+            if isinstance(x, Tensor): return onto(x, device)
+            return _moved(x, device) if isinstance(x, Questions) else x.to(device) if x is not None else None
         return Mixed(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
     def pin_memory(self) -> "Mixed":
@@ -76,7 +78,7 @@ class Mixed:
 
 
 def _moved(asked: Questions, device: torch.device | str) -> Questions:
-    return replace(asked, **{k: getattr(asked, k).to(device) for k in ("image", "known", "boxes", "labels")})
+    return replace(asked, **{k: onto(getattr(asked, k), device) for k in ("image", "known", "boxes", "labels")})
 
 
 def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:

@@ -169,10 +169,12 @@ class EfficientSam3(Sam3):
     def memory_xy(self) -> Tensor:
         "[K, 2] place of each token on the query grid (x, y); NaN for a global latent."
         dense = super().memory_xy()
-        return dense if self.perceiver is None else self.perceiver.latent_xy(self.grid, self.grid).to(dense)
+        if self.perceiver is None: return dense
+        return self.perceiver.latent_xy(self.grid, self.grid).to(dense, non_blocking=True)
     def memory_bias(self) -> Tensor | None:
         "[K] added to the logits of a memory's tokens; None but for pooled ones, which stand for several cells."
-        return self.perceiver.log_count(self.grid, self.grid).to(self.device) if self.config.memory == "pooling" else None
+        if self.config.memory != "pooling": return None
+        return self.perceiver.log_count(self.grid, self.grid).to(self.device, non_blocking=True)
 
 # %% ../nbs/15_student.ipynb #c021
 COPIED = (r"detector_model\.(text_encoder|text_projection|geometry_encoder|detr_encoder|detr_decoder|mask_decoder|dot_product_scoring)\.",

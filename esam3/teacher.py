@@ -474,7 +474,8 @@ def _pointer_tokens(self: Sam3, bank: Bank) -> tuple[Tensor, Tensor]:
     "Pointers of a bank as tokens [N, P·C/64, 64] and their temporal encodings."
     t, width = self.tracker_model, self.tracker_model.mem_dim
     pointers = torch.stack([p for _, p in bank.pointers], 1)
-    far = torch.tensor([float(d) for d, _ in bank.pointers], device=pointers.device) / max(bank.span - 1, 1)
+    far = torch.tensor([float(d) for d, _ in bank.pointers]).to(pointers.device, non_blocking=True)
+    far = far / max(bank.span - 1, 1)
     with in_float32(far.device):
         pos = with_float32_weights(t.temporal_positional_encoding_projection_layer, get_1d_sine_pe(far, dim=pointers.shape[-1]))
     cut = pointers.shape[-1] // width

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .core import onto
 from .data import ClipBatch, ImageBatch
 from .losses import mask_iou
 from .samples import boxes_of, deepest_points
@@ -43,8 +44,9 @@ def choose_masks(masks: Tensor,   # [M, h, w] logits
     kept: list[int] = []
     for i in score.masked_fill(~pool, -1).argsort(descending=True, stable=True).tolist():
         if len(kept) == count or not pool[i]: break
-        if not kept or mask_iou(masks[i], (masks[kept] > 0).float()).max() < 0.5: kept.append(i)
-    return torch.tensor(kept, dtype=torch.long, device=masks.device)
+        others = [(masks[k] > 0).float() for k in kept]
+        if not kept or mask_iou(masks[i], torch.stack(others)).max() < 0.5: kept.append(i)
+    return torch.tensor(kept, dtype=torch.long).to(masks.device, non_blocking=True)
 
 # %% ../nbs/23_tracks.ipynb #c012
 POINTS = 32  # asked of a picture
@@ -59,7 +61,7 @@ def propose(teacher: Sam3, seen: Features,
     "Masks of things that the teacher sees in each picture, or on the first frame of each clip, from random points of it (`seen`: of all pictures of the batch)."
     out, length = [], len(batch.images) // len(batch.names)
     for first in range(0, len(batch.images), length):
-        at = random_points(batch.images[first], points, teacher.image_size).to(teacher.device)
+        at = random_points(batch.images[first], points, teacher.image_size).to(teacher.device, non_blocking=True)
         image = torch.full((points,), first, device=teacher.device)
         answer = teacher.decode(seen, Prompts(image, at[:, None], torch.ones(points, 1, dtype=torch.int32, device=teacher.device)))
         masks = answer.masks.flatten(0, 1)
@@ -85,8 +87,8 @@ def with_instances(batch: ImageBatch,
                    ) -> ImageBatch:
     "The batch with these instances in the place of its own, and no phrases."
     image = torch.arange(len(found)).repeat_interleave(torch.tensor([len(m) for m in found]))
-    boxes, points = (_joined(found, of).to(batch.image.device) for of in (boxes_of, deepest_points))
-    return replace(batch, image=image.to(batch.image.device), boxes=boxes, points=points, masks=[*found], phrases=[[] for _ in found])
+    there = [onto(t, batch.image.device) for t in (image, _joined(found, boxes_of), _joined(found, deepest_points))]
+    return replace(batch, **dict(zip(("image", "boxes", "points"), there)), masks=[*found], phrases=[[] for _ in found])
 
 # %% ../nbs/23_tracks.ipynb #c016
 def with_tracks(batch: ClipBatch,
@@ -94,12 +96,13 @@ def with_tracks(batch: ClipBatch,
                 ) -> ClipBatch:
     "The batch with these tracks in the place of its own; its frames after the first one are not annotated, nor is the first."
     length, counts = len(batch.images) // len(batch.names), torch.tensor([len(m) for m in found])
-    clip, device = torch.arange(len(found)).repeat_interleave(counts).to(batch.first.device), batch.first.device
+    device = batch.first.device
+    clip = torch.arange(len(found)).repeat_interleave(counts).to(device, non_blocking=True)
     masks = [torch.cat([m[:, None], m.new_zeros(len(m), length - 1, *m.shape[1:])], 1) for m in found]
     boxes, nobody = torch.full((len(clip), length, 4), torch.nan), torch.zeros(len(clip), length, dtype=torch.bool, device=device)
     boxes[:, 0] = _joined(found, boxes_of)
-    return replace(batch, clip=clip, frame_index=clip[:, None] * length + torch.arange(length, device=device), first=torch.zeros_like(clip), boxes=boxes.to(device),
-                   points=_joined(found, deepest_points).to(device), masks=masks, visible=nobody, annotated=nobody, ids=list(range(len(clip))), late=0)
+    return replace(batch, clip=clip, frame_index=clip[:, None] * length + torch.arange(length, device=device), first=torch.zeros_like(clip), boxes=onto(boxes, device),
+                   points=onto(_joined(found, deepest_points), device), masks=masks, visible=nobody, annotated=nobody, ids=list(range(len(clip))), late=0)
 
 # %% ../nbs/23_tracks.ipynb #c019
 def from_first(batch: ClipBatch) -> ClipBatch:

@@ -20,7 +20,9 @@ What runs on it is computed by the CPU's kernels, with the CPU's values and its 
   loaded without `map_location` it is on the CPU, unlike CUDA.
 
 `with reads() as found:` lists every time that the host reads from the device in the block, each with its place in the
-project. On CUDA it waits there for all that was computed before.
+project. On CUDA it waits there for all that was computed before. So it does at a copy to the device that is not
+`non_blocking`: `with uploads() as found:` lists these, among them `torch.tensor(…, device=…)`, `new_tensor`, and lists or
+CPU tensors as indices.
 
 Not modelled: streams and asynchrony, memory, in-place changes of shape (`resize_`, `unsqueeze_`; they raise), a device
 generator in a CPU operation, fp16 in accelerate (it knows its own list of devices).
@@ -144,7 +146,8 @@ def compute(op, args: tuple, kwargs: dict):
     if torch.Tag.inplace_view in op.tags: raise NotImplementedError(f"{op} on {DEVICE}: a shape is changed in place")
     refuse_mixing(op, args, kwargs)
     own_generator(kwargs)
-    if READERS and host_reads(op, args, kwargs): note(kind(op)[0])
+    if READERS and host_reads(op, args, kwargs): note(kind(op)[0], READERS)
+    if UPLOADERS and blocking_upload(op, args, kwargs): note(kind(op)[0], UPLOADERS, DOERS)
     known: dict[int, Tensor] = {}  # what an in-place operation returns is what it was given
     def inside(t: Tensor) -> Tensor:
         inner = t.inner if isinstance(t, Elsewhere) else t
@@ -177,14 +180,32 @@ def host_reads(op, args: tuple, kwargs: dict) -> bool:
     return name in ASKING
 
 
-def note(what: str) -> None:
-    "Write down that somebody reads, with the innermost place in esam3; else in a test, else in a library."
+UPLOADERS: list[list[str]] = []  # the same of `uploads`
+
+
+def blocking_upload(op, args: tuple, kwargs: dict) -> bool:
+    "Whether an operation copies from the CPU to the device and the host waits for the copy; CPU indices are copied so."
+    here = lambda x: any(isinstance(t, Elsewhere) for t in tensors(x))
+    name = kind(op)[0]
+    if name in INDEXED: return here(args[0]) and any(not isinstance(t, Elsewhere) for t in tensors(args[1]))
+    if name not in COPIES or name == "_to_copy": return False  # `to` from the CPU comes as `copy_`
+    source, target = (args[0], args[1]) if name.startswith("_copy_from") else (args[1], args[0])
+    waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+    return waits and here(target) and any(not isinstance(t, Elsewhere) for t in tensors(source))
+
+
+PROJECT = ("/esam3/",), ("/tests/",)  # where a place is looked for, one after the other; then anywhere
+DOERS = ("/esam3/", "/tests/", "/transformers/"),  # a library that acts by itself is its own place
+
+
+def note(what: str, readers: list[list[str]], among: tuple[tuple[str, ...], ...] = PROJECT) -> None:
+    "Write down what somebody did, with the innermost place in esam3; else in a test, else in a library."
     frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-    for inside in ("/esam3/", "/tests/", ""):
-        place = next((f for f in reversed(frames) if inside in f.filename), None)
+    for inside in (*among, ("",)):
+        place = next((f for f in reversed(frames) if any(part in f.filename for part in inside)), None)
         if place: break
     said = f"{what}: {place.filename.rsplit('/', 1)[-1]}:{place.lineno} in {place.name}: {place.line}"
-    for reader in READERS: reader.append(said)
+    for reader in readers: reader.append(said)
 
 
 @contextlib.contextmanager
@@ -194,6 +215,16 @@ def reads() -> Iterator[list[str]]:
     READERS.append(found)
     try: yield found
     finally: READERS[:] = [r for r in READERS if r is not found]
+
+
+@contextlib.contextmanager
+def uploads() -> Iterator[list[str]]:
+    """The blocking copies from the CPU to the device within the block, in their order, as `reads` writes them; what
+    transformers copies by itself has its place there."""
+    found: list[str] = []
+    UPLOADERS.append(found)
+    try: yield found
+    finally: UPLOADERS[:] = [u for u in UPLOADERS if u is not found]
 
 
 class Generator(torch.Generator):
@@ -278,6 +309,8 @@ def register() -> tuple[torch.library.Library, ...]:
     for name in FACTORIES.split():
         library.impl(name, factory(name), "PrivateUse1")
     def copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Tensor:  # `torch.tensor` comes by here
+        if UPLOADERS and blocking_upload(torch.ops.aten._copy_from.default, (source, target, non_blocking), {}):
+            note("_copy_from", UPLOADERS, DOERS)
         values = lambda t: t.inner if isinstance(t, Elsewhere) else t
         values(target).copy_(values(source))
         return target

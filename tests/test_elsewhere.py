@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from elsewhere import NAME, Elsewhere, elsewhere, reads
+from elsewhere import NAME, Elsewhere, elsewhere, reads, uploads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert, generalized_box_iou, roi_align
@@ -328,3 +328,33 @@ def test_host_reads_name_their_place():
     assert len(found) == 1 and "in backward: def backward(ctx, g: Tensor) -> Tensor: return g * g.sum().item()" in found[0] and again == found
     with reads() as found: esam3.core.weights_digest({"x": there(2, 3)})
     assert found and all("core.py" in place and "weights_digest" in place for place in found)
+
+
+UPLOADS = {  # copies that the host waits for on CUDA, and others
+    "to": (lambda x: torch.ones(2).to(x.device), 1), "type": (lambda x: torch.ones(2).to(x.half()), 1),
+    "made": (lambda x: torch.tensor([1.0, 2.0], device=x.device), 1),
+    "long": (lambda x: torch.tensor([1, 2], device=x.device), 1),
+    "new": (lambda x: x.new_tensor([1.0, 2.0]), 1), "module": (lambda x: nn.Linear(2, 2, bias=False).to(x.device), 1),
+    "copy": (lambda x: x.clone().copy_(torch.ones(2, 3)), 1),
+    "foreach": (lambda x: torch._foreach_copy_([x.clone()], [torch.ones(2, 3)]), 1),
+    "rows": (lambda x: x[[1, 0]], 1), "rows of the host": (lambda x: x[torch.tensor([1, 0])], 1),
+    "put": (lambda x: x.clone().index_put_((torch.tensor([1]),), x[0]), 1),
+    "not waiting": (lambda x: torch.ones(2).to(x.device, non_blocking=True), 0),
+    "nor its type": (lambda x: torch.ones(2).to(x.half(), non_blocking=True), 0),
+    "nor its copy": (lambda x: x.clone().copy_(torch.ones(2, 3), non_blocking=True), 0), "back": (lambda x: x.cpu(), 0),
+    "there already": (lambda x: x.to(x.device), 0), "copied there": (lambda x: x.clone().copy_(x), 0),
+    "full": (lambda x: torch.full((2,), 0.5, device=x.device), 0),
+    "number": (lambda x: x * torch.tensor(2.0), 0),
+    "range": (lambda x: x[torch.arange(2, device=x.device)], 0), "slice": (lambda x: x[1:, 0], 0)}
+
+
+@pytest.mark.parametrize("case", UPLOADS)
+def test_blocking_copies_to_the_device(case):
+    call, count = UPLOADS[case]
+    x = there(2, 3)
+    call(x)
+    with uploads() as found: call(x)
+    assert len(found) == count, found
+    assert all("test_elsewhere.py" in place for place in found)
+    with reads() as read: call(x)
+    assert len(read) == (case == "back")
