@@ -181,7 +181,7 @@ def mask_scene(seed: int) -> ImageSample:
 def test_at_most_16_instances_of_a_picture():
     samples = [mask_scene(0), mask_scene(1)]
     assert [len(s.masks) for s in samples] == [40, 40]
-    pick = lambda seed: collate_images(samples, 144, 128, rng=np.random.default_rng(seed))
+    pick = lambda seed: collate_images(samples, 144, 128, rngs=[np.random.default_rng((seed, k)) for k in range(len(samples))])
     assert pick(0).image.bincount().tolist() == [16, 16]
     assert torch.equal(pick(0).boxes, pick(0).boxes) and not torch.equal(pick(0).boxes, pick(1).boxes), "drawn by the seed"
     assert len(collate_images(samples, 144, 128, max_instances=0).image) == 80
@@ -191,7 +191,7 @@ def test_at_most_16_instances_of_a_picture():
 def test_first_prompts_lie_on_their_instances(seed):
     "The centre point is inside its mask, and as deep as any; boxes are tight; in every frame both stay on the picture."
     sample = mask_scene(seed)
-    batch = collate_images([sample], *SIDES[seed % 2], rng=np.random.default_rng(seed))
+    batch = collate_images([sample], *SIDES[seed % 2], rngs=[np.random.default_rng(seed)])
     masks, (x, y) = batch.masks[0].numpy(), batch.points.long().numpy().T
     depth = np.array([ndimage.distance_transform_edt(np.pad(m, 1))[1:-1, 1:-1] for m in masks])
     assert (depth[np.arange(16), y, x] == depth.max((1, 2))).all() and masks[np.arange(16), y, x].all()

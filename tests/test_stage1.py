@@ -181,6 +181,7 @@ def test_nothing_to_ask_teaches_nothing(batch):
     "And all that is trained has a gradient, as other ranks have one."
     task = Stage1(*networks(), Schedule(lambda1=0.0))
     parameter_groups(task.student, TRAINS[1], 1e-3)
+    task.student.zero_grad()
     terms = task(some_instances(batch, torch.zeros(0, dtype=torch.long)), {"images": 8, "instances": 31})
     sum(terms.values()).backward()
     assert sum(terms.values()) == 0 and all(p.grad is not None and not p.grad.any() for p in task.student.parameters() if p.requires_grad)
