@@ -201,7 +201,7 @@ def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
 # %% ../nbs/10_stage1.ipynb #c018
 def nothing_learned(student: Sam3) -> dict[str, Tensor]:
     "The loss of a batch that asks nothing: 0, with gradients that are 0."
-    return {"distill": sum(0.0 * p.sum() for p in student.parameters() if p.requires_grad)}
+    return {"distill": sum((0.0 * p.sum() for p in student.parameters() if p.requires_grad), torch.zeros((), device=student.device))}
 
 
 def shared_out(masks: Sequence[Tensor],  # for each image or clip [n, …]
