@@ -116,7 +116,7 @@ def test_training_passes_over_empty_phrases():
     batch = SimpleNamespace(boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
     pictures = lambda *phrases: SimpleNamespace(phrases=[*phrases], **vars(batch))
     kin = Confusables(["red star", "blue disk", ""])
-    asked = lambda *phrases: ask(pictures(*phrases), [np.random.default_rng(0)], Asking(each=20), kin)
+    asked = lambda *phrases: ask(pictures(*phrases), [np.random.default_rng(0) for _ in phrases], Asking(each=20), kin)
     assert asked([Phrase("", (0,)), *words, Phrase(" ", ())]).phrases == asked(words).phrases
     assert asked([Phrase("", (0,))]).phrases == [] and set(asked([Phrase(" ", ())], words).image.tolist()) == {1}
 
