@@ -137,11 +137,11 @@ class Schedule:
 
     def micro_batches(self, ranks: int) -> int:
         "Micro-batches of one rank in a step. `ValueError` where the batch does not divide into such."
-        size = self.micro_batch or max(1, self.batch_size // ranks)
-        whole, count = max(1, self.batch_size // (ranks * size)), ranks * size
+        count, cut = ranks * (self.micro_batch or 1), f" in micro-batches of {self.micro_batch}" * bool(self.micro_batch)
+        whole = max(1, self.batch_size // count)
         if self.batch_size and self.batch_size % count:
-            raise ValueError(f"{self.batch_size} samples a step do not divide among {ranks} ranks in micro-batches of {size}: take {whole * count} or {(whole + 1) * count}")
-        return whole
+            raise ValueError(f"{self.batch_size} samples a step do not divide among {ranks} ranks{cut}: take {whole * count} or {(whole + 1) * count}")
+        return whole if self.micro_batch else 1
 
     def recomputes(self, canvas: int) -> bool:
         "Whether decoders, Perceiver and losses of a student with such a canvas are computed again in the backward pass."

@@ -140,7 +140,7 @@ def test_unreadable_data_end_the_run(tmp_path):
     (tmp_path / "half.yaml").write_text(yaml.safe_dump(recipe))
     from esam3.samples import BadSample
     with pytest.raises(BadSample, match="samples could not be read, more than 1%"): run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=40, runs=str(tmp_path / "runs"))
-    folder = run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=2, runs=str(tmp_path / "more"), sampling="bad: 0.9")
+    folder = run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=3, runs=str(tmp_path / "more"), sampling="bad: 0.9")
     listed = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert report(folder)["data"]["samples"]["counts"]["skipped"] == len(listed) > 0 and ".jpg" in listed[0]["detail"]
 
@@ -172,7 +172,7 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
 
     class Six: num_processes, process_index, is_main_process = 6, 0, True
     monkeypatch.setattr(runs, "ranks", Six)
-    with pytest.raises(ValueError, match="64 samples a step do not divide among 6 ranks × 1 micro-batches: take 60 or 66"):
+    with pytest.raises(ValueError, match="64 samples a step do not divide among 6 ranks: take 60 or 66"):
         run_stage1("es-ev-s", "tiny", batch_size=64, runs=str(tmp_path))
     assert not list(tmp_path.iterdir()) and digests({"splits": {}}, {"train": ["images"]}) == {"train": {}}
 
