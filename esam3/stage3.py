@@ -304,6 +304,7 @@ class Stage3(nn.Module):
 # %% ../nbs/30_stage3.ipynb #c032
 class MapLesson(nn.Module):
     "`map_losses` of a thawed encoder."
+    steady = True  # as `fit` calls it: every batch uses the whole encoder
 
     def __init__(self, stage: Stage3):
         super().__init__()
