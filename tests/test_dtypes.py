@@ -119,8 +119,8 @@ def tracker(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def clips(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    "`protocols.follow`, with a click, and without maps in its memory."
-    names = ("point+1", "pointers_only")
+    "`protocols.follow`, with clicks, and without maps in its memory."
+    names = ("point+2", "pointers_only")
     out = [frame for frame in follow(model(who, dtype), data().clip, names)]
     assert all(frame[n].dtype == np.float32 for frame in out for n in names)
     return {"masks": torch.tensor(np.stack([frame[n] for frame in out for n in names]) > 0)}
