@@ -26,14 +26,14 @@ from .cluster import ends_together
 from .concepts import (Asking, Confusables, PhraseBook, Questions, ask, concept_losses, concepts_of, match_all, question_counts, taught_targets,
                             true_targets, vocabulary, worth_imitating)
 from .core import Part, find_variant, onto, pick_device, pick_precision, printable
-from .data import ClipBatch, ImageBatch, Steps, augment, collate_images, frame_batch, load_recipe, open_dataset, rng_at, some_instances, with_sampling  # noqa: F401
+from .data import ClipBatch, ImageBatch, Steps, augment, collate_images, frame_batch, load_recipe, open_dataset, some_instances, with_sampling
 from .evaluate import limits_of, run_scores, teacher_scores
 from .losses import over_count, picture_errors
 from .readers import choose
 from .runs import WANTED, earlier_student, file_digest, finish, is_saved, open_stage, print_groups, save_student, saved_student
 from .samples import ImageSample
 from .stage1 import nothing_learned, prompt_losses
-from .stage2 import EncodeOnce, Stage2, clip_source, most_frames, present, run_stage2
+from .stage2 import EncodeOnce, Stage2, clip_source, encode_distinct, most_frames, present, run_stage2
 from .student import EfficientSam3
 from .teacher import Features, Sam3, load_teacher
 from .tracks import sought
@@ -258,12 +258,8 @@ class Stage3(nn.Module):
         self.tracking.narrow = self.narrow
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
-        "What the student sees with the weights of now; pictures that a clip there and back has twice are seen once."
-        on = lambda rows: torch.tensor(rows).to(self.student.device, non_blocking=True)
-        pixels = batch.student_pixels.to(self.student.device)
-        some, place = batch.distinct() if isinstance(batch, ClipBatch) else ([*range(len(batch.images))],) * 2
-        if len(some) == len(place): return self.student.encode(pixels)
-        return self.student.encode(pixels[on(some)]).pick(on(place))
+        "What the student sees with the weights of now."
+        return encode_distinct(self.student, batch)
 
     def counts(self, batch: Mixed) -> dict[str, float]:
         """What the terms of a batch on the CPU are divided by: pictures, questions and instances; of the frames of clips, and of
