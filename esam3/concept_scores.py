@@ -34,7 +34,7 @@ def answers(model: Sam3, found: Detections, n: int, batch: ImageBatch, b: int, l
     p = found.scores()[n]
     some = p > least
     if not some.any(): return []
-    masks = batch.frames.to_source(found.masks[n, some].float(), model.frame, b) > 0
+    masks = batch.spaces.to_source(found.masks[n, some].float(), model.space, b) > 0
     flat, p = masks.flatten(1).float(), p[some]
     both = flat @ flat.T
     kept = Kernels.generic_nms(both / (flat.sum(1)[:, None] + flat.sum(1) - both).clamp(min=1), p, overlap)
@@ -67,9 +67,9 @@ def _labelled(reader: Any) -> Callable[[dict], bool]:
 def exemplars_of(model: Sam3, batch: ImageBatch, instances: Sequence[int]) -> Concepts:
     "Concepts without a phrase: each the box of one instance of a batch, in its own picture."
     some = torch.tensor(instances, device=model.device)
-    image = batch.image[some]
-    boxes = box_convert(batch.frames.boxes(batch.boxes[some], image, "source", model.frame) / model.image_size, "xyxy", "cxcywh")[:, None]
-    return model.concepts([None] * len(some), image, boxes, torch.ones(len(some), 1, dtype=torch.long, device=model.device))
+    image_index = batch.image_index[some]
+    boxes = box_convert(batch.spaces.boxes(batch.boxes[some], image_index, "source", model.space) / model.image_size, "xyxy", "cxcywh")[:, None]
+    return model.concepts([None] * len(some), image_index, boxes, torch.ones(len(some), 1, dtype=torch.long, device=model.device))
 
 
 def shown_instance(reader: Any, i: int, pair: int, crop: bool = False, margin: float = 0.3) -> ImageSample:
@@ -85,10 +85,10 @@ def shown_instance(reader: Any, i: int, pair: int, crop: bool = False, margin: f
     return ImageSample(sample.name, sample.image[rows, columns], mask[:, rows, columns])
 
 
-def lent(model: Sam3, shown: Sequence[ImageSample], image: Tensor) -> Concepts:
+def lent(model: Sam3, shown: Sequence[ImageSample], image_index: Tensor) -> Concepts:
     "What the only instances of some pictures say, to be asked of pictures `image` [N] of other features."
     batch = as_batch(model, shown)
-    return keep_concepts(model, look(model, batch), exemplars_of(model, batch, list(range(len(shown)))), image)
+    return keep_concepts(model, look(model, batch), exemplars_of(model, batch, list(range(len(shown)))), image_index)
 
 # %% ../nbs/33_concept_scores.ipynb #c012
 def _units(reader: Any, part: range, batch: ImageBatch) -> list[tuple[int, dict, Any]]:
@@ -103,10 +103,10 @@ def _told(model: Sam3, reader: Any, part: range, shown: str, lenders: Mapping[in
     batch = as_batch(model, [reader.read(i) for i in part])
     units = [u for u in _units(reader, part, batch) if not shown or (u[2].instances and (shown == "own" or u[1]["id"] in lenders))]
     if not units: return []
-    seen, image = look(model, batch), torch.tensor([b for b, *_ in units], device=model.device)
-    if not shown: asked = model.concepts([p.text for *_, p in units], image)
+    seen, image_index = look(model, batch), torch.tensor([b for b, *_ in units], device=model.device)
+    if not shown: asked = model.concepts([p.text for *_, p in units], image_index)
     elif shown == "own": asked = exemplars_of(model, batch, [p.instances[0] for *_, p in units])
-    else: asked = lent(model, [shown_instance(reader, *lenders[pair["id"]], crop=shown == "crop") for _, pair, _ in units], image)
+    else: asked = lent(model, [shown_instance(reader, *lenders[pair["id"]], crop=shown == "crop") for _, pair, _ in units], image_index)
     found = model.detect(seen, asked)
     return [(pair, [{"image_id": pair["id"], "score": s, "segmentation": rle(m)} for s, m in answers(model, found, n, batch, b)]) for n, (b, pair, _) in enumerate(units)]
 
@@ -173,7 +173,7 @@ def score_pairs(model: Sam3, reader: Any, count: int = 0, size: int = 8, least: 
         found = model.detect(look(model, batch), model.concepts([p.text for _, p in asked], torch.tensor([b for b, _ in asked], device=model.device)))
         for n, (b, p) in enumerate(asked):
             out["presence"].append((float(found.presence[n].sigmoid()), bool(p.instances)))
-            first = int((batch.image < b).sum())
+            first = int((batch.image_index < b).sum())
             truth = batch.masks[b].numpy(force=True)[[k - first for k in p.instances]]
             for s, m in answers(model, found, n, batch, b, least): out["instance"].append((s, bool(len(truth)) and bool(region_similarity(m[None], truth).max() >= 0.5)))
     return {k: (np.array([s for s, _ in v]), np.array([r for _, r in v], bool)) for k, v in out.items()}

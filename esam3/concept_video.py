@@ -24,7 +24,7 @@ from transformers.models.sam3_video import modeling_sam3_video as library
 from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
 from .concepts import keep_concepts
-from .core import Frames
+from .core import Spaces
 from .data import student_pixels, teacher_pixels
 from .samples import RunMasks
 from .teacher import Bank, Concepts, Features, Memory, Prompts, Sam3, gate, in_own_precision, wording
@@ -108,8 +108,8 @@ def _propagate(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_i
     forget(session, frame_idx, self.tracker_model.config)
     banks = [history_of(session, i, self.tracker_model.config).bank(frame_idx) for i in range(n)]
     for some, bank in alike(banks):
-        image = torch.zeros(len(some), dtype=torch.long, device=logits.device)
-        out = self.decode(seen, unprompted(self, seen, image), self.recall(seen, image, bank))
+        image_index = torch.zeros(len(some), dtype=torch.long, device=logits.device)
+        out = self.decode(seen, unprompted(self, seen, image_index), self.recall(seen, image_index, bank))
         best, _, pointers = out.best()
         masks[some], logits[some] = gate(best, out.object_logits).to(masks), out.object_logits.to(logits)
         for i, p in zip(some, pointers): session.output_dict_per_obj[i]["non_cond_frame_outputs"][frame_idx] = {"object_pointer": p[None]}
@@ -122,8 +122,8 @@ def _add(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_idx: in
     session, t, side, device = inference_session, frame_idx, self.image_size, new_obj_masks.device
     seen, n, large = frame_features(self, session, t), len(new_obj_ids), lambda x: F.interpolate(x[:, None].float(), (side, side), mode="bilinear", align_corners=False)
     given = F.interpolate((new_obj_masks >= 0.5).float()[:, None], (side, side), mode="bilinear", align_corners=False, antialias=True)
-    image, none = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, 0, dtype=torch.int32, device=device)
-    out, logits = mask_as_output(self, seen, Prompts(image, given.new_zeros(n, 0, 2), none, given))
+    image_index, none = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, 0, dtype=torch.int32, device=device)
+    out, logits = mask_as_output(self, seen, Prompts(image_index, given.new_zeros(n, 0, 2), none, given))
     old = [i for i, o in session.output_dict_per_obj.items() if t in o["non_cond_frame_outputs"]]
     new = [session.obj_id_to_idx(k) for k in new_obj_ids]
     for i, p in zip(new, out.pointers[:, 0]): session.output_dict_per_obj[i]["cond_frame_outputs"][t] = {"object_pointer": p[None]}
@@ -165,11 +165,11 @@ class ConceptSession(Sam3VideoInferenceSession):
     def __init__(self, model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H, W, 3], of one size
                  concepts: Sequence[str | Exemplar]):
         size, device = images[0].shape[:2], model.device
-        teacher, student = (model.image_size, 128) if model.frame == "teacher" else (128, model.image_size)
+        teacher, student = (model.image_size, 128) if model.space == "teacher" else (128, model.image_size)
         super().__init__(None, *size, inference_device=device, inference_state_device=device, dtype=torch.float32)
         self.images, self.number = images, distinct(concepts)  # of each prompt: its position in `concepts`
-        self.pixels = partial(teacher_pixels, size=teacher) if model.frame == "teacher" else partial(student_pixels, canvas=student)
-        self.frames = Frames(torch.tensor([size], device=device), teacher, student)
+        self.pixels = partial(teacher_pixels, size=teacher) if model.space == "teacher" else partial(student_pixels, canvas=student)
+        self.frames = Spaces(torch.tensor([size], device=device), teacher, student)
         self.told, self.now = (torch.empty(0), torch.empty(0)), 0  # what was propagated, and to which frame
         self.prompts = {k: str(concepts[n]) for k, n in enumerate(self.number)}
         self.exemplars = {k: concepts[n] for k, n in enumerate(self.number) if isinstance(concepts[n], Exemplar)}
@@ -198,10 +198,10 @@ def _meet_exemplars(self: Sam3, session: ConceptSession, seen: Features) -> None
     for k, e in session.exemplars.items():
         if e.frame != session.now: continue
         boxes = torch.as_tensor(np.asarray(e.boxes, np.float32), device=self.device)[None]
-        xyxy = session.frames.boxes(boxes, torch.zeros(1, dtype=torch.long, device=self.device), "source", self.frame) / self.image_size
+        xyxy = session.spaces.boxes(boxes, torch.zeros(1, dtype=torch.long, device=self.device), "source", self.frame) / self.image_size
         centre = torch.cat([(xyxy[..., :2] + xyxy[..., 2:]) / 2, xyxy[..., 2:] - xyxy[..., :2]], -1)
         asked = of_one_picture(self, [e.phrase], centre, torch.tensor([list(e.labels)], device=self.device))
-        session.asked.append(([k], keep_concepts(self, seen, asked, asked.image)))
+        session.asked.append(([k], keep_concepts(self, seen, asked, asked.image_index)))
 
 
 def _run_detection(self: Sam3, inference_session: Sam3VideoInferenceSession, vision_embeds: Any) -> dict[int, dict[str, Tensor]]:
@@ -271,7 +271,7 @@ def follow_concepts(model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H,
             for k in out.obj_id_to_mask:
                 if k not in hidden: groups[session.obj_id_to_prompt_id[k]].append(k)
             for concept, ids in groups.items():
-                masks = session.frames.to_source(torch.cat([out.obj_id_to_mask[k] for k in ids]), model.frame, 0) > 0
+                masks = session.spaces.to_source(torch.cat([out.obj_id_to_mask[k] for k in ids]), model.space, 0) > 0
                 shown = claim(masks, torch.tensor([float(out.obj_id_to_tracker_score.get(k, 0.0)) for k in ids], device=masks.device)).numpy(force=True)
                 for k, m in zip(ids, shown):
                     if k not in found:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
-from .core import Frames, atomically, cache_dir, weights_digest
+from .core import Spaces, atomically, cache_dir, weights_digest
 from .data import ImageBatch
 from .losses import focal_factor, mask_loss, over_count, soft_target
 from .teacher import Concepts, Detections, Features, Sam3
@@ -198,7 +198,7 @@ class Asking:
 @dataclass
 class Questions:
     "N concepts asked of B pictures; boxes in continuous source px."
-    image: Tensor                    # [N]
+    image_index: Tensor                    # [N]
     phrases: list[str | None]        # None: exemplars alone
     kinds: list[str]                 # positive | easy | hard | proposed
     members: list[tuple[int, ...]]   # instances of the batch that are to be found
@@ -210,7 +210,7 @@ class Questions:
 def _exemplars(batch: ImageBatch, members: Sequence[int], b: int, rng: np.random.Generator, against: float) -> tuple[list[list[float]], list[int]]:
     "Two boxes and their labels: one or two of the members, or one and another instance of picture `b` as a negative."
     shown = [(int(k), 1) for k in rng.permutation(list(members))[: int(rng.integers(1, 3))]]
-    others = [k for k in torch.nonzero(batch.image == b)[:, 0].tolist() if k not in members]
+    others = [k for k in torch.nonzero(batch.image_index == b)[:, 0].tolist() if k not in members]
     if others and rng.random() < against: shown = [shown[0], (int(rng.choice(others)), 0)]
     boxes, labels = [batch.boxes[k].tolist() for k, _ in shown], [label for _, label in shown]
     return boxes + [[0.0] * 4] * (2 - len(shown)), labels + [-10] * (2 - len(shown))
@@ -237,8 +237,8 @@ def ask(batch: ImageBatch, rngs: Sequence[np.random.Generator],  # of each pictu
                 boxes, labels = _exemplars(batch, phrase.instances, b, rng, asking.against)
                 if rng.random() < asking.alone: text, known = None, False
             rows.append((b, text, _kind(phrase), phrase.instances, known, boxes, labels))
-    image, phrases, kinds, members, known, boxes, labels = map(list, zip(*rows) if rows else [()] * 7)
-    return Questions(torch.tensor(image, dtype=torch.long), phrases, kinds, members, torch.tensor(known, dtype=torch.bool),
+    image_index, phrases, kinds, members, known, boxes, labels = map(list, zip(*rows) if rows else [()] * 7)
+    return Questions(torch.tensor(image_index, dtype=torch.long), phrases, kinds, members, torch.tensor(known, dtype=torch.bool),
                      torch.tensor(boxes, dtype=torch.float32).view(-1, 2, 4), torch.tensor(labels, dtype=torch.long).view(-1, 2))
 
 # %% ../nbs/31_concepts.ipynb #c018c
@@ -250,12 +250,12 @@ def question_counts(asked: Questions | None) -> dict[str, float]:
             "asked": float(len(known)), "asked targets": float(sum(sizes))}
 
 # %% ../nbs/31_concepts.ipynb #c020
-def concepts_of(model: Sam3, book: PhraseBook, asked: Questions, frames: Frames) -> Concepts:
+def concepts_of(model: Sam3, book: PhraseBook, asked: Questions, spaces: Spaces) -> Concepts:
     "Questions as a model's `detect` takes them."
     tokens, counted = book(asked.phrases)
-    boxes = frames.boxes(asked.boxes, asked.image, "source", model.frame) / model.image_size
+    boxes = spaces.boxes(asked.boxes, asked.image_index, "source", model.space) / model.image_size
     unread = torch.zeros_like(counted, dtype=torch.long)
-    return Concepts(asked.image, unread, counted, box_convert(boxes, "xyxy", "cxcywh"), asked.labels, tokens)
+    return Concepts(asked.image_index, unread, counted, box_convert(boxes, "xyxy", "cxcywh"), asked.labels, tokens)
 
 # %% ../nbs/31_concepts.ipynb #c023
 @dataclass
@@ -268,20 +268,20 @@ class Targets:
     union: Tensor     # [N, h, w] in 0…1
 
 
-def true_targets(asked: Questions, batch: ImageBatch, frame: str, size: int) -> Targets:
+def true_targets(asked: Questions, batch: ImageBatch, space: str, size: int) -> Targets:
     "The truth of N questions in a frame, masks `size` cells wide. Rows that are not `known` say nothing."
     device, most = batch.boxes.device, max([1, *map(len, asked.members)]) if len(batch.boxes) else 0
     rows = [([*m, *[0] * (most - len(m))], [k < len(m) for k in range(most)]) for m in asked.members]
     index, real = torch.tensor(rows, dtype=torch.long).view(len(rows), 2, most).to(device, non_blocking=True).unbind(1)
-    boxes = batch.frames.boxes(batch.boxes, batch.image, "source", frame) / batch.frames.side(frame)
-    masks = batch.frames.rasterise(batch.masks, frame, size)[index] * real[..., None, None]
+    boxes = batch.spaces.boxes(batch.boxes, batch.image_index, "source", space) / batch.spaces.side(space)
+    masks = batch.spaces.rasterise(batch.masks, space, size)[index] * real[..., None, None]
     union = masks.amax(1) if most else masks.new_zeros(len(index), size, size)
     return Targets(boxes[index], masks, real.float(), real.any(1).float(), union)
 
 # %% ../nbs/31_concepts.ipynb #c025
 @torch.no_grad()
 def taught_targets(found: Detections,  # the teacher's, of its last layer
-                   image: Tensor, frames: Frames, src: str, dst: str, size: int,
+                   image_index: Tensor, spaces: Spaces, src: str, dst: str, size: int,
                    least: float = 0.3,  # candidates below this class score are left out
                    temperature: float = 1.0  # of `losses.soft_target`
                    ) -> Targets:
@@ -292,9 +292,9 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
     row = torch.arange(len(p), device=p.device)[:, None]
     drawn = found.masks is not None
     chosen = found.masks[row, query] if drawn else torch.einsum("nkc,nchw->nkhw", found.queries[row, query], found.pixels)
-    boxes = frames.boxes(found.boxes[row, query].float() * frames.side(src), image, src, dst) / frames.side(dst)
-    masks = soft_target(frames.maps(chosen, src, dst, size, image), temperature)
-    union = soft_target(frames.maps(found.semantic, src, dst, size, image)[:, 0], temperature)
+    boxes = spaces.boxes(found.boxes[row, query].float() * spaces.side(src), image_index, src, dst) / spaces.side(dst)
+    masks = soft_target(spaces.maps(chosen, src, dst, size, image_index), temperature)
+    union = soft_target(spaces.maps(found.semantic, src, dst, size, image_index)[:, 0], temperature)
     return Targets(boxes, masks, best * (best > least), found.presence.float().sigmoid(), union)
 
 # %% ../nbs/31_concepts.ipynb #c028
@@ -418,7 +418,7 @@ def worth_imitating(taught: Targets, truth: Targets, known: Tensor) -> Tensor:
 
 # %% ../nbs/31_concepts.ipynb #c047
 @torch.no_grad()
-def keep_concepts(model: Sam3, seen: Features, concepts: Concepts, image: Tensor) -> Concepts:
+def keep_concepts(model: Sam3, seen: Features, concepts: Concepts, image_index: Tensor) -> Concepts:
     "What `concepts` say in their own pictures (of `seen`), to be asked of pictures `image` [N] of other features."
-    tokens, counted = model._prompt_tokens(seen.pick(concepts.image), concepts)
-    return Concepts(image, tokens.new_zeros(tokens.shape[:2], dtype=torch.long), counted, encoded=tokens)
+    tokens, counted = model._prompt_tokens(seen.pick(concepts.image_index), concepts)
+    return Concepts(image_index, tokens.new_zeros(tokens.shape[:2], dtype=torch.long), counted, encoded=tokens)

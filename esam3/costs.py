@@ -51,14 +51,14 @@ def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
 def latency(model: Sam3, repeats: int = 5) -> dict[str, float]:
     "Seconds to `encode` a picture, `decode` one point, `recall` from a full memory bank, `detect` one phrase, at the model's own size."
     device, side = next(model.parameters()).device, model.image_size
-    pixels, image = torch.rand(1, 3, side, side, device=device) * 2 - 1, torch.zeros(1, dtype=torch.long, device=device)
-    point = Prompts(image, torch.full((1, 1, 2), side / 2, device=device), torch.ones(1, 1, dtype=torch.int32, device=device))
+    pixels, image_index = torch.rand(1, 3, side, side, device=device) * 2 - 1, torch.zeros(1, dtype=torch.long, device=device)
+    point = Prompts(image_index, torch.full((1, 1, 2), side / 2, device=device), torch.ones(1, 1, dtype=torch.int32, device=device))
     seen, history = model.encode(pixels), History(model.tracker_model.config)
-    memory = see(model, seen, image, point)[1]
+    memory = see(model, seen, image_index, point)[1]
     full = max(history.slots, history.most)
     for t in range(full): history.add(t, memory, prompted=t == 0)
-    concepts = model.concepts(["a red disk"], image)
-    calls = {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(seen, point), "recall": lambda: model.recall(seen, image, history.bank(full)), "detect": lambda: model.detect(seen, concepts)}
+    concepts = model.concepts(["a red disk"], image_index)
+    calls = {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(seen, point), "recall": lambda: model.recall(seen, image_index, history.bank(full)), "detect": lambda: model.detect(seen, concepts)}
     return {name: median_seconds(call, repeats) for name, call in calls.items()}
 
 # %% ../nbs/44_costs.ipynb #c011

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .core import Frames, Part, onto, seed_at
+from .core import Spaces, Part, onto, seed_at
 from .readers import TooShort, choose
 from .recipes import KINDS, READERS, data_digest, load_recipe, open_dataset, with_sampling  # noqa: F401
 from .samples import BadSample, ClipSample, ImageSample, Phrase, RunMasks, boxes_of, deepest_points
@@ -180,7 +180,7 @@ def student_bytes(images: Sequence[np.ndarray],  # B pictures, uint8 [H, W, 3]
     "Pictures with their longer side brought to the student's canvas, padded right and bottom."
     out = torch.zeros(len(images), 3, canvas, canvas, dtype=torch.uint8)
     for k, image in enumerate(images):
-        h, w = Frames.fitted(*image.shape[:2], canvas)
+        h, w = Spaces.fitted(*image.shape[:2], canvas)
         out[k, :, :h, :w] = _resized(image, h, w)
     return out
 
@@ -208,7 +208,7 @@ def teacher_pixels(images: Sequence[np.ndarray], size: int) -> torch.Tensor:
 
 def student_pixels(images: Sequence[np.ndarray], canvas: int) -> torch.Tensor:
     "The student's preprocessing of B pictures, uint8 [H, W, 3]: [B, 3, canvas, canvas]."
-    fitted = [Frames.fitted(*i.shape[:2], canvas)[::-1] for i in images]
+    fitted = [Spaces.fitted(*i.shape[:2], canvas)[::-1] for i in images]
     return _students(student_bytes(images, canvas), torch.tensor(fitted).view(-1, 2))
 
 # %% ../nbs/02_data.ipynb #c030
@@ -222,20 +222,20 @@ class _Batch:
 
     def to(self, device: torch.device | str):
         "The batch with its tensors on a device; source pictures stay where they are. From pinned memory nobody waits for the copy."
-        return replace(self._with(lambda t: onto(t, device)), frames=self.frames.to(device))
+        return replace(self._with(lambda t: onto(t, device)), spaces=self.spaces.to(device))
 
     def pin_memory(self):
         "The batch in memory that a GPU copies from by itself."
         return self._with(torch.Tensor.pin_memory)
 
-    def pixels(self, frame: str,                    # "teacher" or "student"
+    def pixels(self, space: str,                    # "teacher" or "student"
                some: Sequence[int] | None = None    # pictures; None: all
                ) -> torch.Tensor:
         "[B, 3, side, side] as the network of a frame sees the pictures, made when asked for."
         rows = lambda: onto(torch.tensor([*some], dtype=torch.long), self.student_bytes.device)
         at = slice(None) if some is None else rows()
-        if frame == "teacher": return _teachers(self.teacher_bytes[at])
-        return _students(self.student_bytes[at], self.frames.extent("student")[at])
+        if space == "teacher": return _teachers(self.teacher_bytes[at])
+        return _students(self.student_bytes[at], self.spaces.extent("student")[at])
 
     @property
     def teacher_pixels(self) -> torch.Tensor: return self.pixels("teacher")
@@ -249,10 +249,10 @@ class ImageBatch(_Batch):
     "B pictures with N instances in all; boxes and points in continuous source px."
     names: list[str]
     images: list[np.ndarray]      # B × uint8 [H, W, 3]
-    frames: Frames
+    spaces: Spaces
     teacher_bytes: torch.Tensor   # [B, 3, S, S] uint8; [0, 3, S, S] where `trunk` stands for them
     student_bytes: torch.Tensor   # [B, 3, C, C] uint8
-    image: torch.Tensor           # [N] int64, the picture of each instance
+    image_index: torch.Tensor           # [N] int64, the picture of each instance
     boxes: torch.Tensor           # [N, 4]
     points: torch.Tensor          # [N, 2] deepest points
     masks: list[torch.Tensor]     # B × bool [n, H, W]; their order is that of the N
@@ -276,7 +276,7 @@ def collate_images(samples: Sequence[ImageSample],
     images, counts = [s.image for s in samples], [len(s.masks) for s in samples]
     starts = np.cumsum([0, *counts])
     return ImageBatch(
-        [s.name for s in samples], images, Frames(torch.tensor([i.shape[:2] for i in images]), teacher, student),
+        [s.name for s in samples], images, Spaces(torch.tensor([i.shape[:2] for i in images]), teacher, student),
         teacher_bytes(images if with_teacher else [], teacher), student_bytes(images, student),
         torch.arange(len(samples)).repeat_interleave(torch.tensor(counts)),
         torch.from_numpy(np.concatenate([s.boxes for s in samples])), torch.from_numpy(np.concatenate([s.points for s in samples])),
@@ -289,8 +289,8 @@ def some_instances(batch: ImageBatch,
                    rows: torch.Tensor  # [n] int64, ascending
                    ) -> ImageBatch:
     "The same pictures with some of their instances, and without phrases."
-    own = [rows[batch.image[rows] == b] - int((batch.image < b).sum()) for b in range(len(batch.names))]
-    return replace(batch, image=batch.image[rows], boxes=batch.boxes[rows], points=batch.points[rows],
+    own = [rows[batch.image_index[rows] == b] - int((batch.image_index < b).sum()) for b in range(len(batch.names))]
+    return replace(batch, image_index=batch.image_index[rows], boxes=batch.boxes[rows], points=batch.points[rows],
                    masks=[m[i] for m, i in zip(batch.masks, own)], phrases=[[] for _ in batch.names])
 
 # %% ../nbs/02_data.ipynb #c037
@@ -299,7 +299,7 @@ class ClipBatch(_Batch):
     "B clips of T frames with N tracks in all; picture b·T + t is frame t of clip b."
     names: list[str]
     images: list[np.ndarray]      # B·T × uint8 [H, W, 3]
-    frames: Frames                # of the B·T pictures
+    spaces: Spaces                # of the B·T pictures
     teacher_bytes: torch.Tensor   # [B·T, 3, S, S] uint8
     student_bytes: torch.Tensor   # [B·T, 3, C, C] uint8
     clip: torch.Tensor            # [N] int64, the clip of each track
@@ -321,7 +321,7 @@ class ClipBatch(_Batch):
     def coverage(self, dst: str, size: int) -> torch.Tensor:
         "[N, T, size, size] part of each cell that a mask covers, as `Frames.rasterise`."
         length = self.frame_index.shape[1]
-        flat = self.frames.rasterise([m[:, t] for m in self.masks for t in range(length)], dst, size)
+        flat = self.spaces.rasterise([m[:, t] for m in self.masks for t in range(length)], dst, size)
         return torch.cat([f.unflatten(0, (length, -1)).transpose(0, 1) for f in flat.split([m.shape[0] * length for m in self.masks]) if len(f)] or [flat.view(0, length, size, size)])
 
     def distinct(self) -> tuple[list[int], list[int]]:
@@ -352,7 +352,7 @@ def collate_clips(samples: Sequence[ClipSample],
     boxes = np.array([boxes_of(m) for m in masks], np.float32).reshape(-1, length, 4)
     points = np.array([deepest_points(m[int(t):int(t) + 1])[0] for m, t in zip(masks, first)], np.float32).reshape(-1, 2)
     return ClipBatch(
-        [s.name for s in samples], images, Frames(torch.tensor([i.shape[:2] for i in images]), teacher, student),
+        [s.name for s in samples], images, Spaces(torch.tensor([i.shape[:2] for i in images]), teacher, student),
         teacher_bytes(images, teacher), student_bytes(images, student), clip, clip[:, None] * length + torch.arange(length),
         torch.from_numpy(first), torch.from_numpy(boxes), torch.from_numpy(points), [torch.from_numpy(np.asarray(s.masks)) for s in samples],
         torch.from_numpy(visible), torch.from_numpy(annotated), [i for s in samples for i in s.ids],
@@ -376,7 +376,7 @@ def frame_batch(batch: ClipBatch,
     masks = [m[batch.visible[batch.clip == b, t], t] for b, (m, t) in enumerate(zip(batch.masks, frames))]
     points = np.concatenate([deepest_points(m.numpy(force=True)) for m in masks])
     return ImageBatch(
-        batch.names, [batch.images[k] for k in at], batch.frames.pick(at),
+        batch.names, [batch.images[k] for k in at], batch.spaces.pick(at),
         batch.teacher_bytes[at], batch.student_bytes[at], batch.clip[rows], batch.boxes[rows, own[rows]],
         torch.from_numpy(points).to(device), masks, [_phrases_in_frame(ps, known, shown) for ps in batch.phrases],
         seeds=batch.seeds, seed=batch.seed)

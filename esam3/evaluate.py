@@ -191,8 +191,8 @@ def of_concepts(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict
     for name in names:
         asked = [*questions(task.reader, samples, batch, name).items()]
         for some in (asked[k:k + 16] for k in range(0, len(asked), 16)):
-            what, image = [w for (_, w), _ in some], torch.tensor([b for (b, _), _ in some], device=model.device)
-            concepts = model.concepts(what, image) if name == "phrase" else exemplars_of(model, batch, what)
+            what, image_index = [w for (_, w), _ in some], torch.tensor([b for (b, _), _ in some], device=model.device)
+            concepts = model.concepts(what, image_index) if name == "phrase" else exemplars_of(model, batch, what)
             found = model.detect(seen, concepts)
             for n, ((b, _), pairs) in enumerate(some):
                 told = answers(model, found, n, batch, b)

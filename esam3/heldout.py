@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .core import Frames
+from .core import Spaces
 from .data import ClipBatch, ImageBatch, collate_images
 from .metrics import region_similarity  # chapter 4's definition
 from .prompts import CORNERS, POSITIVE, append, corrective_points, disagreement  # chapter 1's loop, against the truth
@@ -29,12 +29,12 @@ from .teacher import Features, Prompts, Sam3
 # %% ../nbs/06_heldout.ipynb #c004
 def look(model: Sam3, batch: ImageBatch | ClipBatch) -> Features:
     "Encode a batch's pictures in the model's own frame."
-    return model.encode(batch.teacher_pixels if model.frame == "teacher" else batch.student_pixels)
+    return model.encode(batch.teacher_pixels if model.space == "teacher" else batch.student_pixels)
 
 
 def _sides(model: Sam3, other: int = 128) -> tuple[int, int]:
     "Sides of the two squares; only the model's own is used."
-    return (model.image_size, other) if model.frame == "teacher" else (other, model.image_size)
+    return (model.image_size, other) if model.space == "teacher" else (other, model.image_size)
 
 
 def as_batch(model: Sam3, samples: Sequence[ImageSample]) -> ImageBatch:
@@ -54,19 +54,19 @@ def in_parts(score: Callable[[range], list], count: int, size: int, desc: str, s
 def opening(model: Sam3, batch: ImageBatch, start: str  # "box", "point" or "mask"
             ) -> Prompts:
     "The first prompt for every instance of a batch, from its truth, in the model's frame."
-    image, f, n = batch.image, batch.frames, len(batch.image)
-    labels = lambda *of: torch.tensor([of], dtype=torch.int32, device=image.device).expand(n, -1)
-    if start == "box": return Prompts(image, f.boxes(batch.boxes, image, "source", model.frame).view(n, 2, 2), labels(*CORNERS), multimask=False)
-    if start == "point": return Prompts(image, f.points(batch.points, image, "source", model.frame)[:, None], labels(POSITIVE))
-    masks = f.rasterise(batch.masks, model.frame, model.image_size) > 0.5
-    return Prompts(image, batch.points.new_zeros(n, 0, 2), labels(), masks.float()[:, None])
+    image_index, f, n = batch.image_index, batch.spaces, len(batch.image_index)
+    labels = lambda *of: torch.tensor([of], dtype=torch.int32, device=image_index.device).expand(n, -1)
+    if start == "box": return Prompts(image_index, f.boxes(batch.boxes, image_index, "source", model.space).view(n, 2, 2), labels(*CORNERS), multimask=False)
+    if start == "point": return Prompts(image_index, f.points(batch.points, image_index, "source", model.space)[:, None], labels(POSITIVE))
+    masks = f.rasterise(batch.masks, model.space, model.image_size) > 0.5
+    return Prompts(image_index, batch.points.new_zeros(n, 0, 2), labels(), masks.float()[:, None])
 
 # %% ../nbs/06_heldout.ipynb #c007c
 def best_masks(model: Sam3, seen: Features, prompts: Prompts) -> Tensor:
     "The best mask for each prompt, logits [N, 4g, 4g]; sixty-four at a time, since LVIS has pictures with hundreds of instances."
-    at = lambda rows: replace(prompts, **{k: getattr(prompts, k)[rows] for k in ("image", "points", "labels")})
-    rows = torch.arange(len(prompts.image), device=prompts.image.device).split(64)
-    return torch.cat([model.decode(seen, at(some)).best()[0] for some in rows]) if len(prompts.image) else seen.tracker[0].new_zeros(0, 4 * model.grid, 4 * model.grid)
+    at = lambda rows: replace(prompts, **{k: getattr(prompts, k)[rows] for k in ("image_index", "points", "labels")})
+    rows = torch.arange(len(prompts.image_index), device=prompts.image_index.device).split(64)
+    return torch.cat([model.decode(seen, at(some)).best()[0] for some in rows]) if len(prompts.image_index) else seen.tracker[0].new_zeros(0, 4 * model.grid, 4 * model.grid)
 
 
 def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
@@ -74,9 +74,9 @@ def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
              seed: int = 0  # of the choice among places that are equally deep
              ) -> Iterator[tuple[Prompts, Tensor]]:  # prompts and answers [N, 4g, 4g], before the first correction and after each
     "Ask, compare with the truth, click where it is wrong, ask again."
-    frame, size = model.frame, 4 * model.grid
-    draw, n = torch.Generator().manual_seed(seed), len(batch.image)
-    truth, valid = batch.frames.rasterise(batch.masks, frame, size), batch.frames.valid(frame, size, batch.image)
+    space, size = model.space, 4 * model.grid
+    draw, n = torch.Generator().manual_seed(seed), len(batch.image_index)
+    truth, valid = batch.spaces.rasterise(batch.masks, space, size), batch.spaces.valid(space, size, batch.image_index)
     prompts = opening(model, batch, start)
     logits = best_masks(model, seen, prompts)
     yield prompts, logits
@@ -91,11 +91,11 @@ def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
 PROMPTED = ("miou_box", "miou_point", "miou_point_refined")
 
 
-def _iou(frames: Frames, frame: str, logits: Tensor, image: Tensor, truth: Sequence[Tensor]) -> list[float]:
+def _iou(spaces: Spaces, space: str, logits: Tensor, image_index: Tensor, truth: Sequence[Tensor]) -> list[float]:
     "IoU in the source pictures of logits [N, h, w] with the masks of their pictures, in the order of the N."
     out = []
     for b, masks in enumerate(truth):
-        if len(masks): out += region_similarity((frames.to_source(logits[image == b], frame, b) > 0).numpy(force=True), masks.numpy(force=True)).tolist()
+        if len(masks): out += region_similarity((spaces.to_source(logits[image_index == b], space, b) > 0).numpy(force=True), masks.numpy(force=True)).tolist()
     return out
 
 
@@ -115,8 +115,8 @@ def _answers(model: Sam3, seen: Features, batch: ImageBatch) -> list[Tensor]:
 
 def _prompt_rows(model: Sam3, batch: ImageBatch) -> list[tuple[float, ...]]:
     "(things in the picture, IoU for box, point, refined point) of each thing of a batch."
-    things = [float(len(batch.masks[b])) for b in batch.image.tolist()]
-    return list(zip(things, *(_iou(batch.frames, model.frame, a, batch.image, batch.masks) for a in _answers(model, look(model, batch), batch))))
+    things = [float(len(batch.masks[b])) for b in batch.image_index.tolist()]
+    return list(zip(things, *(_iou(batch.spaces, model.space, a, batch.image_index, batch.masks) for a in _answers(model, look(model, batch), batch))))
 
 # %% ../nbs/06_heldout.ipynb #c010b
 @torch.no_grad()
@@ -124,9 +124,9 @@ def prompt_agreement(student: Sam3, teacher: Sam3, reader, count: int = 0, size:
     "`PROMPTED` of the student against the teacher's masks for the same things, in the source pictures; each refines its own mask towards the truth."
     def score(part: range) -> list[tuple[float, ...]]:
         batch = collate_images([reader.read(i) for i in part], teacher.image_size, student.image_size, max_instances=0).to(student.device)
-        seen = lambda logits, b: batch.frames.to_source(logits[batch.image == b], teacher.frame, b) > 0
+        seen = lambda logits, b: batch.spaces.to_source(logits[batch.image_index == b], teacher.space, b) > 0
         pairs = zip(*(_answers(m, look(m, batch), batch) for m in (student, teacher)))
-        return list(zip(*(_iou(batch.frames, student.frame, s, batch.image, [seen(t, b) for b in range(len(batch.masks))]) for s, t in pairs)))
+        return list(zip(*(_iou(batch.spaces, student.space, s, batch.image_index, [seen(t, b) for b in range(len(batch.masks))]) for s, t in pairs)))
     return dict(zip(PROMPTED, np.mean(in_parts(score, count or len(reader), size, "agreement", False), 0).tolist()))
 
 # %% ../nbs/06_heldout.ipynb #c012
@@ -145,14 +145,14 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
     for start in tqdm(range(0, count or len(reader), size), desc="concepts", leave=False):
         batch = as_batch(model, [reader.read(i) for i in range(start, min(start + size, count or len(reader)))])
         asked = [(b, p) for b, phrases in enumerate(batch.phrases) for p in phrases]
-        image = torch.tensor([b for b, _ in asked], device=model.device)
-        found = model.detect(look(model, batch), model.concepts([p.text for _, p in asked], image))
+        image_index = torch.tensor([b for b, _ in asked], device=model.device)
+        found = model.detect(look(model, batch), model.concepts([p.text for _, p in asked], image_index))
         owner = np.concatenate([[0], np.cumsum([len(m) for m in batch.masks])])
         for i, (b, p) in enumerate(asked):
             kind = p.negative or "positive"
             right[kind].append(bool(found.presence[i] > 0) == (kind == "positive"))
             scores = found.scores()[i]
-            logits = batch.frames.to_source(found.masks[i][scores > 0.5], model.frame, b) if (scores > 0.5).any() else torch.zeros(0, *batch.masks[b].shape[1:])
+            logits = batch.spaces.to_source(found.masks[i][scores > 0.5], model.space, b) if (scores > 0.5).any() else torch.zeros(0, *batch.masks[b].shape[1:])
             masks, truth = (logits > 0).numpy(force=True), batch.masks[b].numpy(force=True)[[k - owner[b] for k in p.instances]]
             masks = masks[_kept(masks, scores[scores > 0.5].numpy(force=True))]
             pairs = region_similarity(masks[:, None], truth[None]) if len(masks) and len(truth) else np.zeros((len(masks), len(truth)))
@@ -169,10 +169,10 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
 def first_frame(model: Sam3, batch: ClipBatch) -> tuple[Prompts, Tensor]:
     "Mask prompts for every track at the frame where it begins, and their boxes [N, 4], in the model's frame."
     rows, begin = torch.arange(len(batch.first), device=batch.first.device), batch.first.split([len(m) for m in batch.masks])
-    image, f = batch.frame_index[rows, batch.first], batch.frames
+    image_index, f = batch.frame_index[rows, batch.first], batch.spaces
     clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))  # the pictures of a clip are of one size
     shown = [m[torch.arange(len(m), device=m.device), t] for m, t in zip(batch.masks, begin)]
-    masks = clips.rasterise(shown, model.frame, model.image_size)
-    none = torch.zeros(len(image), 0, dtype=torch.int32, device=image.device)
-    prompts = Prompts(image, torch.zeros(len(image), 0, 2, device=image.device), none, (masks > 0.5).float()[:, None])
-    return prompts, f.boxes(batch.boxes[rows, batch.first], image, "source", model.frame)
+    masks = clips.rasterise(shown, model.space, model.image_size)
+    none = torch.zeros(len(image_index), 0, dtype=torch.int32, device=image_index.device)
+    prompts = Prompts(image_index, torch.zeros(len(image_index), 0, 2, device=image_index.device), none, (masks > 0.5).float()[:, None])
+    return prompts, f.boxes(batch.boxes[rows, batch.first], image_index, "source", model.space)

@@ -16,13 +16,13 @@ from .teacher import Bank, Features, Prompts, Sam3, _rotate, _rotation
 from .tracker import History, see
 
 # %% ../nbs/61_memory_attention.ipynb #c010
-def attention_weights(model: Sam3, features: Features, image: Tensor, bank: Bank, layer: int = -1) -> Tensor:
+def attention_weights(model: Sam3, features: Features, image_index: Tensor, bank: Bank, layer: int = -1) -> Tensor:
     "Attention [N, g², A] of each query cell of pictures `image` [N] to the A tokens of a bank, in one layer of memory attention: mean of the heads, rows sum to 1."
     attention = model.tracker_model.memory_attention
     reader, caught = attention.layers[layer].cross_attn_image, []
     hooks = [m.register_forward_hook(lambda _, __, out: caught.append(out)) for m in (reader.q_proj, reader.k_proj)]
     try:
-        with torch.no_grad(): model.recall(features, image, bank)
+        with torch.no_grad(): model.recall(features, image_index, bank)
     finally:
         for hook in hooks: hook.remove()
     q, k = (torch.cat(caught[n::2]).unflatten(-1, (reader.num_attention_heads, -1)).transpose(1, 2) for n in (0, 1))  # of a few objects at a time

@@ -107,8 +107,8 @@ def instances(number: int, ids: Sequence[int], name: str,
               masks: np.ndarray           # [N, H, W] bool
               ) -> dict[str, list[dict]]:
     "The truth of a picture in COCO's form, for data that has another."
-    image = {"id": number, "file_name": name, "height": masks.shape[1], "width": masks.shape[2]}
-    return {"images": [image], "annotations": [{"id": k, "image_id": number, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), "segmentation": rle(m)}
+    image_index = {"id": number, "file_name": name, "height": masks.shape[1], "width": masks.shape[2]}
+    return {"images": [image_index], "annotations": [{"id": k, "image_id": number, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), "segmentation": rle(m)}
                                                for k, m in zip(ids, masks)]}
 
 # %% ../nbs/42_predictions.ipynb #c020

@@ -61,8 +61,8 @@ def answer_pictures(model: Sam3, samples: Sequence[ImageSample], wanted: Sequenc
                     seed: int = 0) -> dict[str, list[np.ndarray]]:  # protocol → B × bool [n, H, W]
     "Masks for every instance of some pictures."
     batch, out = as_batch(model, samples), {}
-    seen, owner = look(model, batch), batch.image.cpu()
-    back = lambda logits: [(batch.frames.to_source(logits[owner == b], model.frame, b) > 0).numpy(force=True) for b in range(len(samples))]
+    seen, owner = look(model, batch), batch.image_index.cpu()
+    back = lambda logits: [(batch.spaces.to_source(logits[owner == b], model.space, b) > 0).numpy(force=True) for b in range(len(samples))]
     for start in ("box", "point"):
         names = {PROTOCOLS[w].more: w for w in wanted if PROTOCOLS[w].start == start}
         for k, (_, logits) in enumerate(clicking(model, seen, batch, start, max(names), seed)) if names else ():
@@ -82,7 +82,7 @@ class FirstPrompt(Follower):
     def step(self, seen: Features, prompts: Prompts | None = None) -> MaskSet:
         if prompts is not None:
             multimask = use_multimask(self.model.tracker_model.config, prompts.labels.shape[1], True)
-            self.prompts = replace(prompts, image=torch.zeros_like(prompts.image), multimask=multimask)
+            self.prompts = replace(prompts, image_index=torch.zeros_like(prompts.image_index), multimask=multimask)
         self.frame += 1
         return self.model.decode(seen, self.prompts)
 
@@ -109,7 +109,7 @@ def follow(model: Sam3, sample: ClipSample, wanted: Sequence[str],  # names in P
         for way, some in groups.items():
             for rows, follower, prompts in some:
                 found = follower.step(seen, None if follower.frame else prompts)
-                out[way][rows] = batch.frames.to_source(gate(found.best()[0], found.object_logits), model.frame, 0).numpy(force=True)
+                out[way][rows] = batch.spaces.to_source(gate(found.best()[0], found.object_logits), model.space, 0).numpy(force=True)
         yield {name: out[way] for name, way in ways.items()}
 
 # %% ../nbs/43_protocols.ipynb #c020s

@@ -15,10 +15,10 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from .core import Frames, nearest
+from .core import Spaces, nearest
 from .training import STAGES_OF, Schedule, _belongs  # chapter 5 says what a stage can be told
 
-RECIPES = Path(inspect.getfile(Frames)).parents[1] / "data_recipes"
+RECIPES = Path(inspect.getfile(Spaces)).parents[1] / "data_recipes"
 ALIASES = {"davis17": "davis"}  # other names of recipes
 
 # %% ../nbs/01g_schema.ipynb #c006

@@ -25,7 +25,7 @@ from .evaluate import limits_of, run_scores, teacher_scores
 from .feature_cache import FeatureCache, ReplayedSample, Replays, cache_settings, encode_trunk, features_from_trunk, plan, write_cache
 from .losses import MAP_LOSSES, distill_loss, feature_loss, map_terms, over_count, task_terms
 from .packing import CODES
-from .prompts import chances, initial_prompts, refine, to_frame
+from .prompts import chances, initial_prompts, refine, to_space
 from .runs import WANTED, finish, is_saved, open_stage, print_groups, ranks, save_student, saved_student
 from .samples import BadSample, ImageSample
 from .student import build_student
@@ -126,8 +126,8 @@ class CachedSteps(Steps):
 # %% ../nbs/10_stage1.ipynb #c012
 def warp_features(seen: Features, batch: ImageBatch, like: Features) -> tuple[list[Tensor], list[Tensor]]:
     "The teacher's six maps in the student's frame, at the sizes of the student's, and where they are valid."
-    maps = [batch.frames.maps(t, "teacher", "student", s.shape[-1]) for t, s in zip((*seen.detector, *seen.tracker), (*like.detector, *like.tracker))]
-    return maps, [batch.frames.valid("student", m.shape[-1]) for m in maps]
+    maps = [batch.spaces.maps(t, "teacher", "student", s.shape[-1]) for t, s in zip((*seen.detector, *seen.tracker), (*like.detector, *like.tracker))]
+    return maps, [batch.spaces.valid("student", m.shape[-1]) for m in maps]
 
 # %% ../nbs/10_stage1.ipynb #c015
 def ask_teacher(teacher: Sam3, wide: Features, batch: ImageBatch, prompts: Prompts,
@@ -135,8 +135,8 @@ def ask_teacher(teacher: Sam3, wide: Features, batch: ImageBatch, prompts: Promp
                 ) -> MaskSet:
     "The teacher's answer, without gradient, to prompts given in the student's frame; its masks are warped into that frame."
     with torch.no_grad():
-        t = teacher.decode(wide, to_frame(prompts, batch.frames, "student", "teacher"))
-        return replace(t, masks=batch.frames.maps(t.masks, "teacher", "student", size, prompts.image))
+        t = teacher.decode(wide, to_space(prompts, batch.spaces, "student", "teacher"))
+        return replace(t, masks=batch.spaces.maps(t.masks, "teacher", "student", size, prompts.image_index))
 
 
 def ask_both(teacher: Sam3, student: Sam3, wide: Features, narrow: Features, batch: ImageBatch, prompts: Prompts) -> tuple[MaskSet, MaskSet]:
@@ -153,8 +153,8 @@ def ask_first(batch: ImageBatch,
               coins: Tensor,  # [N] in [0, 1), on the CPU
               p_box: float = 0.5) -> list[tuple[Tensor, Prompts]]:
     "A box or a centre point for each instance, in the student's frame."
-    at = lambda x, move: move(x, batch.image, "source", "student")
-    return initial_prompts(at(batch.boxes, batch.frames.boxes), at(batch.points, batch.frames.points), batch.image, coins, p_box)
+    at = lambda x, move: move(x, batch.image_index, "source", "student")
+    return initial_prompts(at(batch.boxes, batch.spaces.boxes), at(batch.points, batch.spaces.points), batch.image_index, coins, p_box)
 
 # %% ../nbs/10_stage1.ipynb #c017p
 def round_losses(student: Sam3, narrow: Features, prompts: Prompts,
@@ -182,8 +182,8 @@ def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
                   weight: Tensor | None = None  # [N] of each instance; None: 1
                   ) -> dict[str, Tensor]:
     "λ2 · eq. 4 (`distill`) and L_task (`task …`) summed over the rounds and over instances, and divided by the `whole` step's instances."
-    truth, out = batch.frames.rasterise(batch.masks, "student", 4 * student.grid), {}
-    valid = batch.frames.valid("student", truth.shape[-1], batch.image)
+    truth, out = batch.spaces.rasterise(batch.masks, "student", 4 * student.grid), {}
+    valid = batch.spaces.valid("student", truth.shape[-1], batch.image_index)
     drawn, instances = prompt_chances(batch, schedule.refinements), len(truth) if whole is None else whole["instances"]
     clicks = drawn.to(truth.device, non_blocking=True)
     answer = recomputed(round_losses, schedule.recomputes(student.image_size))
@@ -195,7 +195,7 @@ def prompt_losses(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
             terms, said = answer(student, narrow, prompts, told, goal, inside, schedule, instances, worth)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
             if round == schedule.refinements: break
-            prompts = refine(prompts, told.best()[0], said, batch.frames, schedule.corrective, chance=clicks[rows, 1 + round])
+            prompts = refine(prompts, told.best()[0], said, batch.spaces, schedule.corrective, chance=clicks[rows, 1 + round])
     return out
 
 # %% ../nbs/10_stage1.ipynb #c018
@@ -221,11 +221,11 @@ class Stage1(nn.Module):
 
     def finds(self, batch: ImageBatch) -> bool:
         "Whether the teacher has to find the batch's instances."
-        return bool(self.sampled) and not len(batch.image)
+        return bool(self.sampled) and not len(batch.image_index)
 
     def counts(self, batch: ImageBatch) -> dict[str, float]:
         "What sums over a step are divided by, known from the data alone: an image whose instances have to be found counts as one, whatever will be found."
-        return {"images": len(batch.names), "instances": len(batch.names if self.finds(batch) else batch.image)}
+        return {"images": len(batch.names), "instances": len(batch.names if self.finds(batch) else batch.image_index)}
 
     @property
     def steady(self) -> bool:

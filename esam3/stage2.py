@@ -136,7 +136,7 @@ class EncodeOnce:
 
     def _encode(self, keys: list[bytes], batch: ImageBatch | ClipBatch, some: list[int]) -> dict[bytes, tuple[Tensor, ...]]:
         "Encode at most a group of images, and keep them; it is filled up with the last of them."
-        seen = self._features(self.model.encode(batch.pixels(self.model.frame, some + some[-1:] * (self.group - len(some))).to(self.model.device)))
+        seen = self._features(self.model.encode(batch.pixels(self.model.space, some + some[-1:] * (self.group - len(some))).to(self.model.device)))
         new = {keys[i]: tuple(m[n:n + 1].to("cpu", torch.float32, copy=True) for m in (*seen.detector, *seen.tracker)) for n, i in enumerate(some)}
         for k, m in new.items(): self.kept[k] = m
         return new
@@ -144,9 +144,9 @@ class EncodeOnce:
 
 def encode_distinct(model: Sam3, batch: ImageBatch | ClipBatch) -> Features:
     "Features of all pictures of a batch, computed as one; a picture that is there twice is encoded once."
-    if not isinstance(batch, ClipBatch): return model.encode(batch.pixels(model.frame).to(model.device))
+    if not isinstance(batch, ClipBatch): return model.encode(batch.pixels(model.space).to(model.device))
     some, place = batch.distinct()
-    seen = model.encode(batch.pixels(model.frame, some).to(model.device))
+    seen = model.encode(batch.pixels(model.space, some).to(model.device))
     return seen if len(some) == len(place) else seen.pick(torch.tensor(place).to(model.device, non_blocking=True))
 
 
@@ -167,8 +167,8 @@ def first_prompts(model: Sam3, batch: ClipBatch, kind: str) -> Prompts:
     masks, boxes = first_frame(model, batch)
     n, device = len(boxes), boxes.device
     labels = lambda *of: torch.tensor([of], dtype=torch.int32).to(device, non_blocking=True).expand(n, -1)
-    if kind == "box": return Prompts(masks.image, boxes.view(n, 2, 2), labels(2, 3), multimask=False)
-    if kind == "point": return Prompts(masks.image, batch.frames.points(batch.points, masks.image, "source", model.frame)[:, None], labels(1))
+    if kind == "box": return Prompts(masks.image_index, boxes.view(n, 2, 2), labels(2, 3), multimask=False)
+    if kind == "point": return Prompts(masks.image_index, batch.spaces.points(batch.points, masks.image_index, "source", model.space)[:, None], labels(1))
     return masks
 
 # %% ../nbs/20_stage2.ipynb #c021
@@ -199,14 +199,14 @@ class Shown:
 @torch.no_grad()
 def teach(teacher: Sam3, wide: Features, batch: ClipBatch, kind: str, size: int) -> Shown:
     "Track a batch with the teacher, from prompts of one kind; masks are `size` cells wide."
-    theirs, image = track(teacher, wide, batch.frame_index, first_prompts(teacher, batch, kind)), batch.frame_index.flatten()
-    masks = batch.frames.maps(theirs.masks.flatten(0, 1)[:, None], "teacher", "student", size, image)[:, 0]
+    theirs, image_index = track(teacher, wide, batch.frame_index, first_prompts(teacher, batch, kind)), batch.frame_index.flatten()
+    masks = batch.spaces.maps(theirs.masks.flatten(0, 1)[:, None], "teacher", "student", size, image_index)[:, 0]
     there = theirs.object_logits > 0
-    iou = mask_iou(masks, batch.coverage("student", size).flatten(0, 1), batch.frames.valid("student", size, image)).view(there.shape)
+    iou = mask_iou(masks, batch.coverage("student", size).flatten(0, 1), batch.spaces.valid("student", size, image_index)).view(there.shape)
     right = torch.where(batch.visible, there & (iou >= 0.5), ~there)
     nothing = torch.zeros_like(next((s.read for s in theirs.sets if s.read is not None), wide.tracker[2][batch.frame_index[:, 0]]))
     read = torch.stack([nothing if s.read is None else s.read for s in theirs.sets], 1).flatten(0, 1)
-    read = batch.frames.maps(read, "teacher", "student", size // 4, image)
+    read = batch.spaces.maps(read, "teacher", "student", size // 4, image_index)
     return Shown(masks.unflatten(0, there.shape), theirs.object_logits, right | ~batch.annotated, read.unflatten(0, there.shape))
 
 # %% ../nbs/20_stage2.ipynb #c0frl
@@ -221,8 +221,8 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
                  ) -> dict[str, Tensor]:
     """Named losses of the student's answer to frame `t`, sums over tracks divided by the `whole`: `task …` against the truth where it is
     annotated, `distill …` against the teacher where it is right."""
-    image, terms = batch.frame_index[:, t], {}
-    valid = batch.frames.valid("student", answer.masks.shape[-1], image)
+    image_index, terms = batch.frame_index[:, t], {}
+    valid = batch.spaces.valid("student", answer.masks.shape[-1], image_index)
     if truth is not None:
         told = task_terms(answer.masks, answer.iou, answer.object_logits, truth[:, t], valid,
                           batch.visible[:, t], focal, batch.annotated[:, t], whole)
@@ -230,9 +230,9 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
     if shown is None: return terms
     right, target, sure = shown.right[:, t] * (1.0 if weight is None else weight), soft_target(shown.masks[:, t], temperature), shown.scores[:, t].sigmoid()
     best = mask_loss(answer.masks, target[:, None].expand_as(answer.masks), valid[:, None], focal=focal).min(1).values
-    mean = lambda x, weight: lambda2 * over_count((x * weight).sum(), len(image) if whole is None else whole["pairs"])
+    mean = lambda x, weight: lambda2 * over_count((x * weight).sum(), len(image_index) if whole is None else whole["pairs"])
     if lambda_read and answer.read is not None:
-        cells = batch.frames.valid("student", answer.read.shape[-1], image)
+        cells = batch.spaces.valid("student", answer.read.shape[-1], image_index)
         terms["distill read"] = lambda_read * mean(picture_errors([answer.read], [shown.read[:, t]], [cells])[0], right)
     return {**terms, "distill": mean(best, right * sure), "distill score": mean(score_loss(answer.object_logits, sure), right)}
 
@@ -349,12 +349,12 @@ def open_book(dense: EfficientSam3, narrow: Features, batch: ClipBatch, masks: T
     "Let the dense student follow a batch with `masks` [N, T, 4g, 4g] and `scores` [N, T] in its memory."
     history, rows = History(dense.tracker_model.config), []
     square = lambda tokens: tokens.mT.unflatten(2, (dense.grid, dense.grid))
-    for t, image in enumerate(batch.frame_index.unbind(1)):
-        out, memory = see(dense, narrow, image, *((first_prompts(dense, batch, "mask"), None) if t == 0 else (None, history.bank(t))))
+    for t, image_index in enumerate(batch.frame_index.unbind(1)):
+        out, memory = see(dense, narrow, image_index, *((first_prompts(dense, batch, "mask"), None) if t == 0 else (None, history.bank(t))))
         logits, score = masks[:, t], scores[:, t]
-        if t: memory = dense.remember(narrow, image, gate(logits, score), score, torch.where(score[:, None] > 0, out.best()[2], dense.tracker_model.no_object_pointer))
+        if t: memory = dense.remember(narrow, image_index, gate(logits, score), score, torch.where(score[:, None] > 0, out.best()[2], dense.tracker_model.no_object_pointer))
         history.add(t, memory, prompted=t == 0)
-        rows.append((square(memory.tokens), square(memory.pos), memory.pointer, out.read if t else torch.zeros_like(narrow.tracker[2][image])))
+        rows.append((square(memory.tokens), square(memory.pos), memory.pointer, out.read if t else torch.zeros_like(narrow.tracker[2][image_index])))
     return Book(*(torch.stack(part) for part in zip(*rows)))
 
 # %% ../nbs/20_stage2.ipynb #c025
@@ -387,30 +387,30 @@ class FirstLesson(nn.Module):
         memories = [Memory(*m) for m in zip(*(x.unflatten(0, (past, -1)) for x in tokens), book.pointers)]
         out: dict[str, Tensor] = {}
         for t in frames:
-            image, known = batch.frame_index[:, t], memories[:t]
-            terms = recomputed(self._losses, again)(image, t, seen, batch, known, book.read[t], truth, shown, whole, weight)
+            image_index, known = batch.frame_index[:, t], memories[:t]
+            terms = recomputed(self._losses, again)(image_index, t, seen, batch, known, book.read[t], truth, shown, whole, weight)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
         return out
 
-    def _losses(self, image: Tensor, t: int, seen: Features, batch: ClipBatch, memories: list[Memory], read: Tensor,
+    def _losses(self, image_index: Tensor, t: int, seen: Features, batch: ClipBatch, memories: list[Memory], read: Tensor,
                 truth: Tensor | None, shown: Shown | None, whole: Mapping[str, float | Tensor], weight: Tensor) -> dict[str, Tensor]:
         "Losses of the answer to frame `t`, on pictures `image` [N], given the memories of all frames before."
-        s, answer = self.stage.schedule, self._answer(seen, image, memories)
-        cells = batch.frames.valid("student", answer.read.shape[-1], image)
+        s, answer = self.stage.schedule, self._answer(seen, image_index, memories)
+        cells = batch.spaces.valid("student", answer.read.shape[-1], image_index)
         off = over_count((picture_errors([answer.read], [read], [cells])[0] * weight).sum(), whole["pairs"])
         return ({"read-out": s.lambda_read * off} if s.lambda_read else {}) | frame_losses(
             answer, t, batch, truth, shown, s.lambda2, s.lambda_read, s.focal, s.temperature, whole, weight)
 
-    def _answer(self, seen: Features, image: Tensor, memories: list[Memory]) -> MaskSet:
+    def _answer(self, seen: Features, image_index: Tensor, memories: list[Memory]) -> MaskSet:
         "The student's masks on pictures `image` [N], given the memories of all frames before."
         student, history = self.stage.student, History(self.dense.tracker_model.config)
         for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
-        return student.decode(seen, unprompted(student, seen, image), student.recall(seen, image, history.bank(len(memories))))
+        return student.decode(seen, unprompted(student, seen, image_index), student.recall(seen, image_index, history.bank(len(memories))))
 
     def _prepared(self, batch: ClipBatch) -> tuple[Book, Shown | None]:
         "The book of a batch and what the teacher says of it, made once."
         augmented = self.stage.schedule.augment or not batch.numbers
-        key = (blake2b(b"".join(image.tobytes() for image in batch.images)).digest() if augmented else (*batch.names, *batch.numbers), *batch.ids)
+        key = (blake2b(b"".join(image_index.tobytes() for image_index in batch.images)).digest() if augmented else (*batch.names, *batch.numbers), *batch.ids)
         if key not in self.kept:
             shown = self.stage.teach(batch, "mask")
             book = open_book(self.dense, self.stage.narrow(batch), batch, *to_remember(shown, batch, 4 * self.dense.grid))

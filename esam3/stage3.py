@@ -78,7 +78,7 @@ class Mixed:
 
 
 def _moved(asked: Questions, device: torch.device | str) -> Questions:
-    return replace(asked, **{k: onto(getattr(asked, k), device) for k in ("image", "known", "boxes", "labels")})
+    return replace(asked, **{k: onto(getattr(asked, k), device) for k in ("image_index", "known", "boxes", "labels")})
 
 
 def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
@@ -183,17 +183,17 @@ def map_losses(wide: Features, narrow: Features, batch: ImageBatch, schedule: Sc
     """What a thawed encoder is held to: eq. 3, a mean over pictures, and `thing_losses` on the detector's coarse map.
 
     The latter compare the things of a batch with each other. So the parts of a step are averaged, by their pictures."""
-    ours, theirs, frames = (*narrow.detector, *narrow.tracker), (*wide.detector, *wide.tracker), batch.frames
+    ours, theirs, spaces = (*narrow.detector, *narrow.tracker), (*wide.detector, *wide.tracker), batch.spaces
     images, counts = len(batch.names) if whole is None else whole["images"], [*map(len, batch.masks)]
-    warped = lambda k: frames.maps(theirs[k], "teacher", "student", ours[k].shape[-1])
+    warped = lambda k: spaces.maps(theirs[k], "teacher", "student", ours[k].shape[-1])
     def features() -> Tensor:
-        valid = [frames.valid("student", s.shape[-1]) for s in ours]
+        valid = [spaces.valid("student", s.shape[-1]) for s in ours]
         errors = picture_errors(ours, [warped(k) for k in range(len(ours))], valid).sum(1)
         return sum(weight * e for weight, e in zip(MAPS, errors))
-    errors = recomputed(features, schedule.recomputes(frames.student))()
+    errors = recomputed(features, schedule.recomputes(spaces.student))()
     out = {"features": schedule.lambda1 * over_count(errors, images)}
     if sum(counts) < 2: return out
-    cover = frames.rasterise(batch.masks, "student", ours[2].shape[-1])
+    cover = spaces.rasterise(batch.masks, "student", ours[2].shape[-1])
     told = thing_losses(*(thing_means(m, counts, cover) for m in (ours[2], warped(2))))
     return out | {k: over_count(len(batch.names) * v, images) for k, v in told.items()}
 
@@ -205,14 +205,14 @@ def concept_terms(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
     """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher where it is
     worth imitating. Nothing asked: none. The device is read twice: for what the teacher has found, and to match both."""
     if not len(asked.phrases): return {}
-    frames, size, s, again = batch.frames, 4 * student.grid, schedule, schedule.recomputes(student.image_size)
-    whole, questions = question_counts(asked) if whole is None else whole, concepts_of(student, book, asked, frames)
+    spaces, size, s, again = batch.spaces, 4 * student.grid, schedule, schedule.recomputes(student.image_size)
+    whole, questions = question_counts(asked) if whole is None else whole, concepts_of(student, book, asked, spaces)
     ours = recomputed(student.detect, again)(narrow, questions, all_layers=True, draw=False)
-    truth, valid, known = true_targets(asked, batch, "student", size), frames.valid("student", size, asked.image), asked.known
+    truth, valid, known = true_targets(asked, batch, "student", size), spaces.valid("student", size, asked.image_index), asked.known
     sets = {"task": (truth, known.float(), 1.0, {"concepts": whole["concepts"], "targets": whole["targets"]})}
     if s.lambda2:
-        with torch.no_grad(): theirs = teacher.detect(wide, concepts_of(teacher, book, asked, frames), draw=False)
-        taught = taught_targets(theirs, asked.image, frames, "teacher", "student", size, temperature=s.temperature)
+        with torch.no_grad(): theirs = teacher.detect(wide, concepts_of(teacher, book, asked, spaces), draw=False)
+        taught = taught_targets(theirs, asked.image_index, spaces, "teacher", "student", size, temperature=s.temperature)
         good = worth_imitating(taught, truth, known).float()
         sets["distill"] = taught, good, s.lambda2, {"concepts": whole["asked"], "targets": whole["asked targets"]}
     out, matches = {}, match_all(ours, [goal for goal, *_ in sets.values()], [weight for _, weight, *_ in sets.values()])
@@ -220,8 +220,8 @@ def concept_terms(teacher: Sam3, student: Sam3, wide: Features, narrow: Features
         told = concept_losses(ours, goal, valid, s.focal, weight, counts, matched, again)
         out |= {f"{word} {k}": factor * v for k, v in told.items()}
     if not s.lambda2: return out
-    read = frames.maps(theirs.read, "teacher", "student", student.grid, asked.image)
-    cells = frames.valid("student", student.grid, asked.image)
+    read = spaces.maps(theirs.read, "teacher", "student", student.grid, asked.image_index)
+    cells = spaces.valid("student", student.grid, asked.image_index)
     errors = recomputed(lambda: picture_errors([ours.read], [read], [cells])[0], again)()
     return out | {"distill read": s.lambda2 * over_count((errors * good).sum(), whole["asked"])}
 

@@ -140,7 +140,7 @@ class StudentTracker(Sam3TrackerVideoModel):
 class EfficientSam3(Sam3):
     "A student: SAM3's decoders behind an `Encoder`, with dense or compressed memory (§3)."
     config_class = EfficientSam3Config
-    frame = "student"  # the frame in which it sees pictures
+    space = "student"  # the frame in which it sees pictures
 
     def __init__(self, config: EfficientSam3Config):
         super().__init__(config)

@@ -47,9 +47,9 @@ class Features:
     trunk: Tensor | None = None   # [B, g², width] the ViT's last map; a student has none
     started: Tensor | None = None  # [B, g², C] with which reading memory begins; by `begin_reading`
 
-    def pick(self, image: Tensor) -> "Features":
+    def pick(self, image_index: Tensor) -> "Features":
         "The features of pictures `image` [N], repeated as needed."
-        at = lambda m: m.index_select(0, image)
+        at = lambda m: m.index_select(0, image_index)
         trunk, started = (None if m is None else at(m) for m in (self.trunk, self.started))
         return Features(tuple(map(at, self.detector)), tuple(map(at, self.tracker)), trunk, started)
 
@@ -57,7 +57,7 @@ class Features:
 @dataclass
 class Prompts:
     "Geometric prompts for N objects, in continuous px of the model's own square frame."
-    image: Tensor                # [N] picture of each object
+    image_index: Tensor                # [N] picture of each object
     points: Tensor               # [N, P, 2]; P may be 0
     labels: Tensor               # [N, P] int: 1 positive, 0 negative, 2 and 3 a box's corners, -10 padding
     masks: Tensor | None = None  # [N, 1, S, S] in 0…1
@@ -98,7 +98,7 @@ class Bank:
 @dataclass
 class Concepts:
     "Noun phrases and exemplar boxes for N (picture, concept) pairs."
-    image: Tensor                # [N]
+    image_index: Tensor                # [N]
     input_ids: Tensor            # [N, L]
     attention_mask: Tensor       # [N, L]
     boxes: Tensor | None = None  # [N, E, 4] cx, cy, w, h as fractions of the model's square
@@ -275,7 +275,7 @@ NO_OBJECT = -1024.0  # the library's logit for "no object here"
 
 class Sam3(Sam3VideoModel):
     "`transformers`' SAM3 whose parts answer five batched, differentiable calls."
-    frame = "teacher"  # the frame in which it sees pictures
+    space = "teacher"  # the frame in which it sees pictures
     tokenizer = None   # set by `load_teacher`
     _keep_in_fp32_modules_strict = {"positional_embedding"}  # the library's word for what `from_pretrained` does not round
 
@@ -363,7 +363,7 @@ def _detect(self: Sam3, features: Features, concepts: Concepts,
             draw: bool = True          # False: masks are not drawn yet
             ) -> Detections:
     "Candidates for each (picture, concept) pair."
-    d, seen = self.detector_model, features.pick(concepts.image)
+    d, seen = self.detector_model, features.pick(concepts.image_index)
     prompt, mask = self._prompt_tokens(seen, concepts)
     e = d.detr_encoder(vision_features=[seen.detector[-1]], text_features=prompt, vision_pos_embeds=[self._position(seen.detector[-1])], text_mask=mask)
     o = with_float32_weights(d.detr_decoder, names="reference_points", vision_features=e.last_hidden_state,
@@ -408,7 +408,7 @@ def _embed_prompts(self: Sam3, prompts: Prompts) -> tuple[Tensor, Tensor]:
 @in_own_precision
 def _decode(self: Sam3, features: Features, prompts: Prompts, conditioned: Tensor | None = None) -> MaskSet:
     "Masks for N prompts on the features of their pictures, or on a `conditioned` map [N, C, g, g] that has read memory."
-    t, (fine, middle, coarse) = self.tracker_model, (m.index_select(0, prompts.image) for m in features.tracker)
+    t, (fine, middle, coarse) = self.tracker_model, (m.index_select(0, prompts.image_index) for m in features.tracker)
     base = coarse + t.no_memory_embedding.view(1, -1, 1, 1) if conditioned is None else conditioned
     sparse, dense = self._embed_prompts(prompts)
     with in_float32(base.device): places = t.get_image_wide_positional_embeddings().expand(len(base), -1, -1, -1)
@@ -430,7 +430,7 @@ Sam3._embed_prompts, Sam3.decode = _embed_prompts, _decode
 # %% ../nbs/03_teacher.ipynb #c018
 @in_own_precision
 def _remember(self: Sam3, features: Features,
-              image: Tensor,          # [N] picture of each object
+              image_index: Tensor,          # [N] picture of each object
               masks: Tensor,          # [N, h, w] gated logits (4g × 4g, or the frame's own size)
               object_logits: Tensor,  # [N]
               pointer: Tensor,        # [N, C]
@@ -445,7 +445,7 @@ def _remember(self: Sam3, features: Features,
             if high.shape[-1] != side: high = F.interpolate(high, (side, side), mode="bilinear", antialias=smooth)
         shown = (high > 0).float() if prompted else high.sigmoid()
         shown = shown * t.config.sigmoid_scale_for_mem_enc + t.config.sigmoid_bias_for_mem_enc
-    maps, _ = t.memory_encoder(features.tracker[2].index_select(0, image), shown)
+    maps, _ = t.memory_encoder(features.tracker[2].index_select(0, image_index), shown)
     pos = t.memory_encoder.position_encoding(maps.shape, maps.device, torch.float32)  # not in the maps' type
     if t.occlusion_spatial_embedding_parameter is not None:
         maps = maps + (object_logits <= 0).float().view(-1, 1, 1, 1) * t.occlusion_spatial_embedding_parameter[..., None, None]
@@ -495,11 +495,11 @@ def _begin_reading(self: Sam3, features: Features, checkpoint: bool = False) -> 
 
 
 @in_own_precision
-def _recall(self: Sam3, features: Features, image: Tensor, bank: Bank) -> Tensor:
+def _recall(self: Sam3, features: Features, image_index: Tensor, bank: Bank) -> Tensor:
     "The 1× maps of pictures `image` [N] after reading a bank: [N, C, g, g]."
     t, coarse, started = self.tracker_model, features.tracker[2], features.started
-    if started is None and len(coarse) <= len(image): started = self._first_look(coarse)
-    started = self._first_look(coarse.index_select(0, image)) if started is None else started.index_select(0, image)
+    if started is None and len(coarse) <= len(image_index): started = self._first_look(coarse)
+    started = self._first_look(coarse.index_select(0, image_index)) if started is None else started.index_select(0, image_index)
     tokens = [m.tokens.to(coarse) for _, m in bank.memories]
     slots = t.memory_temporal_positional_encoding
     pos = [m.pos.to(coarse.device, torch.float32) + slots[k - 1, 0] for k, m in bank.memories]
@@ -535,14 +535,14 @@ def _cut_phrases(self: Sam3, phrases: Sequence[str | None]) -> list[tuple[str, s
             for w, n in zip(words, counts) if n > self.most_tokens]
 
 
-def _concepts(self: Sam3, phrases: Sequence[str | None], image: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
+def _concepts(self: Sam3, phrases: Sequence[str | None], image_index: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
     """Concepts for phrases (None: exemplars only) on pictures `image` [N]; boxes [N, E, 4] cx, cy, w, h as fractions, labels [N, E].
 
     `ValueError` for an empty phrase; one over the token limit is cut, with a warning the first time, and counted in `PHRASES`."""
     PHRASES.add(self.cut_phrases(phrases))
     words = self.tokenizer([*map(wording, phrases)], padding="longest", truncation=True, max_length=self.most_tokens,
-                           return_tensors="pt").to(image.device)
-    return Concepts(image, words.input_ids, words.attention_mask, boxes, labels)
+                           return_tensors="pt").to(image_index.device)
+    return Concepts(image_index, words.input_ids, words.attention_mask, boxes, labels)
 
 
 Sam3.cut_phrases, Sam3.concepts = _cut_phrases, _concepts

@@ -24,7 +24,7 @@ from torchvision.ops import box_convert, masks_to_boxes
 from transformers import PreTrainedTokenizerFast, Sam3ImageProcessor, Sam3VideoConfig, Sam3VideoProcessor
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
-from .core import Frames, atomically, nearest, open_run, runs_folder, seed_at
+from .core import Spaces, atomically, nearest, open_run, runs_folder, seed_at
 from .data import teacher_pixels
 from .teacher import ASSETS, Detections, Features, Prompts, Sam3, load_teacher
 from .tracker import Track, track  # chapter 2's: a teacher that tracks is trained with the tracker that students use
@@ -136,7 +136,7 @@ def new_toy_teacher(seed: int = 42) -> Sam3:
 class Pictures:
     "A batch of toy pictures with everything the teacher is asked about them; the teacher frame's masks are coverage [N, 36, 36]."
     pixels: Tensor              # [B, 3, 144, 144]
-    image: Tensor               # [N] picture of each thing
+    image_index: Tensor               # [N] picture of each thing
     masks: Tensor               # [N, 36, 36]
     boxes: Tensor               # [N, 4] xyxy px in the teacher frame
     things: list[Thing]
@@ -181,13 +181,13 @@ def picture_batch(seed: int, step: int, rank: int, size: int = 4, phrases: int =
     rng = np.random.default_rng(seed_at(seed, step, rank))
     drawn = [sample_picture(rng, int(rng.integers(least, 6))) for _ in range(size)]
     start = np.cumsum([0, *(len(m) for _, m, _ in drawn)])
-    frames = Frames(torch.tensor([p.shape[:2] for p, _, _ in drawn]), 144, 128)
+    spaces = Spaces(torch.tensor([p.shape[:2] for p, _, _ in drawn]), 144, 128)
     masks = [torch.from_numpy(m) for _, m, _ in drawn]
     edges = torch.cat([masks_to_boxes(m) for m in masks]) + torch.tensor([0.0, 0.0, 1.0, 1.0])
-    image = torch.repeat_interleave(torch.arange(size), torch.tensor([len(m) for m in masks]))
+    image_index = torch.repeat_interleave(torch.arange(size), torch.tensor([len(m) for m in masks]))
     asked = [(b, *_asked(rng, things)) for b, (_, _, things) in enumerate(drawn) for _ in range(phrases)]
     at = lambda b, members: [int(start[b]) + i for i in members]
-    return Pictures(teacher_pixels([p for p, _, _ in drawn], 144), image, frames.rasterise(masks, "teacher", 36), frames.boxes(edges, image, "source", "teacher"),
+    return Pictures(teacher_pixels([p for p, _, _ in drawn], 144), image_index, spaces.rasterise(masks, "teacher", 36), spaces.boxes(edges, image_index, "source", "teacher"),
                     [t for _, _, things in drawn for t in things], [a[1] for a in asked], torch.tensor([a[0] for a in asked]),
                     [at(a[0], a[2]) for a in asked], [at(a[0], a[3]) for a in asked],
                     torch.tensor(np.array([radial_profile(t, *p.shape[1::-1]) for p, _, things in drawn for t in things]), dtype=torch.float32))
@@ -220,14 +220,14 @@ def clip_batch(seed: int, step: int, rank: int, size: int = 2) -> Clips:
     rng = np.random.default_rng(seed_at(seed, step, rank))
     length = int(rng.choice((5, 8, 8)))
     drawn = [_tracks(rng, length) for _ in range(size)]
-    frames = Frames(torch.tensor([p.shape[1:3] for p, _ in drawn for _ in range(length)]), 144, 128)
+    spaces = Spaces(torch.tensor([p.shape[1:3] for p, _ in drawn for _ in range(length)]), 144, 128)
     flat = [torch.from_numpy(m[:, t]) for _, m in drawn for t in range(length)]
-    by_clip = frames.rasterise(flat, "teacher", 36).split([m.shape[0] * length for _, m in drawn])
+    by_clip = spaces.rasterise(flat, "teacher", 36).split([m.shape[0] * length for _, m in drawn])
     masks = torch.cat([c.unflatten(0, (length, -1)).transpose(0, 1) for c in by_clip])
     index = torch.cat([torch.arange(length).repeat(len(m), 1) + b * length for b, (_, m) in enumerate(drawn)])
     area = torch.cat([torch.from_numpy(m.sum((2, 3))) for _, m in drawn])
     first = torch.cat([frames_of.rasterise([torch.from_numpy(m[:, 0])], "teacher", 144) for _, m in drawn
-                       for frames_of in [Frames(torch.tensor([m.shape[2:]]), 144, 128)]])
+                       for frames_of in [Spaces(torch.tensor([m.shape[2:]]), 144, 128)]])
     return Clips(teacher_pixels([p for clip, _ in drawn for p in clip], 144), index, masks, area >= 20, area == 0, (first > 0.5).float()[:, None],
                  str(rng.choice(("mask", "box", "point"), p=(0.5, 0.25, 0.25))))
 
@@ -317,16 +317,16 @@ def _middle_cell(masks: Tensor) -> Tensor:
 
 def prompt_losses(model: Sam3, seen: Features, batch: Pictures, each: int = 3) -> dict[str, Tensor]:
     "Boxes, points and one correction for `each` things a picture (drawn with replacement)."
-    pick = torch.cat([torch.nonzero(batch.image == b)[torch.randint(int((batch.image == b).sum()), (each,)), 0] for b in range(len(batch.pixels))])
-    image, goal, edge = batch.image[pick], batch.masks[pick], batch.boxes[pick]
+    pick = torch.cat([torch.nonzero(batch.image_index == b)[torch.randint(int((batch.image_index == b).sum()), (each,)), 0] for b in range(len(batch.pixels))])
+    image_index, goal, edge = batch.image_index[pick], batch.masks[pick], batch.boxes[pick]
     side = (edge[:, 2:] - edge[:, :2]).repeat(1, 2)
     box = (edge + side * (torch.rand_like(edge) - 0.5) * 0.1).view(-1, 2, 2)
     middle = torch.rand(len(pick), 1) < 0.5
     point = torch.where(middle, _middle_cell(goal), _any_cell(goal > 0.6 * goal.amax((1, 2), keepdim=True)))[:, None] * (model.image_size / goal.shape[-1])
     n, out = len(pick), {}
     one = torch.ones(n)
-    asked = {"box": Prompts(image, box, torch.tensor([[2, 3]], dtype=torch.int32).expand(n, 2), multimask=False),
-             "point": Prompts(image, point, torch.ones(n, 1, dtype=torch.int32))}
+    asked = {"box": Prompts(image_index, box, torch.tensor([[2, 3]], dtype=torch.int32).expand(n, 2), multimask=False),
+             "point": Prompts(image_index, point, torch.ones(n, 1, dtype=torch.int32))}
     for kind, prompts in asked.items():
         got = model.decode(seen, prompts)
         out[kind] = 2 * fit_mask_set(got.masks, got.iou, goal, one) + F.binary_cross_entropy_with_logits(got.object_logits, one)
@@ -334,20 +334,20 @@ def prompt_losses(model: Sam3, seen: Features, batch: Pictures, each: int = 3) -
         fix = _any_cell(wrong) * (model.image_size / goal.shape[-1])
         sign = F.grid_sample(goal[:, None], (fix / model.image_size * 2 - 1)[:, None, None], align_corners=False, mode="nearest").view(-1) > 0.5
         label = torch.where(wrong.flatten(1).any(1), sign.int(), -10)[:, None].int()
-        again = model.decode(seen, Prompts(image, torch.cat([prompts.points, fix[:, None]], 1), torch.cat([prompts.labels, label], 1), multimask=False))
+        again = model.decode(seen, Prompts(image_index, torch.cat([prompts.points, fix[:, None]], 1), torch.cat([prompts.labels, label], 1), multimask=False))
         out[kind + "_refined"] = fit_mask_set(again.masks, again.iou, goal, one)
     return out
 
 # %% ../nbs/04_toy_teacher.ipynb #c027
 def first_prompts(clips: Clips, size: int) -> Prompts:
     "The prompt of frame 0 for each track of a batch of clips."
-    n, image = len(clips.first), clips.frame_index[:, 0]
+    n, image_index = len(clips.first), clips.frame_index[:, 0]
     ones = torch.ones(n, 1, dtype=torch.int32)
-    if clips.kind == "point": return Prompts(image, _middle_cell(clips.masks[:, 0])[:, None] * (size / clips.masks.shape[-1]), ones)
+    if clips.kind == "point": return Prompts(image_index, _middle_cell(clips.masks[:, 0])[:, None] * (size / clips.masks.shape[-1]), ones)
     box = masks_to_boxes(clips.first[:, 0] > 0) + torch.tensor([0.0, 0.0, 1.0, 1.0])
     corners = torch.tensor([[2, 3]], dtype=torch.int32).expand(n, 2)
-    if clips.kind == "box": return Prompts(image, box.view(n, 2, 2), corners, multimask=False)
-    return Prompts(image, torch.zeros(n, 0, 2), ones[:, :0], clips.first)
+    if clips.kind == "box": return Prompts(image_index, box.view(n, 2, 2), corners, multimask=False)
+    return Prompts(image_index, torch.zeros(n, 0, 2), ones[:, :0], clips.first)
 
 
 def tracking_losses(got: Track, clips: Clips) -> dict[str, Tensor]:
@@ -362,7 +362,7 @@ def tracking_losses(got: Track, clips: Clips) -> dict[str, Tensor]:
 def _owners(batch: Pictures, pictures: int, grid: int) -> tuple[Tensor, Tensor, Tensor]:
     "How much of each token each thing covers [N, g²], which tokens are on a thing [B, g²] bool, and on which [B, g²]."
     cover = F.avg_pool2d(batch.masks[:, None], batch.masks.shape[-1] // grid)[:, 0].flatten(1)
-    owned = cover.new_zeros(pictures, *cover.shape).scatter_(0, batch.image[None, :, None].expand(1, *cover.shape), cover[None])
+    owned = cover.new_zeros(pictures, *cover.shape).scatter_(0, batch.image_index[None, :, None].expand(1, *cover.shape), cover[None])
     most, owner = owned.max(1)
     return cover, most > 0.25, owner
 
@@ -389,7 +389,7 @@ class Hints(nn.Module):
         "Losses over the tokens [B, g², width] and over the things."
         cover, on, owner = _owners(batch, len(trunk), grid)
         ground, box, profile, *kinds = self.token(trunk).split([1, 4, 16, *self.sizes], -1)
-        mean = torch.einsum("nt,ntc->nc", cover / cover.sum(1, keepdim=True).clamp(min=1e-6), trunk[batch.image])
+        mean = torch.einsum("nt,ntc->nc", cover / cover.sum(1, keepdim=True).clamp(min=1e-6), trunk[batch.image_index])
         outline, *wholes = self.whole(mean).split([16, *self.sizes], -1)
         loss = F.binary_cross_entropy_with_logits(ground[..., 0], on.float())
         loss = loss + 2 * F.mse_loss(profile[on], batch.profiles[owner[on]]) + 2 * F.mse_loss(outline, batch.profiles)

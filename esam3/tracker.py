@@ -45,28 +45,28 @@ def mask_as_output(model: Sam3, features: Features, prompts: Prompts) -> tuple[M
     logits = CERTAIN * (2 * prompts.masks.float() - 1)
     low = torch.nn.functional.interpolate(logits, (4 * model.grid, 4 * model.grid), mode="bilinear", align_corners=False, antialias=True)
     hint = replace(prompts, masks=model.tracker_model.mask_downsample(prompts.masks.float()), multimask=True)
-    pointer = model.decode(features, hint, features.tracker[2].index_select(0, prompts.image)).best()[2]
+    pointer = model.decode(features, hint, features.tracker[2].index_select(0, prompts.image_index)).best()[2]
     there = prompts.masks.flatten(1).any(1)
     pointer = torch.where(there[:, None], pointer, model.tracker_model.no_object_pointer)
     return MaskSet(low, torch.ones_like(low[:, :, 0, 0]), CERTAIN * (2 * there.float() - 1), pointer[:, None]), logits[:, 0]
 
 # %% ../nbs/22_tracker.ipynb #c013
-def unprompted(model: Sam3, features: Features, image: Tensor) -> Prompts:
+def unprompted(model: Sam3, features: Features, image_index: Tensor) -> Prompts:
     "No prompt at all, for N objects on pictures `image` [N]."
-    return Prompts(image, features.tracker[2].new_zeros(len(image), 0, 2), image.new_zeros(len(image), 0, dtype=torch.int32), multimask=use_multimask(model.tracker_model.config, 0, False))
+    return Prompts(image_index, features.tracker[2].new_zeros(len(image_index), 0, 2), image_index.new_zeros(len(image_index), 0, dtype=torch.int32), multimask=use_multimask(model.tracker_model.config, 0, False))
 
 
-def see(model: Sam3, features: Features, image: Tensor, prompts: Prompts | None = None, bank: Bank | None = None) -> tuple[MaskSet, Memory]:
+def see(model: Sam3, features: Features, image_index: Tensor, prompts: Prompts | None = None, bank: Bank | None = None) -> tuple[MaskSet, Memory]:
     "One frame of N objects on pictures `image` [N], prompted or read from a `bank`: the decoder's masks, and what to remember."
     shown = None
-    if prompts is None: out = model.decode(features, unprompted(model, features, image), model.recall(features, image, bank))
+    if prompts is None: out = model.decode(features, unprompted(model, features, image_index), model.recall(features, image_index, bank))
     elif prompts.masks is None:
         multimask = use_multimask(model.tracker_model.config, prompts.labels.shape[1], True)
-        out = model.decode(features, replace(prompts, image=image, multimask=multimask))
-    else: out, shown = mask_as_output(model, features, replace(prompts, image=image))
+        out = model.decode(features, replace(prompts, image_index=image_index, multimask=multimask))
+    else: out, shown = mask_as_output(model, features, replace(prompts, image_index=image_index))
     mask, _, pointer = out.best()
     shown = gate(mask, out.object_logits) if shown is None else shown
-    return out, model.remember(features, image, shown, out.object_logits, pointer, prompted=prompts is not None)
+    return out, model.remember(features, image_index, shown, out.object_logits, pointer, prompted=prompts is not None)
 
 # %% ../nbs/22_tracker.ipynb #c015
 class History:
@@ -156,15 +156,15 @@ class Follower:
     def __init__(self, model: Sam3, store: torch.dtype | None = None,  # type memories are kept in; None: as computed
                  maps: bool = True):                                   # False: memory maps are dropped, pointers kept
         self.model, self.history, self.maps = model, History(model.tracker_model.config, store=store), maps
-        self.frame, self.image = 0, None
+        self.frame, self.image_index = 0, None
 
     def step(self, seen: Features,                   # of the next picture alone
              prompts: Prompts | None = None          # for all objects, on frame 0 at least; their `image` is not read
              ) -> MaskSet:
         "The answer in the next frame. `ValueError` without a prompt on frame 0."
         if prompts is None and not self.frame: raise ValueError("frame 0 needs a prompt")
-        if self.image is None: self.image = torch.zeros_like(prompts.image)
-        out, memory = see(self.model, seen, self.image, prompts, self.history.bank(self.frame, self.maps) if prompts is None else None)
+        if self.image_index is None: self.image_index = torch.zeros_like(prompts.image_index)
+        out, memory = see(self.model, seen, self.image_index, prompts, self.history.bank(self.frame, self.maps) if prompts is None else None)
         self.history.add(self.frame, memory, prompted=prompts is not None)
         self.frame += 1
         return out

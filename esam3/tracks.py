@@ -62,11 +62,11 @@ def propose(teacher: Sam3, seen: Features,
     out, length = [], len(batch.images) // len(batch.names)
     for first in range(0, len(batch.images), length):
         at = random_points(batch.images[first], points, teacher.image_size).to(teacher.device, non_blocking=True)
-        image = torch.full((points,), first, device=teacher.device)
-        answer = teacher.decode(seen, Prompts(image, at[:, None], torch.ones(points, 1, dtype=torch.int32, device=teacher.device)))
+        image_index = torch.full((points,), first, device=teacher.device)
+        answer = teacher.decode(seen, Prompts(image_index, at[:, None], torch.ones(points, 1, dtype=torch.int32, device=teacher.device)))
         masks = answer.masks.flatten(0, 1)
         kept = choose_masks(masks, answer.iou.flatten(), answer.object_logits.repeat_interleave(answer.iou.shape[1]), count)
-        found = batch.frames.to_source(masks[kept], "teacher", first) > 0
+        found = batch.spaces.to_source(masks[kept], "teacher", first) > 0
         out.append(found[found.flatten(1).any(1)])
     return out
 
@@ -86,9 +86,9 @@ def with_instances(batch: ImageBatch,
                    found: Sequence[Tensor]  # for each picture bool [n, H, W] source px
                    ) -> ImageBatch:
     "The batch with these instances in the place of its own, and no phrases."
-    image = torch.arange(len(found)).repeat_interleave(torch.tensor([len(m) for m in found]))
-    there = [onto(t, batch.image.device) for t in (image, _joined(found, boxes_of), _joined(found, deepest_points))]
-    return replace(batch, **dict(zip(("image", "boxes", "points"), there)), masks=[*found], phrases=[[] for _ in found])
+    image_index = torch.arange(len(found)).repeat_interleave(torch.tensor([len(m) for m in found]))
+    there = [onto(t, batch.image_index.device) for t in (image_index, _joined(found, boxes_of), _joined(found, deepest_points))]
+    return replace(batch, **dict(zip(("image_index", "boxes", "points"), there)), masks=[*found], phrases=[[] for _ in found])
 
 # %% ../nbs/23_tracks.ipynb #c016
 def with_tracks(batch: ClipBatch,

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 from torch import Tensor
 
-from .core import Frames
+from .core import Spaces
 from .prompts import NEGATIVE, POSITIVE, disagreement
 from .teacher import Prompts
 
@@ -58,20 +58,20 @@ def prompt_marks(ax: Axes, points: np.ndarray, labels: np.ndarray) -> None:
         ax.plot(*points[labels == kind].T, "o", ms=5, color=color, mec="white", mew=0.8)
 
 # %% ../nbs/62_views.ipynb #c007
-def prompt_loop(images: Sequence[np.ndarray], frames: Frames,
+def prompt_loop(images: Sequence[np.ndarray], spaces: Spaces,
                 prompts: Prompts, longer: Prompts,    # before and after the corrective point, student's frame
                 teacher: Tensor, student: Tensor,     # [N, h, w] logits, student's frame
                 rows: int = 3) -> Figure:
     "Prompt, teacher's mask, student's mask, and their disagreement with the corrective point."
     rows = min(rows, len(teacher))
     fig, axes = plt.subplots(rows, 4, figsize=(7.5, 1.75 * rows), dpi=70, squeeze=False)
-    missed, extra = disagreement(teacher, student, frames.valid("student", teacher.shape[-1], prompts.image))
-    at = lambda p, n: frames.points(p.points[n][None], p.image[n][None], "student", "source")[0].numpy(force=True)
-    back = lambda maps, n: frames.to_source(maps[n][None].float(), "student", int(prompts.image[n]))[0].numpy(force=True)
+    missed, extra = disagreement(teacher, student, spaces.valid("student", teacher.shape[-1], prompts.image_index))
+    at = lambda p, n: spaces.points(p.points[n][None], p.image_index[n][None], "student", "source")[0].numpy(force=True)
+    back = lambda maps, n: spaces.to_source(maps[n][None].float(), "student", int(prompts.image_index[n]))[0].numpy(force=True)
     for n, row in enumerate(axes):
-        image = images[int(prompts.image[n])]
+        image_index = images[int(prompts.image_index[n])]
         titles = ("prompt", "teacher", "student", "disagreement → new point")
-        for ax, title in zip(row, titles): picture(ax, image, title if n == 0 else "")
+        for ax, title in zip(row, titles): picture(ax, image_index, title if n == 0 else "")
         prompt_marks(row[0], at(prompts, n), prompts.labels[n].numpy(force=True))
         outline(row[1], back(teacher, n), "teacher"); outline(row[2], back(student, n), "student")
         tint(row[3], back(missed, n) > 0.5, "missed"); tint(row[3], back(extra, n) > 0.5, "too much")

@@ -66,7 +66,7 @@ def test_the_toy_world_is_asked_as_ever(model, teacher):
     assert all(list(index(p)) == one_word_apart(p, TOY) for p in TOY)
     slow = lambda phrase: one_word_apart(phrase.lower(), TOY)
     batch = SimpleNamespace(phrases=[[Phrase("Red star", (0,), ""), Phrase("ring", (), "hard-shape"), Phrase("blue thing", (), "easy")]] * 8,
-                            boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+                            boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     a, b = (ask(batch, chance(batch, 3), Asking(each=20), kin) for kin in (index, slow))
     assert a.phrases == b.phrases and a.kinds == b.kinds and torch.equal(a.boxes, b.boxes) and a.kinds.count("proposed") > 3
 
@@ -102,7 +102,7 @@ def test_a_large_vocabulary_is_not_gone_through(monkeypatch):
     assert 4 <= len(kin) <= 16 and all("curtain" in p for p in kin) and not {*map(content_words, kin)} & {("curtain",)}
     pick = random.Random(1)
     phrases = [[Phrase(pick.choice(words), (0,) if k < 3 else (), "" if k < 3 else "hard-other") for k in range(6)] for _ in range(32)]
-    batch = SimpleNamespace(phrases=phrases, boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+    batch = SimpleNamespace(phrases=phrases, boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     looked = []
     monkeypatch.setattr(esam3.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
     start = time.perf_counter()
@@ -135,7 +135,7 @@ def test_no_phrase_is_proposed_that_is_labelled():
     "Not even in other words."
     index = Confusables(("blue curtain", "red curtain", "the red curtains", "green curtain"))
     labelled = [Phrase("a blue curtain", (0,), ""), Phrase("red curtains", (), "hard-other")]
-    batch = SimpleNamespace(phrases=[labelled], boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+    batch = SimpleNamespace(phrases=[labelled], boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     asked = ask(batch, chance(batch, 0), Asking(each=200, proposed=1.0), index)
     assert {p for p, k in zip(asked.phrases, asked.kinds) if k == "proposed"} == {"green curtain"}
 
@@ -150,20 +150,20 @@ def test_no_questions_at_all(batch, teacher):
     some = ask(batch, chance(batch, 0), Asking())
     none = ask(replace(batch, phrases=[[]] * 4), chance(batch, 0), Asking())
     assert none.phrases == none.kinds == none.members == []
-    for k in ("image", "known", "boxes", "labels"):
+    for k in ("image_index", "known", "boxes", "labels"):
         a, b = getattr(some, k), getattr(none, k)
         assert a.dtype == b.dtype and b.shape == (0, *a.shape[1:])
     book = PhraseBook(teacher)
     tokens, counted = book([])
     assert tokens.shape[::2] == (0, book(["red star"])[0].shape[2]) and counted.dtype == torch.bool and counted.shape == tokens.shape[:2]
-    asked = concepts_of(teacher, book, none, batch.frames)
-    assert len(asked.image) == len(asked.encoded) == len(asked.attention_mask) == 0
-    truth, valid = true_targets(none, batch, "student", 32), batch.frames.valid("student", 32, none.image)
+    asked = concepts_of(teacher, book, none, batch.spaces)
+    assert len(asked.image_index) == len(asked.encoded) == len(asked.attention_mask) == 0
+    truth, valid = true_targets(none, batch, "student", 32), batch.spaces.valid("student", 32, none.image_index)
     assert truth.masks.shape[0] == truth.boxes.shape[0] == 0 and truth.masks.shape[2:] == (32, 32) and truth.union.shape == (0, 32, 32)
     shape = lambda *size: torch.zeros(2, 0, *size, requires_grad=True)
     found = Detections(shape(5, 4), shape(5), shape(), shape(5, 32, 32), torch.zeros(0, 1, 32, 32, requires_grad=True), torch.zeros(0, 8, 4, 4))
     last = Detections(found.boxes[-1], found.logits[-1], found.presence[-1], found.masks[-1], found.semantic, found.read)
-    taught = taught_targets(last, none.image, batch.frames, "student", "student", 32)
+    taught = taught_targets(last, none.image_index, batch.spaces, "student", "student", 32)
     assert match(found, truth).shape == match(found, taught).shape == (0, 4)
     good = worth_imitating(taught, truth, none.known).float()
     for goal in (truth, taught):
@@ -199,12 +199,12 @@ def test_targets_and_matching_in_float32(dtype, batch):
     """What a step of stage 3 computes is under autocast the same as without, to the bit, and from bfloat16 answers the same
     as from the same numbers in float32."""
     asked = ask(batch, chance(batch, 0), Asking(easy=0.0, hard=0.2))
-    found, valid = some_answers(len(asked.image), dtype), batch.frames.valid("student", 32, asked.image)
-    frames = replace(batch.frames, teacher=99)  # a side whose multiples bfloat16 rounds
+    found, valid = some_answers(len(asked.image_index), dtype), batch.spaces.valid("student", 32, asked.image_index)
+    frames = replace(batch.spaces, teacher=99)  # a side whose multiples bfloat16 rounds
     wide = Detections(*(x.float() for x in vars(found).values() if x is not None))
     def all_of(found: Detections) -> list[torch.Tensor]:
         truth = true_targets(asked, batch, "student", 32)
-        taught = taught_targets(last_layer(found), asked.image, frames, "teacher", "student", 32)
+        taught = taught_targets(last_layer(found), asked.image_index, frames, "teacher", "student", 32)
         said = [x for goal in (truth, taught) for x in (*vars(goal).values(), match(found, goal), *concept_losses(found, goal, valid).values())]
         return [*said, match_cost(found.logits[0, 0], found.boxes[0, 0], found.masks[0, 0], found.boxes[1, 0], found.masks[1, 0])]
     plain = all_of(wide)
@@ -347,11 +347,11 @@ def test_masks_that_are_not_drawn_cost_nothing():
 
 def part_of(asked: Questions, batch, pictures: range) -> Questions:
     "The questions about some pictures, which become a batch of their own."
-    rows = [i for i, b in enumerate(asked.image.tolist()) if b in pictures]
-    first = int((batch.image < pictures.start).sum())
+    rows = [i for i, b in enumerate(asked.image_index.tolist()) if b in pictures]
+    first = int((batch.image_index < pictures.start).sum())
     some = {k: [getattr(asked, k)[i] for i in rows] for k in ("phrases", "kinds")}
     members = [tuple(m - first for m in asked.members[i]) for i in rows]
-    return Questions(asked.image[rows] - pictures.start, some["phrases"], some["kinds"], members, asked.known[rows],
+    return Questions(asked.image_index[rows] - pictures.start, some["phrases"], some["kinds"], members, asked.known[rows],
                      asked.boxes[rows], asked.labels[rows])
 
 

@@ -73,9 +73,9 @@ def encode(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def detections(who: str, dtype: torch.dtype, *shown: Tensor) -> dict[str, Tensor]:
-    m, image, seen = model(who, dtype), pictures(who).batch.image, features(who, dtype)
-    phrases = [None if shown else "red star"] * len(image)
-    found = m.detect(seen, m.concepts(phrases, image, *shown))
+    m, image_index, seen = model(who, dtype), pictures(who).batch.image_index, features(who, dtype)
+    phrases = [None if shown else "red star"] * len(image_index)
+    found = m.detect(seen, m.concepts(phrases, image_index, *shown))
     sure = found.scores() > 0.4
     assert found.logits.dtype == found.presence.dtype == torch.float32
     return {"scores": found.scores(), "boxes": found.boxes, "masks": found.masks[sure] > 0}
@@ -101,9 +101,9 @@ def memory(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     m, seen, prompts = model(who, dtype), features(who, dtype), pictures(who).prompts["box"]
     out = model(who, torch.float32).decode(features(who, torch.float32), prompts)  # the same for all types
     mask, _, pointer = out.best()
-    kept = m.remember(seen, prompts.image, gate(mask, out.object_logits), out.object_logits, pointer)
+    kept = m.remember(seen, prompts.image_index, gate(mask, out.object_logits), out.object_logits, pointer)
     assert kept.pos.dtype == torch.float32
-    recalled = m.recall(seen, prompts.image, Bank([(0, kept)], [(1, pointer)]))
+    recalled = m.recall(seen, prompts.image_index, Bank([(0, kept)], [(1, pointer)]))
     assert recalled.dtype == dtype
     return {"map tokens": kept.tokens, "map places": kept.pos, "map recalled": recalled}
 
@@ -217,11 +217,11 @@ def test_autocast_over_a_half_model(who: str, inner: torch.dtype, outer: torch.d
     with torch.autocast("cpu", outer):
         seen = look(m, pictures(who).batch)
         out = m.decode(seen, prompts)
-        kept = m.remember(seen, prompts.image, gate(out.best()[0], out.object_logits), out.object_logits, out.best()[2])
+        kept = m.remember(seen, prompts.image_index, gate(out.best()[0], out.object_logits), out.object_logits, out.best()[2])
         again = m.decode(seen, replace(prompts, points=prompts.points[:, :0], labels=prompts.labels[:, :0]),
-                         m.recall(seen, prompts.image, Bank([(0, kept)], [(1, kept.pointer)])))
-        shown = pictures(who).boxes, torch.ones(len(prompts.image), 1)
-        found = m.detect(seen, m.concepts([None] * len(prompts.image), prompts.image, *shown))
+                         m.recall(seen, prompts.image_index, Bank([(0, kept)], [(1, kept.pointer)])))
+        shown = pictures(who).boxes, torch.ones(len(prompts.image_index), 1)
+        found = m.detect(seen, m.concepts([None] * len(prompts.image_index), prompts.image_index, *shown))
     assert iou(out.best()[0] > 0, wanted[0]["masks"]).mean() > 0.9
     assert (found.boxes - wanted[1]["boxes"]).abs().max() < 0.01
     assert found.boxes.dtype == kept.pos.dtype == torch.float32
@@ -311,8 +311,8 @@ def test_gradients_reach_every_weight() -> None:
     prompts = pictures("perceiver").prompts["point"]
     seen = features("perceiver", torch.bfloat16)
     out = m.decode(seen, prompts)
-    kept = m.remember(seen, prompts.image, out.best()[0], out.object_logits, out.best()[2])
-    again = m.decode(seen, prompts, m.recall(seen, prompts.image, Bank([(0, kept)], [(1, kept.pointer)])))
+    kept = m.remember(seen, prompts.image_index, out.best()[0], out.object_logits, out.best()[2])
+    again = m.decode(seen, prompts, m.recall(seen, prompts.image_index, Bank([(0, kept)], [(1, kept.pointer)])))
     found = m.detect(seen, m.concepts(["red star"], ONE, boxes, ONE[None] + 1))
     sum(t.float().square().mean() for t in (again.masks, found.boxes, found.masks)).backward()
     grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}

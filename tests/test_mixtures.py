@@ -11,7 +11,7 @@ from PIL import Image
 
 from esam3.core import Part
 from esam3 import tracks
-from esam3.core import Frames, seed_everything
+from esam3.core import Spaces, seed_everything
 from esam3.data import augment, collate_clips, collate_images, data_digest, draw, load_recipe, open_dataset
 from esam3.mixtures import Mixture, Stills, turn
 from esam3.runs import digests
@@ -151,7 +151,7 @@ def test_images_of_two_formats_are_mixed(tmp_path):
     for step in range(12):
         batch = collate_images(draw(reader, 0, step, batch=2), *SIDES)
         name = {0: "sa1b", 24: "coco", 25: "folder"}[reader.part_at(0, step)[0]]
-        counts[name].add(len(batch.image) // 2)
+        counts[name].add(len(batch.image_index) // 2)
     assert counts["coco"] == {1} and counts["folder"] == {0} and min(counts["sa1b"]) > 0
 
 
@@ -244,13 +244,13 @@ def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
     for f in folder.iterdir(): Image.fromarray(np.full((96, 128, 3), 127, np.uint8)).save(f)
     recipe = load_recipe("folder")
     batch = picture_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)[Part(0)]
-    assert len(batch.image) == 0
+    assert len(batch.image_index) == 0
     from esam3.stage1 import Stage1
     terms = Stage1(*networks(), TINY, sampled=4)(batch)
     assert all(v.isfinite() for v in terms.values()) and terms["features"] > 0
     bare = collate_images([Stills(open_dataset("folder", "train", "images")).reader.read(0)], *SIDES)
     monkeypatch.setattr(tracks, "choose_masks", lambda masks, *rest: torch.tensor([0, 1]))
-    monkeypatch.setattr(Frames, "to_source", lambda self, maps, *rest: torch.stack([torch.full((96, 128), -1.0), torch.ones(96, 128)]))
+    monkeypatch.setattr(Spaces, "to_source", lambda self, maps, *rest: torch.stack([torch.full((96, 128), -1.0), torch.ones(96, 128)]))
     teacher = networks()[0]
     with torch.no_grad(): found = tracks.propose(teacher, teacher.encode(bare.teacher_pixels), bare, 4)
     assert [len(m) for m in found] == [1]
@@ -264,7 +264,7 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
         "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: images}]}}}\nstages: {2: null}\n")
     source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, Asking())
     batches = [source[Part(step)] for step in range(4)]
-    assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.shown.phrases and len(b.shown_asked.image) for b in batches)
+    assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.shown.phrases and len(b.shown_asked.image_index) for b in batches)
 
 
 @pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])

@@ -113,12 +113,12 @@ def test_any_text_is_asked(phrase, teacher, seen):
 def test_training_passes_over_empty_phrases():
     "A picture whose only phrase is empty is not asked; beside others it changes nothing."
     words = [Phrase("red star", (0,)), Phrase("blue disk", (), "easy")]
-    batch = SimpleNamespace(boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+    batch = SimpleNamespace(boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     pictures = lambda *phrases: SimpleNamespace(phrases=[*phrases], **vars(batch))
     kin = Confusables(["red star", "blue disk", ""])
     asked = lambda *phrases: ask(pictures(*phrases), [np.random.default_rng(0) for _ in phrases], Asking(each=20), kin)
     assert asked([Phrase("", (0,)), *words, Phrase(" ", ())]).phrases == asked(words).phrases
-    assert asked([Phrase("", (0,))]).phrases == [] and set(asked([Phrase(" ", ())], words).image.tolist()) == {1}
+    assert asked([Phrase("", (0,))]).phrases == [] and set(asked([Phrase(" ", ())], words).image_index.tolist()) == {1}
 
 
 def test_a_run_counts_cut_phrases(teacher, tmp_path, monkeypatch):

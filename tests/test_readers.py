@@ -168,7 +168,7 @@ def test_photographs_become_a_batch():
     samples = [ImageSample(str(k), p, np.ones((1, *p.shape[:2]), bool)) for k, p in enumerate(pictures)]
     batch = collate_images(samples, 1008, 1024)
     assert batch.teacher_pixels.shape == (3, 3, 1008, 1008) and batch.student_pixels.shape == (3, 3, 1024, 1024)
-    for k, valid in enumerate(batch.frames.valid("student", 1024)): assert (batch.student_pixels[k][:, ~valid] == 0).all()
+    for k, valid in enumerate(batch.spaces.valid("student", 1024)): assert (batch.student_pixels[k][:, ~valid] == 0).all()
     small = augment(samples[0], rng_at(0, 0))
     assert 640 <= min(small.image.shape[:2]) and max(small.image.shape[:2]) <= 1024
 
@@ -328,7 +328,7 @@ def test_pictures_without_instances_go_through(tiny):
     from esam3.samples import ImageSample
     empty = ImageSample("empty", np.zeros((96, 128, 3), np.uint8), np.zeros((0, 96, 128), bool))
     batch = collate_images([augment(empty, rng_at(0, 0), short=(96, 128), crop=128), Sa1b(tiny / "images.tar").read(0)], 144, 128)
-    assert set(batch.image.tolist()) == {1} and len(batch.frames.rasterise(batch.masks, "student", 32)) == len(batch.image)
+    assert set(batch.image_index.tolist()) == {1} and len(batch.spaces.rasterise(batch.masks, "student", 32)) == len(batch.image_index)
 
 
 def test_clips_without_tracks_go_through(tiny):
@@ -497,7 +497,7 @@ def test_pictures_with_phrases_keep_all_instances():
     masks = clip_of(*["1"] * 5).masks[:, 0]
     talking, silent = (ImageSample(str(k), np.zeros((40, 56, 3), np.uint8), masks, ps) for k, ps in enumerate((PHRASES, [])))
     batch = collate_images([silent, talking], 144, 128, max_instances=2, rngs=[rng_at(0, 0, k) for k in (0, 1)])
-    assert batch.image.tolist() == [0, 0] + [1] * 5
+    assert batch.image_index.tolist() == [0, 0] + [1] * 5
     assert batch.phrases == [[], [p._replace(instances=tuple(i + 2 for i in p.instances)) for p in PHRASES]]
 
 
@@ -506,12 +506,12 @@ def test_one_frame_of_each_clip():
     clip = clip_of("1111", "0011", "1111", "1?10", "11?1", phrases=PHRASES)
     batch = collate_clips([clip, clip], 144, 128, tracks=0, late="keep").to("cpu")
     one = frame_batch(batch, [1, 2])
-    assert one.image.tolist() == [0] * 3 + [1] * 4 and [len(m) for m in one.masks] == [3, 4]
+    assert one.image_index.tolist() == [0] * 3 + [1] * 4 and [len(m) for m in one.masks] == [3, 4]
     for b, t, seen in ((0, 1, [0, 2, 4]), (1, 2, [0, 1, 2, 3])):
         assert (one.masks[b].numpy() == clip.masks[seen, t]).all() and (one.images[b] == clip.frames[t]).all()
-        assert np.array_equal(one.boxes[one.image == b], boxes_of(clip.masks[seen, t]))
+        assert np.array_equal(one.boxes[one.image_index == b], boxes_of(clip.masks[seen, t]))
         for pixels in ("student_pixels", "teacher_pixels"): assert getattr(one, pixels)[b].equal(getattr(batch, pixels)[4 * b + t])
-    assert one.frames.sizes.tolist() == [[40, 56]] * 2 and one.points.shape == (7, 2)
+    assert one.spaces.sizes.tolist() == [[40, 56]] * 2 and one.points.shape == (7, 2)
     assert one.points.dtype == one.boxes.dtype == torch.float32
     assert one.phrases[0] == [Phrase("zero", (0,)), Phrase("zero and late", (0,)), Phrase("late", (), "easy"),
                               Phrase("four", (2,)), Phrase("none", (), "hard")]
@@ -534,7 +534,7 @@ def test_batches_of_nothing_are_float32(tiny):
         assert {x.dtype for x in (b.boxes, b.points, b.teacher_pixels, b.student_pixels)} == {torch.float32}
         assert {m.dtype for m in b.masks} == {torch.bool}
         assert b.boxes.shape in ((0, 4), (0, 2, 4)) and b.points.shape == (0, 2)
-    assert clips.visible.shape == (0, 2) and clips.first.dtype == clips.clip.dtype == images.image.dtype == torch.int64
+    assert clips.visible.shape == (0, 2) and clips.first.dtype == clips.clip.dtype == images.image_index.dtype == torch.int64
     full = collate_images([Sa1b(tiny / "images.tar").read(0)], 144, 128)
     assert full.boxes.dtype == full.points.dtype == full.student_pixels.dtype == full.teacher_pixels.dtype == torch.float32
 

@@ -25,7 +25,7 @@ def compared(models, sample: ClipSample, kind: str, path) -> tuple[ClipBatch, di
     batch = collate_clips([sample], models["teacher"].image_size, models["student"].image_size, late="keep")
     found = compare(models["teacher"], models["student"], batch, kind)
     length = len(sample.frames)
-    masks = {who: torch.stack([batch.frames.to_source(found[who][:, t], who, t) for t in range(length)], 1) for who in models}
+    masks = {who: torch.stack([batch.spaces.to_source(found[who][:, t], who, t) for t in range(length)], 1) for who in models}
     for who, of in masks.items():
         assert of.shape == (len(batch.ids), *sample.frames.shape[:3]) and of.isfinite().all(), who
     shown = {"truth": sample.masks[0], **{who: of[0].numpy() for who, of in masks.items()}}
@@ -55,5 +55,5 @@ def test_sparse_masks_of_a_davis_clip(models, real_files, tmp_path):
     for who, of in found.items():
         assert torch.allclose(of[1, :5], torch.tensor(NO_OBJECT)) and (of[1, 5] > NO_OBJECT + 1).any(), "nothing is said of a track before it begins"
         cells = batch.coverage(who, 4 * models[who].grid)[1, 5] - 0.5
-        held = batch.frames.to_source(cells[None], who, 5)[0] > 0  # what of the mask the model's cells can hold
+        held = batch.spaces.to_source(cells[None], who, 5)[0] > 0  # what of the mask the model's cells can hold
         assert iou(of[1, 5] > 0, held) > 0.9 and iou(of[1, 5] > 0, torch.from_numpy(sample.masks[1, 5])) > 0.5, "the given mask is kept on its frame"

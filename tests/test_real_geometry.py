@@ -178,7 +178,7 @@ def test_stage3_takes_what_a_recipe_has():
     still = MixedSteps(saco, Schedule(batch_size=1, clip_every=0), SIDES, 0, Asking(2))[Part(0)]
     assert still.images and still.clips is None and isinstance(still.asked, Questions)
     moving = MixedSteps(without(saco, "concept_images"), plain, SIDES, 0, Asking(2))[Part(1)]
-    assert moving.images is None and moving.shown and {*moving.shown_asked.phrases} - {None} and moving.shown_asked.image.max() < len(moving.clips.names)
+    assert moving.images is None and moving.shown and {*moving.shown_asked.phrases} - {None} and moving.shown_asked.image_index.max() < len(moving.clips.names)
     both = {**saco, "splits": {**saco["splits"], "train": {**saco["splits"]["train"], "clips": {"format": "videos", "path": "../videos"}}}}
     source = MixedSteps(both, plain, SIDES, 0, Asking(2))
     assert [source[Part(k)].shown is None for k in range(2)] == [False, True], "clips with phrases and plain ones by turns"
@@ -195,7 +195,7 @@ def test_the_lesson_on_maps_takes_concept_images(monkeypatch):
     monkeypatch.setattr(stage3, "MapLesson", lambda task: task)
     task = type("Task", (), {"schedule": stage3_schedule(load_recipe("saco"), schedule="proven", steps=1, batch_size=1), "student": None})()
     take_map_lesson(task, with_sampling(load_recipe("saco"), SMALL), SIDES, Path("x"), 0)
-    assert len(seen["batch"].names) == 2 and not any(seen["batch"].phrases) and len(seen["batch"].image) >= 1
+    assert len(seen["batch"].names) == 2 and not any(seen["batch"].phrases) and len(seen["batch"].image_index) >= 1
 
 
 # ---- row 12: one augmentation a clip, in the stages

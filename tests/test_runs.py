@@ -48,7 +48,7 @@ def test_a_crash_in_the_evaluation_leaves_the_student(tmp_path, monkeypatch):
     "The next stage takes it; the same command makes the evaluation up without a step of training, and skips what was scored before the crash."
     broken, whole = tmp_path / "broken", evaluate.score
     def crash(task, name, limit=0):
-        if task.model.frame == "student" and name == "point+1": raise RuntimeError("the machine went away")
+        if task.model.space == "student" and name == "point+1": raise RuntimeError("the machine went away")
         return whole(task, name, limit)
     monkeypatch.setattr(evaluate, "score", crash)
     with pytest.raises(RuntimeError, match="the machine went away"): run_stage1("es-ev-s", "tiny", runs=str(broken), **FEW)

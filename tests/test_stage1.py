@@ -50,8 +50,8 @@ def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
         out = {"features": schedule.lambda1 * feature_errors((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow)).mean()}
-        truth = batch.frames.rasterise(batch.masks, "student", 4 * student.grid)
-        valid = batch.frames.valid("student", truth.shape[-1], batch.image)
+        truth = batch.spaces.rasterise(batch.masks, "student", 4 * student.grid)
+        valid = batch.spaces.valid("student", truth.shape[-1], batch.image_index)
         chance = prompt_chances(batch, schedule.refinements)
         for rows, prompts in ask_first(batch, chance[:, 0]):
             for round in range(schedule.refinements + 1):
@@ -59,7 +59,7 @@ def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
                 terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows], schedule.temperature, schedule.focal).mean()}
                 for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows], focal=schedule.focal).items(): terms[f"task {k}"] = v
                 for k, v in terms.items(): out[k] = out.get(k, 0) + len(rows) / len(truth) * v
-                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.frames, chance=chance[rows, 1 + round])
+                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.spaces, chance=chance[rows, 1 + round])
     return out
 
 
@@ -99,10 +99,10 @@ def test_parts_add_up_to_the_step(batch, case):
     schedule = Schedule(batch_size=4, **OPTIONS[case])
     task = Stage1(*networks(), schedule)
     whole, (losses, grads) = task.counts(batch), gradients(schedule, batch)
-    assert whole == {"images": 4, "instances": len(batch.image)}
+    assert whole == {"images": 4, "instances": len(batch.image_index)}
     for count in (2, 4):
         parts = [part_of(batch, schedule, Part(0, k, count)) for k in range(count)]
-        assert len({len(p.image) for p in parts}) > 1, "parts of unequal numbers of instances: a mean of means would be another"
+        assert len({len(p.image_index) for p in parts}) > 1, "parts of unequal numbers of instances: a mean of means would be another"
         assert {k: sum(task.counts(p)[k] for p in parts) for k in whole} == whole
         found = [gradients(schedule, p, whole) for p in parts]
         for k, v in losses.items(): torch.testing.assert_close(sum(f[0][k] for f in found), v, rtol=1e-5, atol=1e-7, msg=k)
@@ -166,7 +166,7 @@ def test_unmarked_instances_share_their_image(batch):
     "What the teacher finds does not change what losses are divided by, and the image counts as one whatever is found in it: losses keep their size."
     bare = some_instances(batch, torch.zeros(0, dtype=torch.long))
     task = Stage1(*networks(), Schedule(), sampled=5)
-    assert task.counts(bare) == {"images": 4, "instances": 4} and task.counts(batch)["instances"] == len(batch.image)
+    assert task.counts(bare) == {"images": 4, "instances": 4} and task.counts(batch)["instances"] == len(batch.image_index)
     with torch.no_grad():
         few, many = task(bare), task(bare, {"images": 4, "instances": 8})
         found = task.settle(bare, task.look(bare))

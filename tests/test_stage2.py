@@ -327,15 +327,15 @@ def test_reading_begins_once_a_picture(batch, who):
     model = networks()[0] if who == "teacher" else task_of().student.eval()
     with torch.no_grad():
         seen = look(model, batch)
-        first, image = first_frame(model, batch)[0], batch.frame_index[:, 1]
+        first, image_index = first_frame(model, batch)[0], batch.frame_index[:, 1]
         _, memory = see(model, seen, batch.frame_index[:, 0], first)
         bank = Bank([(0, memory)], [(1, memory.pointer)])
-        begun, pictures = model.begin_reading(seen), image.unique()
-        assert len(pictures) < len(image) < len(batch.images) and begun.started.shape[:2] == (len(batch.images), model.grid**2)
-        each, all_ = model.recall(seen, image, bank), model.recall(begun, image, bank)
-        few = model.recall(seen.pick(pictures), torch.searchsorted(pictures, image), bank)
+        begun, pictures = model.begin_reading(seen), image_index.unique()
+        assert len(pictures) < len(image_index) < len(batch.images) and begun.started.shape[:2] == (len(batch.images), model.grid**2)
+        each, all_ = model.recall(seen, image_index, bank), model.recall(begun, image_index, bank)
+        few = model.recall(seen.pick(pictures), torch.searchsorted(pictures, image_index), bank)
     for other in (each, few): torch.testing.assert_close(other, all_, rtol=1e-5, atol=1e-5)
-    assert model.begin_reading(begun) is begun and torch.equal(begun.pick(image).started, begun.started[image])
+    assert model.begin_reading(begun) is begun and torch.equal(begun.pick(image_index).started, begun.started[image_index])
 
 
 def test_late_tracks_are_trained_in_their_own_time():

@@ -86,17 +86,17 @@ def test_five_calls(thin: Sam3, who: str, precision: Callable) -> None:
 
 def places(model: Sam3, pixels: Tensor) -> dict[str, Tensor]:
     "Everything that says where, of two pictures with prompts of each kind."
-    at, image, n, side = torch.Generator().manual_seed(1), torch.tensor([0, 1]), 2, model.image_size
+    at, image_index, n, side = torch.Generator().manual_seed(1), torch.tensor([0, 1]), 2, model.image_size
     labels = torch.tensor([[1, 0, -10], [2, 3, -10]], dtype=torch.int32)
-    prompts = Prompts(image, torch.rand(n, 3, 2, generator=at) * side, labels, torch.rand(n, 1, side, side, generator=at))
+    prompts = Prompts(image_index, torch.rand(n, 3, 2, generator=at) * side, labels, torch.rand(n, 1, side, side, generator=at))
     boxes = torch.rand(n, 2, 4, generator=at) * 0.3 + 0.3
     with torch.no_grad():
         seen = model.encode(pixels)
-        asked = model.concepts(["red star", None], image, boxes, torch.tensor([[1, 0], [1, -10]]))
+        asked = model.concepts(["red star", None], image_index, boxes, torch.tensor([[1, 0], [1, -10]]))
         found = model.detect(seen, asked, all_layers=True)
         masks = model.decode(seen, prompts)
         best, _, pointer = masks.best()
-        memory = model.remember(seen, image, best, masks.object_logits, pointer)
+        memory = model.remember(seen, image_index, best, masks.object_logits, pointer)
         sparse, dense = model._embed_prompts(prompts)
         _, when = model._pointer_tokens(Bank(pointers=[(1, pointer), (5, pointer)]))
         decoder = model.detector_model.detr_decoder
