@@ -86,7 +86,7 @@ class TinyFPN(nn.Module):
 
 # %% ../nbs/11_backbones.ipynb #c019
 def windows(backbone: str, side: int) -> dict[str, tuple[int, ...]]:
-    "Options for `timm`: a TinyViT's windows, none wider than its map of a picture of `side` px; none for other backbones."
+    "Options for `timm`: a TinyViT's windows, none wider than its map of an image of `side` px; none for other backbones."
     if not backbone.startswith("tiny_vit"): return {}
     return {"window_sizes": tuple(min(w, max(1, side // stride)) for w, stride in zip((7, 7, 14, 7), (4, 8, 16, 32)))}
 
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
     def __init__(self, backbone: str,                          # `timm` name
                  hidden: int = 256,                            # C
                  widths: Sequence[int] | None = None,          # of `TinyFPN`
-                 side: int = 1024):                            # px of the pictures; decides TinyViT's windows alone
+                 side: int = 1024):                            # px of the images; decides TinyViT's windows alone
         super().__init__()
         self.windows = windows(backbone, side)
         self.backbone = timm.create_model(backbone, features_only=True, pretrained=False, **self.windows)
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         "[B, 3, S, S], ImageNet-normalised, S a multiple of 32 → detector and tracker maps at S/4, S/8, S/16."
-        if pixels.shape[-1] % 32 or pixels.shape[-2] % 32: raise ValueError(f"pictures of {pixels.shape[-2]} × {pixels.shape[-1]} px: sides must be multiples of 32")
+        if pixels.shape[-1] % 32 or pixels.shape[-2] % 32: raise ValueError(f"images of {pixels.shape[-2]} × {pixels.shape[-1]} px: sides must be multiples of 32")
         for m in self.backbone.modules():  # TinyViT keeps its attention biases between calls in eval mode, through any change of the weights
             if hasattr(m, "attention_bias_cache"): m.attention_bias_cache = {}
         return self.fpn(self.backbone(pixels)[-4:])
@@ -128,7 +128,7 @@ def cost_table(side: int = 1024, hidden: int = 256, widths: Sequence[int] | None
 def flops_by_part(kind: type[Sam3], config: Sam3VideoConfig,  # a teacher's or student's class and configuration
                   tokens: int = 32                            # of the phrase
                   ) -> dict[str, float]:                      # part → GFLOPs, in the order in which they run
-    "GFLOPs of each part of a model for one picture, one phrase and one object. A model without weights is made and counted."
+    "GFLOPs of each part of a model for one image, one phrase and one object. A model without weights is made and counted."
     with torch.device("meta"): model = kind(config).eval().requires_grad_(False)
     d, t, out = model.detector_model, model.tracker_model, {}
     def count(part: str, call: Callable[[], _T]) -> _T:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAPS', 'Kernels', 'post_processing', 'history_of', 'alike', 'forget', 'frame_features', 'Exemplar', 'meaning',
-           'distinct', 'ConceptSession', 'of_one_picture', 'Followed', 'claim', 'follow_concepts']
+           'distinct', 'ConceptSession', 'of_one_image', 'Followed', 'claim', 'follow_concepts']
 
 # %% ../nbs/32_concept_video.ipynb #c003
 from collections import defaultdict
@@ -177,8 +177,8 @@ class ConceptSession(Sam3VideoInferenceSession):
             if not 0 <= e.frame < len(images):
                 raise ValueError(f"exemplar '{e}' is on frame {e.frame} of a clip of {len(images)}, counted from 0")
         phrases = [k for k in self.prompts if k not in self.exemplars]
-        self.asked: list[tuple[list[int], Concepts]] = []
-        if phrases: self.asked.append((phrases, of_one_picture(model, [self.prompts[k] for k in phrases])))
+        self.queries: list[tuple[list[int], Concepts]] = []
+        if phrases: self.queries.append((phrases, of_one_image(model, [self.prompts[k] for k in phrases])))
 
     @property
     def num_frames(self) -> int: return len(self.images)
@@ -188,8 +188,8 @@ class ConceptSession(Sam3VideoInferenceSession):
         return self.pixels([self.images[frame_idx]])[0].to(self.inference_device)
 
 
-def of_one_picture(model: Sam3, phrases: Sequence[str | None], boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
-    "Concepts that are all asked of the same picture."
+def of_one_image(model: Sam3, phrases: Sequence[str | None], boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
+    "Concepts that are all asked of the same image."
     return model.concepts(phrases, torch.zeros(len(phrases), dtype=torch.long, device=model.device), boxes, labels)
 
 # %% ../nbs/32_concept_video.ipynb #c018
@@ -200,16 +200,16 @@ def _meet_exemplars(self: Sam3, session: ConceptSession, seen: Features) -> None
         boxes = torch.as_tensor(np.asarray(e.boxes, np.float32), device=self.device)[None]
         xyxy = session.spaces.boxes(boxes, torch.zeros(1, dtype=torch.long, device=self.device), "source", self.frame) / self.image_size
         centre = torch.cat([(xyxy[..., :2] + xyxy[..., 2:]) / 2, xyxy[..., 2:] - xyxy[..., :2]], -1)
-        asked = of_one_picture(self, [e.phrase], centre, torch.tensor([list(e.labels)], device=self.device))
-        session.asked.append(([k], keep_concepts(self, seen, asked, asked.image_index)))
+        concepts = of_one_image(self, [e.phrase], centre, torch.tensor([list(e.labels)], device=self.device))
+        session.queries.append(([k], keep_concepts(self, seen, concepts, concepts.image_index)))
 
 
 def _run_detection(self: Sam3, inference_session: Sam3VideoInferenceSession, vision_embeds: Any) -> dict[int, dict[str, Tensor]]:
     "Candidates of each concept above the detection threshold, after mask NMS: boxes, masks, scores."
     seen, out = Features(tuple(vision_embeds.fpn_hidden_states[:3]), ()), {}
     _meet_exemplars(self, inference_session, seen)
-    for numbers, asked in inference_session.asked:
-        found = self.detect(seen, asked)
+    for numbers, concepts in inference_session.queries:
+        found = self.detect(seen, concepts)
         for k, p, boxes, masks in zip(numbers, found.scores(), found.boxes, found.masks):
             if self.det_nms_thresh > 0: p = p * library.nms_masks(p, masks, self.score_threshold_detection, self.det_nms_thresh)
             kept = p > self.score_threshold_detection
@@ -242,7 +242,7 @@ class Followed:
     id: int
     score: float                                            # of the detection it began with
     masks: RunMasks = field(repr=False)                     # [T, H, W] bool as run lengths; empty where it is not seen
-    asked: int = 0                                          # position of its concept in those given; of equal ones, the first
+    query: int = 0                                          # position of its concept in those given; of equal ones, the first
 
 
 def claim(masks: Tensor,   # [N, H, W] bool
@@ -275,8 +275,8 @@ def follow_concepts(model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H,
                 shown = claim(masks, torch.tensor([float(out.obj_id_to_tracker_score.get(k, 0.0)) for k in ids], device=masks.device)).numpy(force=True)
                 for k, m in zip(ids, shown):
                     if k not in found:
-                        never, asked = RunMasks([None] * len(images), size), session.number[concept]
-                        found[k] = Followed(session.prompts[concept], k, float(out.obj_id_to_score[k]), never, asked)
+                        never, query = RunMasks([None] * len(images), size), session.number[concept]
+                        found[k] = Followed(session.prompts[concept], k, float(out.obj_id_to_score[k]), never, query)
                     found[k].masks[out.frame_idx] = m
     gone = session.hotstart_removed_obj_ids | session.removed_obj_ids
     return [f for k, f in sorted(found.items()) if k not in gone and f.masks.any()]

@@ -58,34 +58,34 @@ def onto(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 # %% ../nbs/00_core.ipynb #c009
 @dataclass(frozen=True)
 class Spaces:
-    "The source, teacher and student frames of a batch of pictures, and the maps between them (contract: round trip ≤ 1e-3 px)."
-    sizes: torch.Tensor  # [B, 2] height and width of each source picture, px
-    teacher: int         # side of the teacher's square picture, px (1008; toy 144)
+    "The source, teacher and student frames of a batch of images, and the maps between them (contract: round trip ≤ 1e-3 px)."
+    sizes: torch.Tensor  # [B, 2] height and width of each source image, px
+    teacher: int         # side of the teacher's square image, px (1008; toy 144)
     student: int         # side of the student's square canvas, px (1024; toy 128)
 
     def __post_init__(self) -> None: self.__dict__["_known"] = {}  # what has been asked before; no field
 
     @staticmethod
     def fitted(height: int, width: int, canvas: int) -> tuple[int, int]:
-        "Height and width in whole px of a picture whose longer side is brought to `canvas`."
+        "Height and width in whole px of an image whose longer side is brought to `canvas`."
         s = canvas / max(height, width)
         return max(1, round(height * s)), max(1, round(width * s))
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        "Height and width of each source picture in px, on the host: a device is asked at most once."
+        "Height and width of each source image in px, on the host: a device is asked at most once."
         if "shapes" not in self._known: self._known["shapes"] = [(h, w) for h, w in self.sizes.tolist()]
         return self._known["shapes"]
 
     def fit(self, space: str) -> list[tuple[int, int]]:
-        "Height and width in px of each picture in `frame`, on the host."
+        "Height and width in px of each image in `frame`, on the host."
         if space == "source": return self.shapes
         if space == "teacher": return [(self.teacher, self.teacher)] * len(self.sizes)
         if space == "student": return [self.fitted(h, w, self.student) for h, w in self.shapes]
         raise ValueError(nearest(space, ("source", "teacher", "student"), "space"))
 
     def extent(self, space: str) -> torch.Tensor:
-        "[B, 2] width and height in px that the picture occupies in `frame`; made once, not to be changed in place."
+        "[B, 2] width and height in px that the image occupies in `frame`; made once, not to be changed in place."
         if ("extent", space) not in self._known:
             wide = torch.tensor([(w, h) for h, w in self.fit(space)], dtype=torch.float32).reshape(-1, 2)
             self._known["extent", space] = onto(wide, self.sizes.device)
@@ -99,22 +99,22 @@ class Spaces:
         "Side in px of the square that a network reads in `frame` (teacher or student)."
         return {"teacher": self.teacher, "student": self.student}[space]
 
-    def _with(self, sizes: torch.Tensor, shapes: list[tuple[int, int]]) -> "Frames":
+    def _with(self, sizes: torch.Tensor, shapes: list[tuple[int, int]]) -> "Spaces":
         new = Spaces(sizes, self.teacher, self.student)
         new._known["shapes"] = shapes
         return new
 
-    def to(self, device: torch.device | str) -> "Frames": return self._with(onto(self.sizes, device), self.shapes)
+    def to(self, device: torch.device | str) -> "Spaces": return self._with(onto(self.sizes, device), self.shapes)
 
-    def pick(self, pictures: Sequence[int]) -> "Frames":
-        "The frames of some of the pictures."
-        rows = onto(torch.tensor([*pictures], dtype=torch.long), self.sizes.device)
-        return self._with(self.sizes[rows], [self.shapes[k] for k in pictures])
+    def pick(self, images: Sequence[int]) -> "Spaces":
+        "The frames of some of the images."
+        rows = onto(torch.tensor([*images], dtype=torch.long), self.sizes.device)
+        return self._with(self.sizes[rows], [self.shapes[k] for k in images])
 
 # %% ../nbs/00_core.ipynb #c011
 def _points(self: Spaces,
             xy: torch.Tensor,     # [N, ..., 2] continuous px in `src`
-            image_index: torch.Tensor,  # [N] which picture of the batch each row belongs to
+            image_index: torch.Tensor,  # [N] which image of the batch each row belongs to
             src: str, dst: str    # names of frames
             ) -> torch.Tensor:    # [N, ..., 2] continuous px in `dst`, float32 whatever autocast does
     "Move points from one frame to another."
@@ -134,7 +134,7 @@ Spaces.points, Spaces.boxes = _points, _boxes
 
 # %% ../nbs/00_core.ipynb #c014
 def _cells(extent: torch.Tensor, side: int, size: int) -> torch.Tensor:
-    "[B, size, size, 2] centres of the cells of a square frame, as fractions (x, y) of the picture; > 1 is padding."
+    "[B, size, size, 2] centres of the cells of a square frame, as fractions (x, y) of the image; > 1 is padding."
     c = (torch.arange(size, device=extent.device) + 0.5) * (side / size)
     xy = torch.stack(torch.meshgrid(c, c, indexing="xy"), -1)
     return xy[None] / extent[:, None, None]
@@ -142,9 +142,9 @@ def _cells(extent: torch.Tensor, side: int, size: int) -> torch.Tensor:
 
 def _valid(self: Spaces,
            space: str, size: int,              # size: cells along a side
-           image_index: torch.Tensor | None = None   # [N] pictures; all when missing
+           image_index: torch.Tensor | None = None   # [N] images; all when missing
            ) -> torch.Tensor:                  # [B or N, size, size] bool
-    "True where the centre of a cell lies on the picture and not in the padding."
+    "True where the centre of a cell lies on the image and not in the padding."
     ok = (_cells(self.extent(space), self.side(space), size) < 1).all(-1)
     return ok if image_index is None else ok[image_index]
 
@@ -153,11 +153,11 @@ def _maps(self: Spaces,
           maps: torch.Tensor,    # [N, C, h, w] over the whole square of `src`
           src: str, dst: str,    # "teacher" or "student"
           size: int,             # cells along a side of the answer
-          image_index: torch.Tensor | None = None  # [N] picture of each map; 0…N-1 when missing
+          image_index: torch.Tensor | None = None  # [N] image of each map; 0…N-1 when missing
           ) -> torch.Tensor:     # [N, C, size, size] float32, whatever the maps are: a bf16 grid is off by up to 0.28 of a cell at 288
     "Warp maps from one square frame to the other by one bilinear `grid_sample` (padding takes the border's value)."
     image_index = torch.arange(len(maps), device=maps.device) if image_index is None else image_index
-    part = _cells(self.extent(dst), self.side(dst), size)[image_index]               # fraction of the picture
+    part = _cells(self.extent(dst), self.side(dst), size)[image_index]               # fraction of the image
     grid = part * (self.extent(src) / self.side(src))[image_index][:, None, None]    # fraction of the source square
     return F.grid_sample(maps.float(), grid * 2 - 1, mode="bilinear", padding_mode="border", align_corners=False)
 
@@ -166,7 +166,7 @@ Spaces.valid, Spaces.maps = _valid, _maps
 
 # %% ../nbs/00_core.ipynb #c018
 def _rasterise(self: Spaces,
-               masks: Sequence[torch.Tensor],  # one [n_i, H_i, W_i] bool tensor for each picture
+               masks: Sequence[torch.Tensor],  # one [n_i, H_i, W_i] bool tensor for each image
                dst: str, size: int             # frame and cells along a side
                ) -> torch.Tensor:              # [Σ n_i, size, size] float, the part of each cell covered, in 0…1
     "Area coverage of source masks on the grid of `dst`; padding is 0."
@@ -184,9 +184,9 @@ def _cover(m: torch.Tensor, h: int, w: int, side: int, size: int) -> torch.Tenso
 
 def _to_source(self: Spaces,
                maps: torch.Tensor,  # [n, h, w] over the square of `src`
-               src: str, image_index: int  # frame, and which picture
+               src: str, image_index: int  # frame, and which image
                ) -> torch.Tensor:    # [n, H, W]
-    "Resample maps (logits) bilinearly to the pixels of one source picture."
+    "Resample maps (logits) bilinearly to the pixels of one source image."
     (h, w), (eh, ew), side = self.shapes[image_index], self.fit(src)[image_index], self.side(src)
     x = (torch.arange(w, device=maps.device) + 0.5) / w * ew / side
     y = (torch.arange(h, device=maps.device) + 0.5) / h * eh / side

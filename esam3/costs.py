@@ -49,7 +49,7 @@ def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
 
 @torch.no_grad()
 def latency(model: Sam3, repeats: int = 5) -> dict[str, float]:
-    "Seconds to `encode` a picture, `decode` one point, `recall` from a full memory bank, `detect` one phrase, at the model's own size."
+    "Seconds to `encode` an image, `decode` one point, `recall` from a full memory bank, `detect` one phrase, at the model's own size."
     device, side = next(model.parameters()).device, model.image_size
     pixels, image_index = torch.rand(1, 3, side, side, device=device) * 2 - 1, torch.zeros(1, dtype=torch.long, device=device)
     point = Prompts(image_index, torch.full((1, 1, 2), side / 2, device=device), torch.ones(1, 1, dtype=torch.int32, device=device))

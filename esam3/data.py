@@ -77,9 +77,9 @@ def augment(sample: ImageSample | ClipSample, rng: np.random.Generator,
             jitter: float = 0.1,                   # of brightness, contrast and saturation
             hue: float = 0.0                       # of the hue, in turns: 0 … 0.5
             ) -> ImageSample | ClipSample:
-    """Another source picture, or clip, of the same scene (§4.1).
+    """Another source image, or clip, of the same scene (§4.1).
 
-    All frames of a clip get one size, crop, flip and colour. Instances that leave the picture, or all frames of a clip, are dropped from the sample and its phrases."""
+    All frames of a clip get one size, crop, flip and colour. Instances that leave the image, or all frames of a clip, are dropped from the sample and its phrases."""
     key, kind = ("frames", tv_tensors.Video) if isinstance(sample, ClipSample) else ("image", tv_tensors.Image)
     pixels = kind(torch.from_numpy(getattr(sample, key)).movedim(-1, -3))
     with torch.random.fork_rng(devices=[]):
@@ -165,19 +165,19 @@ def _resized(image: np.ndarray, height: int, width: int) -> torch.Tensor:
     return v2.functional.resize(torch.from_numpy(image).movedim(-1, 0), [height, width], antialias=True)
 
 
-def teacher_bytes(images: Sequence[np.ndarray],  # B pictures, uint8 [H, W, 3]
+def teacher_bytes(images: Sequence[np.ndarray],  # B images, uint8 [H, W, 3]
                   size: int                      # side of the square, px
                   ) -> torch.Tensor:             # [B, 3, size, size] uint8
-    "Pictures stretched to the teacher's square."
+    "Images stretched to the teacher's square."
     out = torch.empty(len(images), 3, size, size, dtype=torch.uint8)
     for k, image in enumerate(images): out[k] = _resized(image, size, size)
     return out
 
 
-def student_bytes(images: Sequence[np.ndarray],  # B pictures, uint8 [H, W, 3]
+def student_bytes(images: Sequence[np.ndarray],  # B images, uint8 [H, W, 3]
                   canvas: int                    # side of the square, px
                   ) -> torch.Tensor:             # [B, 3, canvas, canvas] uint8
-    "Pictures with their longer side brought to the student's canvas, padded right and bottom."
+    "Images with their longer side brought to the student's canvas, padded right and bottom."
     out = torch.zeros(len(images), 3, canvas, canvas, dtype=torch.uint8)
     for k, image in enumerate(images):
         h, w = Spaces.fitted(*image.shape[:2], canvas)
@@ -202,12 +202,12 @@ def _students(pixels: torch.Tensor,  # [B, 3, C, C] uint8
 
 
 def teacher_pixels(images: Sequence[np.ndarray], size: int) -> torch.Tensor:
-    "The teacher's preprocessing of B pictures, uint8 [H, W, 3]: [B, 3, size, size] in -1…1."
+    "The teacher's preprocessing of B images, uint8 [H, W, 3]: [B, 3, size, size] in -1…1."
     return _teachers(teacher_bytes(images, size))
 
 
 def student_pixels(images: Sequence[np.ndarray], canvas: int) -> torch.Tensor:
-    "The student's preprocessing of B pictures, uint8 [H, W, 3]: [B, 3, canvas, canvas]."
+    "The student's preprocessing of B images, uint8 [H, W, 3]: [B, 3, canvas, canvas]."
     fitted = [Spaces.fitted(*i.shape[:2], canvas)[::-1] for i in images]
     return _students(student_bytes(images, canvas), torch.tensor(fitted).view(-1, 2))
 
@@ -221,7 +221,7 @@ class _Batch:
         return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device | str):
-        "The batch with its tensors on a device; source pictures stay where they are. From pinned memory nobody waits for the copy."
+        "The batch with its tensors on a device; source images stay where they are. From pinned memory nobody waits for the copy."
         return replace(self._with(lambda t: onto(t, device)), spaces=self.spaces.to(device))
 
     def pin_memory(self):
@@ -229,9 +229,9 @@ class _Batch:
         return self._with(torch.Tensor.pin_memory)
 
     def pixels(self, space: str,                    # "teacher" or "student"
-               some: Sequence[int] | None = None    # pictures; None: all
+               some: Sequence[int] | None = None    # images; None: all
                ) -> torch.Tensor:
-        "[B, 3, side, side] as the network of a frame sees the pictures, made when asked for."
+        "[B, 3, side, side] as the network of a frame sees the images, made when asked for."
         rows = lambda: onto(torch.tensor([*some], dtype=torch.long), self.student_bytes.device)
         at = slice(None) if some is None else rows()
         if space == "teacher": return _teachers(self.teacher_bytes[at])
@@ -246,27 +246,27 @@ class _Batch:
 
 @dataclass
 class ImageBatch(_Batch):
-    "B pictures with N instances in all; boxes and points in continuous source px."
+    "B images with N instances in all; boxes and points in continuous source px."
     names: list[str]
     images: list[np.ndarray]      # B × uint8 [H, W, 3]
     spaces: Spaces
     teacher_bytes: torch.Tensor   # [B, 3, S, S] uint8; [0, 3, S, S] where `trunk` stands for them
     student_bytes: torch.Tensor   # [B, 3, C, C] uint8
-    image_index: torch.Tensor           # [N] int64, the picture of each instance
+    image_index: torch.Tensor           # [N] int64, the image of each instance
     boxes: torch.Tensor           # [N, 4]
     points: torch.Tensor          # [N, 2] deepest points
     masks: list[torch.Tensor]     # B × bool [n, H, W]; their order is that of the N
     phrases: list[list[Phrase]]   # B × phrases, whose `instances` count in 0 … N - 1
     notes: list[tuple[str, str]] = field(default_factory=list)
-    trunk: Any = None             # what the teacher's ViT saw in the B pictures, where that is cached: `Packed` of 14a_packing
-    seeds: list[int] = field(default_factory=list)  # B, of the chance that each picture meets in training: of its slot
-    seed: int = 0                 # of the chance that all pictures of the step share
+    trunk: Any = None             # what the teacher's ViT saw in the B images, where that is cached: `Packed` of 14a_packing
+    seeds: list[int] = field(default_factory=list)  # B, of the chance that each image meets in training: of its slot
+    seed: int = 0                 # of the chance that all images of the step share
 
 # %% ../nbs/02_data.ipynb #c031
 def collate_images(samples: Sequence[ImageSample],
                    teacher: int, student: int,  # sides of the two frames, px
-                   max_instances: int = 16,     # in a picture without phrases; 0: all
-                   rngs: Sequence[np.random.Generator] | None = None,  # of each picture, draw them; without them the first
+                   max_instances: int = 16,     # in an image without phrases; 0: all
+                   rngs: Sequence[np.random.Generator] | None = None,  # of each image, draw them; without them the first
                    with_teacher: bool = True    # False: no `teacher_bytes`, for a teacher whose features are cached
                    ) -> ImageBatch:
     "Preprocess and join samples (§4.2)."
@@ -288,7 +288,7 @@ def collate_images(samples: Sequence[ImageSample],
 def some_instances(batch: ImageBatch,
                    rows: torch.Tensor  # [n] int64, ascending
                    ) -> ImageBatch:
-    "The same pictures with some of their instances, and without phrases."
+    "The same images with some of their instances, and without phrases."
     own = [rows[batch.image_index[rows] == b] - int((batch.image_index < b).sum()) for b in range(len(batch.names))]
     return replace(batch, image_index=batch.image_index[rows], boxes=batch.boxes[rows], points=batch.points[rows],
                    masks=[m[i] for m, i in zip(batch.masks, own)], phrases=[[] for _ in batch.names])
@@ -296,14 +296,14 @@ def some_instances(batch: ImageBatch,
 # %% ../nbs/02_data.ipynb #c037
 @dataclass
 class ClipBatch(_Batch):
-    "B clips of T frames with N tracks in all; picture b·T + t is frame t of clip b."
+    "B clips of T frames with N tracks in all; image b·T + t is frame t of clip b."
     names: list[str]
     images: list[np.ndarray]      # B·T × uint8 [H, W, 3]
-    spaces: Spaces                # of the B·T pictures
+    spaces: Spaces                # of the B·T images
     teacher_bytes: torch.Tensor   # [B·T, 3, S, S] uint8
     student_bytes: torch.Tensor   # [B·T, 3, C, C] uint8
     clip: torch.Tensor            # [N] int64, the clip of each track
-    frame_index: torch.Tensor     # [N, T] int64, the pictures of each track
+    frame_index: torch.Tensor     # [N, T] int64, the images of each track
     first: torch.Tensor           # [N] int64, the frame at which it is prompted
     boxes: torch.Tensor           # [N, T, 4] continuous source px, NaN where not visible
     points: torch.Tensor          # [N, 2] deepest point at frame `first`
@@ -314,7 +314,7 @@ class ClipBatch(_Batch):
     phrases: list[list[Phrase]]
     late: int                     # tracks that begin after frame 0, dropped or kept
     notes: list[tuple[str, str]] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)  # B·T, of each picture: its frame's number in the film
+    numbers: list[int] = field(default_factory=list)  # B·T, of each image: its frame's number in the video
     seeds: list[int] = field(default_factory=list)  # B, as of an `ImageBatch`
     seed: int = 0
 
@@ -325,7 +325,7 @@ class ClipBatch(_Batch):
         return torch.cat([f.unflatten(0, (length, -1)).transpose(0, 1) for f in flat.split([m.shape[0] * length for m in self.masks]) if len(f)] or [flat.view(0, length, size, size)])
 
     def distinct(self) -> tuple[list[int], list[int]]:
-        "Pictures that differ, by their first place; and of each picture, its place among these. A clip there and back has its pictures twice."
+        "Images that differ, by their first place; and of each image, its place among these. A clip there and back has its images twice."
         length, first = len(self.images) // max(1, len(self.names)), {}
         keys = [(k // length, n) for k, n in enumerate(self.numbers or range(len(self.images)))]
         for k, key in enumerate(keys): first.setdefault(key, k)

@@ -50,24 +50,24 @@ def features_from_trunk(teacher: Sam3,
 # %% ../nbs/14_feature_cache.ipynb #c025
 @dataclass
 class ReplayedSample(ImageSample):
-    "A picture in one of its augmentations."
-    item: int = -1  # its number in the cache: replay · pictures + index
+    "An image in one of its augmentations."
+    item: int = -1  # its number in the cache: replay · images + index
 
 
-def replayed(reader: Any,              # of pictures
+def replayed(reader: Any,              # of images
              seed: int, index: int,    # index: of the sample in the reader
              replay: int,              # 0 … R − 1
-             augmentation: Mapping[str, Any] | None,  # arguments of `augment`; None: pictures as they are
+             augmentation: Mapping[str, Any] | None,  # arguments of `augment`; None: images as they are
              rng: np.random.Generator | None = None, **options: Any  # of the reader's `read`: which instances, never which pixels
              ) -> ReplayedSample:
-    "A sample whose picture depends on (seed, index, replay) only. `BadSample` as the reader raises it."
+    "A sample whose image depends on (seed, index, replay) only. `BadSample` as the reader raises it."
     s = reader.read(index, rng, **options)
     if augmentation is not None: s = augment(s, rng_at(seed_at(seed, index), replay), **augmentation)
     return ReplayedSample(s.name, s.image, s.masks, s.phrases, s.notes, replay * len(reader) + index)
 
 # %% ../nbs/14_feature_cache.ipynb #c028
 class Replays:
-    "A reader of `replays` times the pictures of another: item k is picture k mod N in its replay k // N."
+    "A reader of `replays` times the images of another: item k is image k mod N in its replay k // N."
     kind = "images"
 
     def __init__(self, reader: Any, seed: int, replays: int = 1, augmentation: Mapping[str, Any] | None = None):
@@ -85,25 +85,25 @@ def vit_digest(teacher: Sam3) -> str:
 
 
 def preprocessing(size: int) -> dict[str, list[float]]:
-    "What `teacher_pixels` makes of three pictures: least values of each channel."
+    "What `teacher_pixels` makes of three images: least values of each channel."
     probes = np.zeros((3, 4, 8, 3), np.uint8)
     probes[1, ..., 0], probes[2] = 255, 255
     low = teacher_pixels(list(probes), size).amin((2, 3))
     return dict(zip(("black", "red", "wide white"), [[round(float(v), 3) for v in c] for c in low]))
 
 # %% ../nbs/14_feature_cache.ipynb #c036
-def cache_settings(teacher: Sam3, pictures: Replays,
+def cache_settings(teacher: Sam3, images: Replays,
                    dtype: str = "int8",  # or "fp16"
-                   records: int = 512    # pictures in a file (2.7 GB at SAM3's size)
+                   records: int = 512    # images in a file (2.7 GB at SAM3's size)
                    ) -> dict[str, Any]:
     "What must be equal for a cache to be the right one. The number of replays is not part of it: a cache can be given more."
-    names = "\n".join(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in pictures.reader.names)
+    names = "\n".join(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in images.reader.names)
     defaults = {k: p.default for k, p in list(signature(augment).parameters.items())[2:]}
-    changes = None if pictures.augmentation is None else {**defaults, **pictures.augmentation}
+    changes = None if images.augmentation is None else {**defaults, **images.augmentation}
     return {"format": 2, "dtype": dtype, "teacher": vit_digest(teacher), "image_size": teacher.image_size, "tokens": teacher.grid ** 2,
             "width": teacher.detector_model.vision_encoder.backbone.config.hidden_size, "preprocessing": preprocessing(teacher.image_size),
-            "pictures": len(pictures.reader), "names": blake2b(names.encode(), digest_size=8).hexdigest(),
-            "augment": changes, "seed": pictures.seed, "records": records}
+            "pictures": len(images.reader), "names": blake2b(names.encode(), digest_size=8).hexdigest(),
+            "augment": changes, "seed": images.seed, "records": records}
 
 # %% ../nbs/14_feature_cache.ipynb #c039
 HEADER = 4096  # bytes of a file before its first record: settings as JSON, padded with spaces, and their CRC-32
@@ -206,7 +206,7 @@ def _read(self: FeatureCache, items: Sequence[int]) -> Packed:
     out = {name: np.empty((len(items), *self.record[name].shape), self.record[name].base) for name in PARTS}
     for k, item in enumerate(items):
         path, row = self.place(item)
-        what = f"picture {item % self.settings['pictures']} in replay {item // self.settings['pictures']}"
+        what = f"image {item % self.settings['pictures']} in replay {item // self.settings['pictures']}"
         if not self.holds(item): raise LookupError(f"{path} holds no features of {what}: call write_cache again, it writes them")
         record = self.open(path)[row:row + 1]
         if record["crc"][0] != checksum(record):
@@ -241,10 +241,10 @@ FeatureCache.prefetch, FeatureCache.read = _prefetch, _take
 @dataclass(frozen=True)
 class Plan:
     "What a cache takes."
-    items: int   # pictures × replays
+    items: int   # images × replays
     each: int    # bytes of a record
     files: int
-    rate: float  # pictures a second, over all ranks
+    rate: float  # images a second, over all ranks
 
     @property
     def bytes(self) -> int: return self.items * self.each + self.files * HEADER
@@ -253,14 +253,14 @@ class Plan:
     def hours(self) -> float: return self.items / self.rate / 3600
 
     def __str__(self) -> str:
-        return (f"{self.items:,} pictures of {self.each / 1e6:.3g} MB: {self.bytes / 1e9:,.1f} GB in {self.files:,} files; "
-                f"{self.hours:.2g} hours at {self.rate:.3g} pictures a second")
+        return (f"{self.items:,} images of {self.each / 1e6:.3g} MB: {self.bytes / 1e9:,.1f} GB in {self.files:,} files; "
+                f"{self.hours:.2g} hours at {self.rate:.3g} images a second")
 
 
-def plan(pictures: int, settings: Mapping[str, Any], replays: int = 1, rate: float = 1.0) -> Plan:
-    "What `replays` × `pictures` take with some settings (of these: tokens, width, dtype, records)."
+def plan(images: int, settings: Mapping[str, Any], replays: int = 1, rate: float = 1.0) -> Plan:
+    "What `replays` × `images` take with some settings (of these: tokens, width, dtype, records)."
     each = record_type(settings["tokens"], settings["width"], settings["dtype"]).itemsize
-    return Plan(pictures * replays, each, -(-pictures * replays // settings["records"]), rate)
+    return Plan(images * replays, each, -(-images * replays // settings["records"]), rate)
 
 # %% ../nbs/14_feature_cache.ipynb #c066
 def check_room(folder: str | Path, wanted: Plan) -> None:
@@ -269,7 +269,7 @@ def check_room(folder: str | Path, wanted: Plan) -> None:
     more = wanted.bytes - sum(p.stat().st_blocks * 512 for p in folder.glob("*.trunk"))
     free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
     if more > free: raise OSError(f"{folder}: the features want {more / 1e9:,.1f} GB more ({wanted}), {free / 1e9:,.1f} GB are free: "
-                                  "make room, choose another folder, or cache fewer pictures or replays")
+                                  "make room, choose another folder, or cache fewer images or replays")
 
 # %% ../nbs/14_feature_cache.ipynb #c069
 def batches(items: int, records: int, batch: int, rank: int = 0, world: int = 1) -> list[range]:
@@ -280,15 +280,15 @@ def batches(items: int, records: int, batch: int, rank: int = 0, world: int = 1)
 
 class _Pixels(Dataset):
     "Item k: its number, and the teacher's pixels [3, S, S] or what is wrong with the sample."
-    def __init__(self, pictures: Replays, size: int): self.pictures, self.size = pictures, size
+    def __init__(self, images: Replays, size: int): self.images, self.size = images, size
 
     def __getitem__(self, item: int) -> tuple[int, Tensor | str]:
-        try: return item, teacher_pixels([self.pictures.read(item, limit=1).image], self.size)[0]
+        try: return item, teacher_pixels([self.images.read(item, limit=1).image], self.size)[0]
         except BadSample as e: return item, str(e)
 
 # %% ../nbs/14_feature_cache.ipynb #c071
 def _write_batch(cache: FeatureCache, teacher: Sam3, found: Sequence[tuple[int, Tensor | str]], items: Sequence[int]) -> int:
-    "Encode the pictures of a batch, store those of `items` among them, and return how many these are."
+    "Encode the images of a batch, store those of `items` among them, and return how many these are."
     good = [(i, x) for i, x in found if isinstance(x, Tensor)]
     rows = [k for k, (i, _) in enumerate(good) if i in items]
     if not rows: return 0
@@ -300,11 +300,11 @@ def _write_batch(cache: FeatureCache, teacher: Sam3, found: Sequence[tuple[int, 
     return len(rows)
 
 # %% ../nbs/14_feature_cache.ipynb #c072
-def write_cache(folder: str | Path, teacher: Sam3, pictures: Replays, dtype: str = "int8",
-                batch: int = 8,                 # pictures that the ViT sees at once
+def write_cache(folder: str | Path, teacher: Sam3, images: Replays, dtype: str = "int8",
+                batch: int = 8,                 # images that the ViT sees at once
                 rank: int = 0, world: int = 1,  # this process, and how many share the work
-                records: int = 512,             # pictures in a file
-                workers: int = 0,               # processes that decode pictures
+                records: int = 512,             # images in a file
+                workers: int = 0,               # processes that decode images
                 verify: bool = False,           # compute the checksums of what is there
                 precision: str = "no"           # of `core.PRECISIONS`
                 ) -> dict[str, float]:
@@ -312,13 +312,13 @@ def write_cache(folder: str | Path, teacher: Sam3, pictures: Replays, dtype: str
 
     `OSError` when the disk is or will be full, `ValueError` when the folder holds other features, `FloatingPointError` for features
     that are no numbers."""
-    cache = FeatureCache(folder, cache_settings(teacher, pictures, dtype, records) | {"precision": precision})
-    check_room(folder, plan(len(pictures.reader), cache.settings, pictures.replays))
-    own, start, bad, written = batches(len(pictures), records, batch, rank, world), time.perf_counter(), Reported(), 0
+    cache = FeatureCache(folder, cache_settings(teacher, images, dtype, records) | {"precision": precision})
+    check_room(folder, plan(len(images.reader), cache.settings, images.replays))
+    own, start, bad, written = batches(len(images), records, batch, rank, world), time.perf_counter(), Reported(), 0
     todo = {b: items for b in own if (items := [i for i in b if not cache.holds(i, verify)])}
     count, missing = sum(map(len, own)), sum(map(len, todo.values()))
-    print(f"rank {rank}: {missing:,} of {count:,} pictures to write into {printable(cache.folder)}")
-    loader = DataLoader(_Pixels(pictures, teacher.image_size), batch_sampler=list(todo), num_workers=workers, collate_fn=list)
+    print(f"rank {rank}: {missing:,} of {count:,} images to write into {printable(cache.folder)}")
+    loader = DataLoader(_Pixels(images, teacher.image_size), batch_sampler=list(todo), num_workers=workers, collate_fn=list)
     for items, found in zip(todo.values(), tqdm(loader, desc="features", unit="batch", disable=rank > 0, mininterval=2)):
         bad.add(("skipped", what) for _, what in found if isinstance(what, str))
         written += _write_batch(cache, teacher, found, items)

@@ -28,7 +28,7 @@ from .teacher import Features, Prompts, Sam3
 
 # %% ../nbs/06_heldout.ipynb #c004
 def look(model: Sam3, batch: ImageBatch | ClipBatch) -> Features:
-    "Encode a batch's pictures in the model's own frame."
+    "Encode a batch's images in the model's own frame."
     return model.encode(batch.teacher_pixels if model.space == "teacher" else batch.student_pixels)
 
 
@@ -38,7 +38,7 @@ def _sides(model: Sam3, other: int = 128) -> tuple[int, int]:
 
 
 def as_batch(model: Sam3, samples: Sequence[ImageSample]) -> ImageBatch:
-    "Pictures and all their instances, preprocessed for one model and on its device."
+    "Images and all their instances, preprocessed for one model and on its device."
     return collate_images(samples, *_sides(model), max_instances=0).to(model.device)
 
 # %% ../nbs/06_heldout.ipynb #c006
@@ -63,7 +63,7 @@ def opening(model: Sam3, batch: ImageBatch, start: str  # "box", "point" or "mas
 
 # %% ../nbs/06_heldout.ipynb #c007c
 def best_masks(model: Sam3, seen: Features, prompts: Prompts) -> Tensor:
-    "The best mask for each prompt, logits [N, 4g, 4g]; sixty-four at a time, since LVIS has pictures with hundreds of instances."
+    "The best mask for each prompt, logits [N, 4g, 4g]; sixty-four at a time, since LVIS has images with hundreds of instances."
     at = lambda rows: replace(prompts, **{k: getattr(prompts, k)[rows] for k in ("image_index", "points", "labels")})
     rows = torch.arange(len(prompts.image_index), device=prompts.image_index.device).split(64)
     return torch.cat([model.decode(seen, at(some)).best()[0] for some in rows]) if len(prompts.image_index) else seen.tracker[0].new_zeros(0, 4 * model.grid, 4 * model.grid)
@@ -92,7 +92,7 @@ PROMPTED = ("miou_box", "miou_point", "miou_point_refined")
 
 
 def _iou(spaces: Spaces, space: str, logits: Tensor, image_index: Tensor, truth: Sequence[Tensor]) -> list[float]:
-    "IoU in the source pictures of logits [N, h, w] with the masks of their pictures, in the order of the N."
+    "IoU in the source images of logits [N, h, w] with the masks of their images, in the order of the N."
     out = []
     for b, masks in enumerate(truth):
         if len(masks): out += region_similarity((spaces.to_source(logits[image_index == b], space, b) > 0).numpy(force=True), masks.numpy(force=True)).tolist()
@@ -101,7 +101,7 @@ def _iou(spaces: Spaces, space: str, logits: Tensor, image_index: Tensor, truth:
 
 @torch.no_grad()
 def prompt_scores(model: Sam3, reader, count: int = 0, size: int = 20, shared: bool = False) -> dict:
-    "`PROMPTED` over things, and the same `by_count` of things in the picture. `shared`: by all ranks together."
+    "`PROMPTED` over instances, and the same `by_count` of instances in the image. `shared`: by all ranks together."
     score = lambda part: _prompt_rows(model, as_batch(model, [reader.read(i) for i in part]))
     table = np.array(in_parts(score, count or len(reader), size, "prompts", shared))
     mean = lambda part: {n: float(v) for n, v in zip(PROMPTED, part[:, 1:].mean(0))}
@@ -109,19 +109,19 @@ def prompt_scores(model: Sam3, reader, count: int = 0, size: int = 20, shared: b
 
 
 def _answers(model: Sam3, seen: Features, batch: ImageBatch) -> list[Tensor]:
-    "Mask logits [N, 4g, 4g] of a batch's N things, in the model's frame: for the box, the point, the refined point."
+    "Mask logits [N, 4g, 4g] of a batch's N instances, in the model's frame: for the box, the point, the refined point."
     return [logits for start, more in (("box", 0), ("point", 1)) for _, logits in clicking(model, seen, batch, start, more)]
 
 
 def _prompt_rows(model: Sam3, batch: ImageBatch) -> list[tuple[float, ...]]:
-    "(things in the picture, IoU for box, point, refined point) of each thing of a batch."
-    things = [float(len(batch.masks[b])) for b in batch.image_index.tolist()]
-    return list(zip(things, *(_iou(batch.spaces, model.space, a, batch.image_index, batch.masks) for a in _answers(model, look(model, batch), batch))))
+    "(instances in the image, IoU for box, point, refined point) of each instance of a batch."
+    instances = [float(len(batch.masks[b])) for b in batch.image_index.tolist()]
+    return list(zip(instances, *(_iou(batch.spaces, model.space, a, batch.image_index, batch.masks) for a in _answers(model, look(model, batch), batch))))
 
 # %% ../nbs/06_heldout.ipynb #c010b
 @torch.no_grad()
 def prompt_agreement(student: Sam3, teacher: Sam3, reader, count: int = 0, size: int = 20) -> dict[str, float]:
-    "`PROMPTED` of the student against the teacher's masks for the same things, in the source pictures; each refines its own mask towards the truth."
+    "`PROMPTED` of the student against the teacher's masks for the same instances, in the source images; each refines its own mask towards the truth."
     def score(part: range) -> list[tuple[float, ...]]:
         batch = collate_images([reader.read(i) for i in part], teacher.image_size, student.image_size, max_instances=0).to(student.device)
         seen = lambda logits, b: batch.spaces.to_source(logits[batch.image_index == b], teacher.space, b) > 0
@@ -144,11 +144,11 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
     hits, right, ious = defaultdict(lambda: np.zeros(3, int)), defaultdict(list), []
     for start in tqdm(range(0, count or len(reader), size), desc="concepts", leave=False):
         batch = as_batch(model, [reader.read(i) for i in range(start, min(start + size, count or len(reader)))])
-        asked = [(b, p) for b, phrases in enumerate(batch.phrases) for p in phrases]
-        image_index = torch.tensor([b for b, _ in asked], device=model.device)
-        found = model.detect(look(model, batch), model.concepts([p.text for _, p in asked], image_index))
+        queries = [(b, p) for b, phrases in enumerate(batch.phrases) for p in phrases]
+        image_index = torch.tensor([b for b, _ in queries], device=model.device)
+        found = model.detect(look(model, batch), model.concepts([p.text for _, p in queries], image_index))
         owner = np.concatenate([[0], np.cumsum([len(m) for m in batch.masks])])
-        for i, (b, p) in enumerate(asked):
+        for i, (b, p) in enumerate(queries):
             kind = p.negative or "positive"
             right[kind].append(bool(found.presence[i] > 0) == (kind == "positive"))
             scores = found.scores()[i]
@@ -170,7 +170,7 @@ def first_frame(model: Sam3, batch: ClipBatch) -> tuple[Prompts, Tensor]:
     "Mask prompts for every track at the frame where it begins, and their boxes [N, 4], in the model's frame."
     rows, begin = torch.arange(len(batch.first), device=batch.first.device), batch.first.split([len(m) for m in batch.masks])
     image_index, f = batch.frame_index[rows, batch.first], batch.spaces
-    clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))  # the pictures of a clip are of one size
+    clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))  # the images of a clip are of one size
     shown = [m[torch.arange(len(m), device=m.device), t] for m, t in zip(batch.masks, begin)]
     masks = clips.rasterise(shown, model.space, model.image_size)
     none = torch.zeros(len(image_index), 0, dtype=torch.int32, device=image_index.device)

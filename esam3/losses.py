@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAP_LOSSES', 'over_cells', 'over_count', 'mean_of', 'dice_loss', 'focal_factor', 'focal_loss', 'mask_loss',
-           'soft_target', 'least_orders', 'match_masks', 'distill_loss', 'picture_errors', 'feature_errors',
+           'soft_target', 'least_orders', 'match_masks', 'distill_loss', 'image_errors', 'feature_errors',
            'feature_loss', 'pick_cells', 'at_cells', 'relational_loss', 'attention_loss', 'contrastive_loss',
            'map_terms', 'mask_iou', 'iou_head_loss', 'score_loss', 'task_terms', 'total']
 
@@ -32,7 +32,7 @@ def over_cells(x: Tensor,                   # [..., h, w]
 
 
 def over_count(x: Tensor, count: float | Tensor) -> Tensor:
-    "x, a sum over so many things, divided by their count; of none it is what it is, 0."
+    "x, a sum over so many instances, divided by their count; of none it is what it is, 0."
     return x / (count.clamp(min=1) if isinstance(count, Tensor) else max(1, count))
 
 
@@ -131,11 +131,11 @@ def distill_loss(student: Tensor,              # [N, M, h, w] logits
     return mask_loss(matched, target, None if valid is None else valid[:, None], focal=focal).mean(1)
 
 # %% ../nbs/13_losses.ipynb #c039
-def picture_errors(student: Sequence[Tensor],               # maps [B, C, h, w]
+def image_errors(student: Sequence[Tensor],               # maps [B, C, h, w]
                    teacher: Sequence[Tensor],               # the same shapes, in the student's frame
                    valid: Sequence[Tensor] | None = None    # bool [B, h, w] for each map; False in the padding
                    ) -> Tensor:                             # [maps, B]
-    "Squared error of each picture's map over the teacher's variance in it: 0 perfect, 1 as bad as its channel means (eq. 3 without λ)."
+    "Squared error of each image's map over the teacher's variance in it: 0 perfect, 1 as bad as its channel means (eq. 3 without λ)."
     out = []
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         s, t = s.float(), t.detach().float()
@@ -149,17 +149,17 @@ def picture_errors(student: Sequence[Tensor],               # maps [B, C, h, w]
 
 
 def feature_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> Tensor:
-    "The means of `picture_errors` over the pictures: [maps]; 0 of no picture."
-    errors = picture_errors(student, teacher, valid)
+    "The means of `picture_errors` over the images: [maps]; 0 of no image."
+    errors = image_errors(student, teacher, valid)
     return over_count(errors.sum(1), errors.shape[1])
 
 # %% ../nbs/13_losses.ipynb #c040
 def feature_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Sequence[Tensor] | None = None,
                  weights: Sequence[float] | None = None,  # one a map; equal, summing to 1, when missing
-                 whole: float | Tensor | None = None      # pictures of the whole step; None: these are all
+                 whole: float | Tensor | None = None      # images of the whole step; None: these are all
                  ) -> Tensor:                             # scalar
-    "Eq. 3 over several maps: the weighted sum of `picture_errors`, summed over the pictures and divided by `whole`."
-    errors = picture_errors(student, teacher, valid)
+    "Eq. 3 over several maps: the weighted sum of `picture_errors`, summed over the images and divided by `whole`."
+    errors = image_errors(student, teacher, valid)
     shares = [1 / len(errors)] * len(errors) if weights is None else [*weights]
     shares = torch.tensor(shares).to(errors, non_blocking=True)
     return over_count((errors * shares[:, None]).sum(), errors.shape[1] if whole is None else whole)
@@ -201,7 +201,7 @@ def relational_loss(student: Tensor,              # [B, C, h, w]
                     teacher: Tensor,              # [B, D, h, w] in the student's frame
                     valid: Tensor | None = None,  # [B, h, w] bool; False in the padding
                     distance: float = 1.0, angle: float = 2.0,  # weights (RKD's 25 : 50)
-                    count: int = 32,              # cells of a picture
+                    count: int = 32,              # cells of an image
                     seeds: Sequence[int] | None = None  # of `pick_cells`
                     ) -> Tensor:                        # [B]
     "Relational distillation (RKD): Huber losses of distances and angles between random cells."
@@ -227,7 +227,7 @@ def attention_loss(student: Tensor,             # [B, C, h, w]
 def contrastive_loss(student: Tensor,              # [B, C, h, w]
                      teacher: Tensor,              # [B, C, h, w] in the student's frame
                      valid: Tensor | None = None,  # [B, h, w] bool; False in the padding
-                     temperature: float = 0.07, count: int = 32,  # CRD's; cells of a picture
+                     temperature: float = 0.07, count: int = 32,  # CRD's; cells of an image
                      seeds: Sequence[int] | None = None  # of `pick_cells`
                      ) -> Tensor:                        # [B]
     "Contrastive distillation after CRD: cross-entropy of finding the teacher's features of a cell among those of all picked cells of the batch."
@@ -245,19 +245,19 @@ MAP_LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 def map_terms(names: Sequence[str],                          # of `MAP_LOSSES`
               student: Sequence[Tensor], teacher: Sequence[Tensor],  # maps [B, C, h, w], the teacher's in the student's frame
               valid: Sequence[Tensor] | None = None,         # bool [B, h, w] for each map
-              whole: float | Tensor | None = None,           # pictures of the whole step; None: these are all
-              seeds: Sequence[int] | None = None             # of each picture, for the losses of picked cells
+              whole: float | Tensor | None = None,           # images of the whole step; None: these are all
+              seeds: Sequence[int] | None = None             # of each image, for the losses of picked cells
               ) -> dict[str, Tensor]:                        # name → scalar
-    """Some of the optional feature losses: sums over pictures divided by `whole`, means over maps.
+    """Some of the optional feature losses: sums over images divided by `whole`, means over maps.
 
     `ValueError` for a name that is none of them."""
     for name in names:
         if name not in MAP_LOSSES: raise ValueError(nearest(name, MAP_LOSSES, "feature loss"))
     triples = list(zip(student, teacher, [None] * len(student) if valid is None else valid, strict=True))
-    pictures = len(student[0]) if whole is None else whole
+    images = len(student[0]) if whole is None else whole
     chance = lambda name: {} if name == "attention" else {"seeds": seeds}
     losses = lambda name: torch.stack([MAP_LOSSES[name](*m, **chance(name)) for m in triples]).mean(0)
-    return {name: over_count(losses(name).sum(), pictures) for name in names}
+    return {name: over_count(losses(name).sum(), images) for name in names}
 
 # %% ../nbs/13_losses.ipynb #c068
 def mask_iou(logits: Tensor,              # [..., h, w]

@@ -19,7 +19,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from .public_sets import folders_in
-from .readers import by_picture, ids_of, masks_in
+from .readers import by_image, ids_of, masks_in
 from .samples import VOID, Reported, is_one_object, mask_size, palette_mask
 
 # %% ../nbs/41_mask_metrics.ipynb #c006
@@ -129,7 +129,7 @@ def sequence_scores(truth: Path, pred: Path,             # folders of label maps
     files, rows, highest = masks_in(truth), {}, (0, pred)
     if len(files) < 3: raise ValueError(f"{truth}: {len(files)} masks; the first and the last are not scored, so it takes three")
     if not pred.is_dir(): raise FileNotFoundError(f"{pred}: no predictions of this sequence; make them, or take it out of {truth.parent}")
-    said, single = by_picture(files, masks_in(pred), truth.name, []), _black_and_white(files)
+    said, single = by_image(files, masks_in(pred), truth.name, []), _black_and_white(files)
     either = single or _black_and_white([*said.values()])
     for t, file in enumerate(files):
         true = _map(file, mask_size(file), single, notes)
@@ -241,7 +241,7 @@ def ytvos(gt_dir: str | Path, pred_dir: str | Path,         # SEQUENCE/*.png
 
 # %% ../nbs/41_mask_metrics.ipynb #c044
 def compressed(masks: Sequence[Any],      # COCO segmentations: polygons, run lengths (plain or compressed), or None where there is none
-               size: tuple[int, int],     # H, W of the picture
+               size: tuple[int, int],     # H, W of the image
                where: str = "masks"       # for the message
                ) -> list[dict | None]:
     "Masks as compressed run lengths. `ValueError` for those of another size, or that are no masks."
@@ -250,7 +250,7 @@ def compressed(masks: Sequence[Any],      # COCO segmentations: polygons, run le
         runs = [coco.frPyObjects(m, *size) if m and type(m["counts"]) is list else m for m in runs]
         found = {tuple(m["size"]) for m in runs if m} - {tuple(size)}
     except Exception as e: raise ValueError(f"{where}: not a COCO mask ({e!r}); write it anew") from e  # pycocotools raises bare Exceptions
-    if found: raise ValueError(f"{where}: size {found.pop()} on a picture of {tuple(size)} (height, width); is it the right file?")
+    if found: raise ValueError(f"{where}: size {found.pop()} on an image of {tuple(size)} (height, width); is it the right file?")
     return runs
 
 # %% ../nbs/41_mask_metrics.ipynb #c048
@@ -279,7 +279,7 @@ def check_runs(rles: Sequence[dict], owner: Sequence[int], path: str | Path) -> 
     for k in range(0, len(rles), 512):                  # few enough for the processor's cache
         part = rles[k:k + 512]
         wrong = np.flatnonzero(_totals(part) != [math.prod(r["size"]) for r in part])
-        if len(wrong): raise ValueError(f"{path}: the runs of prediction {owner[k + wrong[0]]} do not add up to its picture; write it anew")
+        if len(wrong): raise ValueError(f"{path}: the runs of prediction {owner[k + wrong[0]]} do not add up to its image; write it anew")
 
 # %% ../nbs/41_mask_metrics.ipynb #c052
 def prompt_miou(gt_json: str | Path,    # COCO or LVIS annotations
@@ -288,14 +288,14 @@ def prompt_miou(gt_json: str | Path,    # COCO or LVIS annotations
     "Mean IoU of masks that answer geometric prompts. `ValueError` when one is missing."
     gt, answers = load_json(gt_json, "images", "annotations"), records(pred_json, "annotation_id", "segmentation")
     sizes = {i["id"]: (i["height"], i["width"]) for i in gt["images"]}
-    number, asked = {p["annotation_id"]: k for k, p in enumerate(answers)}, [a for a in gt["annotations"] if not a.get("iscrowd")]
-    lacking = [a["id"] for a in asked if a["id"] not in number]
-    if lacking: raise ValueError(f"{pred_json}: {len(lacking)} of {len(asked)} instances of {gt_json} not answered ({lacking[:3]} …)")
-    own = [number[a["id"]] for a in asked]
-    true = [compressed([a["segmentation"]], sizes[a["image_id"]], f"{gt_json}, annotation {a['id']}")[0] for a in asked]
-    pred = [compressed([answers[k]["segmentation"]], sizes[a["image_id"]], f"{pred_json}, prediction {k}")[0] for k, a in zip(own, asked)]
+    number, wanted = {p["annotation_id"]: k for k, p in enumerate(answers)}, [a for a in gt["annotations"] if not a.get("iscrowd")]
+    lacking = [a["id"] for a in wanted if a["id"] not in number]
+    if lacking: raise ValueError(f"{pred_json}: {len(lacking)} of {len(wanted)} instances of {gt_json} not answered ({lacking[:3]} …)")
+    own = [number[a["id"]] for a in wanted]
+    true = [compressed([a["segmentation"]], sizes[a["image_id"]], f"{gt_json}, annotation {a['id']}")[0] for a in wanted]
+    pred = [compressed([answers[k]["segmentation"]], sizes[a["image_id"]], f"{pred_json}, prediction {k}")[0] for k, a in zip(own, wanted)]
     check_runs([p for p in pred if p], [k for k, p in zip(own, pred) if p], pred_json)
     iou = np.array([coco.iou([p], [t], [0])[0, 0] if p and t else float(p is t) for p, t in zip(pred, true)])
     side = np.sqrt([coco.area(t) if t else 0 for t in true])
     groups = {"": side >= 0, "_small": side < 32, "_medium": (side >= 32) & (side <= 96), "_large": side > 96}
-    return {f"mIoU{g}": float(iou[on].mean()) if on.any() else math.nan for g, on in groups.items()} | {"instances": len(asked)}
+    return {f"mIoU{g}": float(iou[on].mean()) if on.any() else math.nan for g, on in groups.items()} | {"instances": len(wanted)}

@@ -17,7 +17,7 @@ from .tracker import History, see
 
 # %% ../nbs/61_memory_attention.ipynb #c010
 def attention_weights(model: Sam3, features: Features, image_index: Tensor, bank: Bank, layer: int = -1) -> Tensor:
-    "Attention [N, g², A] of each query cell of pictures `image` [N] to the A tokens of a bank, in one layer of memory attention: mean of the heads, rows sum to 1."
+    "Attention [N, g², A] of each query cell of images `image` [N] to the A tokens of a bank, in one layer of memory attention: mean of the heads, rows sum to 1."
     attention = model.tracker_model.memory_attention
     reader, caught = attention.layers[layer].cross_attn_image, []
     hooks = [m.register_forward_hook(lambda _, __, out: caught.append(out)) for m in (reader.q_proj, reader.k_proj)]

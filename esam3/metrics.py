@@ -81,7 +81,7 @@ def _answers(path: str | Path, sizes: dict[Any, tuple[int, int]], known: Iterabl
 def pcs_image(gt_jsons: str | Path | Sequence[str | Path],  # one annotator's file, or several
               pred_json: str | Path                         # [{"image_id", "score", "segmentation"}]
               ) -> dict[str, float]:                        # cgF1, IL_MCC, pmF1
-    "Scores of phrases in pictures (SA-Co). `ValueError` for files that do not belong together."
+    "Scores of phrases in images (SA-Co). `ValueError` for files that do not belong together."
     paths = [gt_jsons] if isinstance(gt_jsons, str | Path) else list(gt_jsons)
     pairs, marks = zip(*map(_truth, paths))
     for path, other in zip(paths, pairs):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SA1B', 'SAV', 'DRIVE', 'WEB', 'PLAIN', 'DRAWN', 'FRAMES', 'USUAL', 'MADE', 'real_size', 'crowd', 'sa1b_sample',
-           'write_sa1b', 'film', 'write_sav', 'write_saco', 'write_veval', 'write_videos', 'miniatures']
+           'write_sa1b', 'draw_video', 'write_sav', 'write_saco', 'write_veval', 'write_videos', 'miniatures']
 
 # %% ../nbs/01d_miniatures.ipynb #c003
 import json, tarfile
@@ -17,8 +17,8 @@ from scipy import ndimage
 
 from .core import atomically, cache_dir, seed_at, write_json
 from .toyworld import (
-    EVERY, VERSION, Scene, Split, _add, _jpeg, _picture, draw_clip, enlarged, matches, sa1b_record, saco_pair,
-    sample_phrase, sample_picture, sample_scene, sav_record, veval_file, write_mp4)
+    EVERY, VERSION, Scene, Split, _add, _jpeg, _image, draw_clip, enlarged, matches, sa1b_record, saco_pair,
+    sample_phrase, sample_image, sample_scene, sav_record, veval_file, write_mp4)
 
 # %% ../nbs/01d_miniatures.ipynb #c005
 SA1B, SAV, DRIVE, WEB, PLAIN = (1500, 2250), (1036, 1400), (720, 1280), (900, 1200), (480, 848)  # short and long side, px
@@ -27,7 +27,7 @@ FRAMES = (12, 24, 100)     # of SA-V's training clips, at 24 a second
 USUAL = {"x264-params": "cpu-independent=1"}  # x264's defaults, and the same bytes every time
 
 
-def real_size(drawn: np.ndarray,   # picture uint8 [h, w, 3]
+def real_size(drawn: np.ndarray,   # image uint8 [h, w, 3]
               sides: tuple[int, int]) -> tuple[int, int]:
     "Height and width of a drawing when it is as large as `sides`, the shorter one first."
     return sides if drawn.shape[1] > drawn.shape[0] else sides[::-1]
@@ -38,21 +38,21 @@ def _rng(part: str, number: int) -> np.random.Generator:
 
 # %% ../nbs/01d_miniatures.ipynb #c008
 def crowd(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "A picture uint8 [1500, 2250, 3] of 4 × 5 drawings, and its masks bool [100, 1500, 2250]."
+    "An image uint8 [1500, 2250, 3] of 4 × 5 drawings, and its masks bool [100, 1500, 2250]."
     h, w = SA1B[0] // 4, SA1B[1] // 5
-    picture, masks = np.zeros((*SA1B, 3), np.uint8), np.zeros((100, *SA1B), bool)
+    image, masks = np.zeros((*SA1B, 3), np.uint8), np.zeros((100, *SA1B), bool)
     for k in range(20):
         y, x = k // 5 * h, k % 5 * w
-        drawn, seen, _ = sample_picture(rng, 5)
-        picture[y:y + h, x:x + w] = enlarged(drawn, (h, w))
+        drawn, seen, _ = sample_image(rng, 5)
+        image[y:y + h, x:x + w] = enlarged(drawn, (h, w))
         masks[5 * k:5 * k + 5, y:y + h, x:x + w] = enlarged(seen, (h, w))
-    return picture, masks
+    return image, masks
 
 
 def sa1b_sample(number: int) -> tuple[np.ndarray, np.ndarray]:
-    "Picture uint8 [H, W, 3] and masks bool [N, H, W] of SA-1B's miniature; number 0 is the crowd."
+    "Image uint8 [H, W, 3] and masks bool [N, H, W] of SA-1B's miniature; number 0 is the crowd."
     if number == 0: return crowd(_rng("images", number))
-    drawn, masks, _ = sample_picture(_rng("images", number), 5)
+    drawn, masks, _ = sample_image(_rng("images", number), 5)
     size = real_size(drawn, SA1B)
     return enlarged(drawn, size), enlarged(masks, size)
 
@@ -62,27 +62,27 @@ def write_sa1b(path: Path, numbers: Sequence[int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for k in numbers:
-            picture, masks = sa1b_sample(k)
-            _add(tar, f"sa_{k}.jpg", _jpeg(picture))
-            _add(tar, f"sa_{k}.json", json.dumps(sa1b_record(k, picture, masks)).encode())
+            image, masks = sa1b_sample(k)
+            _add(tar, f"sa_{k}.jpg", _jpeg(image))
+            _add(tar, f"sa_{k}.json", json.dumps(sa1b_record(k, image, masks)).encode())
 
 # %% ../nbs/01d_miniatures.ipynb #c012
-def film(part: str, number: int, frames: int) -> tuple[Scene, np.ndarray, np.ndarray]:
+def draw_video(part: str, number: int, frames: int) -> tuple[Scene, np.ndarray, np.ndarray]:
     "A scene, its frames uint8 [T, h, w, 3] T by fours, and masks bool [N, T/4, h, w] at the annotated ones."
     rng = _rng(part, number)
     scene = sample_scene(rng, max(8, frames // EVERY), exits=number % 2 == 1)
     scene.noise = 1.0  # enlarged, more would be blobs that cost x264 half its time
-    pictures, masks = draw_clip(scene, frames // EVERY, rng, EVERY)
-    return scene, pictures, masks[:, ::EVERY]
+    images, masks = draw_clip(scene, frames // EVERY, rng, EVERY)
+    return scene, images, masks[:, ::EVERY]
 
 
 def write_sav(folder: Path, numbers: Sequence[int], frames: Sequence[int]) -> None:
     "SA-V clips: `sav_NNNNNN.mp4` and `sav_NNNNNN_manual.json`."
     folder.mkdir(parents=True)
     for k, t in zip(numbers, frames):
-        name, (_, pictures, masks) = f"sav_{k:06d}", film("sav", k, t)
-        size = real_size(pictures[0], SAV)
-        write_mp4(folder / f"{name}.mp4", pictures, size=size, options=USUAL)
+        name, (_, images, masks) = f"sav_{k:06d}", draw_video("sav", k, t)
+        size = real_size(images[0], SAV)
+        write_mp4(folder / f"{name}.mp4", images, size=size, options=USUAL)
         write_json(folder / f"{name}_manual.json", sav_record(name, enlarged(masks, size), EVERY))
 
 # %% ../nbs/01d_miniatures.ipynb #c015
@@ -92,13 +92,13 @@ def _as_seen(masks: np.ndarray, by: int) -> np.ndarray:
     return change(masks, np.ones((1, 5, 5)))
 
 
-def write_saco(folder: Path, media: str, names: Sequence[str],  # of pictures
+def write_saco(folder: Path, media: str, names: Sequence[str],  # of images
                sides: tuple[int, int], first: int, annotations: Sequence[str]  # a file for each annotator
                ) -> None:
-    "SA-Co pictures with three phrases each, below `folder`/`media`, and `folder`/annotations/*.json."
+    "SA-Co images with three phrases each, below `folder`/`media`, and `folder`/annotations/*.json."
     said = [([], []) for _ in annotations]
     for k, name in enumerate(names):
-        drawn, _, _, phrases = _picture(DRAWN, first + k)
+        drawn, _, _, phrases = _image(DRAWN, first + k)
         size = real_size(drawn, sides)
         (folder / media / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / media / name).write_bytes(_jpeg(enlarged(drawn, size)))
@@ -113,19 +113,19 @@ def write_saco(folder: Path, media: str, names: Sequence[str],  # of pictures
 
 # %% ../nbs/01d_miniatures.ipynb #c017
 def _phrases(scene: Scene, rng: np.random.Generator) -> list[tuple[str, list[int]]]:
-    "Phrases of a clip and the things that each names; none for a negative."
-    texts = {sample_phrase(rng, scene.things, kind) for kind in ("positive", "positive", "easy", "hard-shape")} - {None}
-    return [(p, [i for i, thing in enumerate(scene.things) if matches(thing, p)]) for p in sorted(texts)]
+    "Phrases of a clip and the instances that each names; none for a negative."
+    texts = {sample_phrase(rng, scene.instances, kind) for kind in ("positive", "positive", "easy", "hard-shape")} - {None}
+    return [(p, [i for i, instance in enumerate(scene.instances) if matches(instance, p)]) for p in sorted(texts)]
 
 
 def write_veval(folder: Path, name: str, numbers: Sequence[int], frames: Sequence[int]) -> None:
     "SA-Co/VEval clips: JPEGs of the annotated frames below `folder`/sav_frames, and `folder`/annotations/`name`."
     clips = []
     for k, t in zip(numbers, frames):
-        video, media, (scene, pictures, masks) = f"sav_{k:06d}", folder / "sav_frames", film("veval", k, t * EVERY)
-        size, files = real_size(pictures[0], SAV), [f"{video}/{i * EVERY:05d}.jpg" for i in range(t)]
+        video, media, (scene, images, masks) = f"sav_{k:06d}", folder / "sav_frames", draw_video("veval", k, t * EVERY)
+        size, files = real_size(images[0], SAV), [f"{video}/{i * EVERY:05d}.jpg" for i in range(t)]
         (media / video).mkdir(parents=True)
-        for f, picture in zip(files, pictures[::EVERY]): (media / f).write_bytes(_jpeg(enlarged(picture, size)))
+        for f, image in zip(files, images[::EVERY]): (media / f).write_bytes(_jpeg(enlarged(image, size)))
         clips.append((video, enlarged(masks, size), _phrases(scene, _rng("phrases", k)), files))
     (folder / "annotations").mkdir(exist_ok=True)
     write_json(folder / "annotations" / name, veval_file(clips))
@@ -135,7 +135,7 @@ def write_videos(folder: Path, count: int) -> None:
     "Plain mp4s at 30 frames a second, in folders."
     for k in range(count):
         (folder / f"day_{k % 2}").mkdir(parents=True, exist_ok=True)
-        _, drawn, _ = film("videos", k, 24 + 8 * (k % 3))
+        _, drawn, _ = draw_video("videos", k, 24 + 8 * (k % 3))
         write_mp4(folder / f"day_{k % 2}" / f"video_{k}.mp4", drawn, rate=30, size=real_size(drawn[0], PLAIN), options=USUAL)
 
 
@@ -158,9 +158,9 @@ def _write(folder: Path, images: int, clips: int, concepts: int, videos: int) ->
 MADE = 1  # version of the miniatures: change it when a file changes
 
 
-def miniatures(images: int = 4,    # SA-1B's training pictures, the first with 100 masks; 2 more are held out
+def miniatures(images: int = 4,    # SA-1B's training images, the first with 100 masks; 2 more are held out
                clips: int = 3,     # SA-V's training clips, of 12, 24, 100, 12, … frames; one more is held out
-               concepts: int = 3,  # SA-Co's pictures, of Silver and of Gold
+               concepts: int = 3,  # SA-Co's images, of Silver and of Gold
                videos: int = 2     # VEval's clips of 8 and 10 annotated frames in each of its two files, and plain videos
                ) -> Path:
     "The folder to set `$ESAM3_DATA` to for the recipes sa1b, sav, saco and videos, written first if it is not in the cache."

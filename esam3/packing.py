@@ -19,7 +19,7 @@ from .core import onto
 # %% ../nbs/14a_packing.ipynb #c010
 @dataclass
 class Packed:
-    "Trunk maps of B pictures as they are stored: value = centre + scale · code, but for K values that are kept exactly."
+    "Trunk maps of B images as they are stored: value = centre + scale · code, but for K values that are kept exactly."
     codes: Tensor   # [B, T, C] int8 or float16, T = g² tokens
     centre: Tensor  # [B, C] float32, middle of a channel's range
     scale: Tensor   # [B, C] float32, what one step of a code is worth
@@ -35,7 +35,7 @@ class Packed:
         return Packed(*(onto(getattr(self, f.name), device) for f in fields(self)))
 
     def pick(self, rows: Sequence[int]) -> "Packed":
-        "Some of the B pictures."
+        "Some of the B images."
         return Packed(*(getattr(self, f.name)[list(rows)] for f in fields(self)))
 
 # %% ../nbs/14a_packing.ipynb #c011
@@ -65,7 +65,7 @@ PARTS, DONE = tuple(f.name for f in fields(Packed)), b"done"
 
 
 def record_type(tokens: int, width: int, dtype: str) -> np.dtype:
-    "One picture in a file. `ValueError` for an unknown dtype."
+    "One image in a file. `ValueError` for an unknown dtype."
     if dtype not in CODES: raise ValueError(f"a cache of '{dtype}': valid are {', '.join(CODES)}")
     k = tokens * width // RARE if dtype == "int8" else 0
     return np.dtype([("codes", CODES[dtype], (tokens, width)), ("centre", "<f4", width), ("scale", "<f4", width),

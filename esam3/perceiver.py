@@ -93,7 +93,7 @@ class PerceiverLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, latents: Tensor, cells: Tensor, pos: Tensor | None, mask: Tensor | None, circle: int) -> Tensor:
-        "latents [B, Q, dim], cells [B, L, dim]; `circle` rows of the batch talk to each other: a picture's windows, or 1 for none."
+        "latents [B, Q, dim], cells [B, L, dim]; `circle` rows of the batch talk to each other: an image's windows, or 1 for none."
         latents = latents + self.dropout(self.cross_attention(self.layer_norm_latents(latents), self.layer_norm_input(cells), pos, mask))
         latents = latents + self.dropout(self.mlp(latents))
         together = latents.reshape(-1, circle * latents.shape[1], latents.shape[2])
@@ -107,7 +107,7 @@ class PerceiverLayer(nn.Module):
 
 # %% ../nbs/21_perceiver.ipynb #c026
 class Stream(NamedTuple):
-    "Latents of one kind and what they read; B pictures, W windows a picture, Q latents and L cells a window."
+    "Latents of one kind and what they read; B images, W windows an image, Q latents and L cells a window."
     latents: Tensor         # [B*W, Q, dim]
     cells: Tensor           # [B*W, L, dim]
     pos: Tensor | None      # [B*W, L, dim], encoding of the cells

@@ -65,7 +65,7 @@ def read_clip(folder: Path  # of either layout
 
     `BadSample` for a file that is no label map, or an object's folder that is no number."""
     def index(file: Path) -> np.ndarray:
-        with Image.open(file) as picture: found = np.asarray(picture)
+        with Image.open(file) as image: found = np.asarray(image)
         if found.ndim != 2: raise BadSample(f"{file}: shape {found.shape} is no label map; write it anew")
         return found
     inner = folders_in(folder)
@@ -96,7 +96,7 @@ def rle(mask: np.ndarray  # [H, W] bool
     return {"size": list(code["size"]), "counts": code["counts"].decode()}
 
 
-def prompt_answers(number: int, ids: Sequence[int],  # of the picture, and of the N instances that were prompted
+def prompt_answers(number: int, ids: Sequence[int],  # of the image, and of the N instances that were prompted
                    masks: np.ndarray                 # [N, H, W] bool
                    ) -> list[dict]:
     "Answers to geometric prompts, as `metrics.prompt_miou` reads them."
@@ -106,13 +106,13 @@ def prompt_answers(number: int, ids: Sequence[int],  # of the picture, and of th
 def instances(number: int, ids: Sequence[int], name: str,
               masks: np.ndarray           # [N, H, W] bool
               ) -> dict[str, list[dict]]:
-    "The truth of a picture in COCO's form, for data that has another."
+    "The truth of an image in COCO's form, for data that has another."
     image_index = {"id": number, "file_name": name, "height": masks.shape[1], "width": masks.shape[2]}
     return {"images": [image_index], "annotations": [{"id": k, "image_id": number, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), "segmentation": rle(m)}
                                                for k, m in zip(ids, masks)]}
 
 # %% ../nbs/42_predictions.ipynb #c020
-def phrase_answers(pair: int,                    # id of the (picture, phrase) pair: SA-Co calls it image_id
+def phrase_answers(pair: int,                    # id of the (image, phrase) pair: SA-Co calls it image_id
                    found: Sequence[tuple[float, np.ndarray]]  # scores and masks (bool [H, W])
                    ) -> list[dict]:
     "Answers to a phrase, as `metrics.pcs_image` reads them; without those that are empty."
@@ -121,7 +121,7 @@ def phrase_answers(pair: int,                    # id of the (picture, phrase) p
 
 
 def some_pairs(gt: Mapping, pairs: Collection[int]) -> dict:
-    "SA-Co/Gold annotations of some (picture, phrase) pairs."
+    "SA-Co/Gold annotations of some (image, phrase) pairs."
     return {**gt, "images": [i for i in gt["images"] if i["id"] in pairs], "annotations": [a for a in gt["annotations"] if a["image_id"] in pairs]}
 
 # %% ../nbs/42_predictions.ipynb #c023
@@ -133,11 +133,11 @@ def masklet_answer(video: int, category: int, score: float,
             "bboxes": [c and [float(b) for b in coco.toBbox(c)] for c in codes]}
 
 
-def some_phrases(gt: Mapping, asked: Collection[tuple[int, int]]  # (video id, category id)
+def some_phrases(gt: Mapping, wanted: Collection[tuple[int, int]]  # (video id, category id)
                  ) -> dict:
     "SA-Co/VEval annotations of some (video, phrase) pairs."
-    of = lambda some: [x for x in some if (x["video_id"], x["category_id"]) in asked]
-    videos, phrases = {v for v, _ in asked}, {c for _, c in asked}
+    of = lambda some: [x for x in some if (x["video_id"], x["category_id"]) in wanted]
+    videos, phrases = {v for v, _ in wanted}, {c for _, c in wanted}
     return {**gt, "videos": [v for v in gt["videos"] if v["id"] in videos], "video_np_pairs": of(gt["video_np_pairs"]), "annotations": of(gt["annotations"]),
             "categories": [c for c in gt["categories"] if c["id"] in phrases]}
 

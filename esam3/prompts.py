@@ -18,11 +18,11 @@ from .core import Spaces
 from .teacher import Prompts
 
 # %% ../nbs/12_prompts.ipynb #c004c
-def chances(seeds: Sequence[int],   # of each picture
-            counts: Sequence[int],  # instances of each picture
+def chances(seeds: Sequence[int],   # of each image
+            counts: Sequence[int],  # instances of each image
             many: int               # random numbers an instance
             ) -> Tensor:            # [Σ counts, many] float32 in [0, 1), on the CPU
-    "Random numbers for the instances of some pictures, each picture's by its own seed."
+    "Random numbers for the instances of some images, each image's by its own seed."
     drawn = [torch.rand(n, many, generator=Generator().manual_seed(seed)) for seed, n in zip(seeds, counts, strict=True)]
     return torch.cat([torch.zeros(0, many), *drawn])
 
@@ -32,7 +32,7 @@ CORNERS, POSITIVE, NEGATIVE, PADDING = (2, 3), 1, 0, -10  # labels of SAM's prom
 
 def initial_prompts(boxes: Tensor,    # [N, 4] xyxy px in any one frame
                     centres: Tensor,  # [N, 2] a point deep inside each mask, px in the same frame
-                    image_index: Tensor,    # [N] long, which picture of the batch
+                    image_index: Tensor,    # [N] long, which image of the batch
                     chance: Tensor,   # [N] in [0, 1), on the CPU
                     p_box: float = 0.5                  # chance of a box
                     ) -> list[tuple[Tensor, Prompts]]:  # (instances [n] long, their prompts) for the boxes, then the points
@@ -58,7 +58,7 @@ def disagreement(teacher_logits: Tensor,  # [N, h, w] in the student's frame
                  student_logits: Tensor,  # [N, h, w]
                  valid: Tensor            # [N, h, w] bool, False in the padding
                  ) -> tuple[Tensor, Tensor]:  # two bool [N, h, w]
-    "False negatives (the teacher says object, the student does not) and false positives of the student, on the picture."
+    "False negatives (the teacher says object, the student does not) and false positives of the student, on the image."
     t, s = teacher_logits > 0, student_logits > 0
     return t & ~s & valid, s & ~t & valid
 

@@ -15,34 +15,34 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco
 
-from .readers import Davis, Where, bad_only, by_picture, choose, digest_of, fields_of, ids_of, masks_in, places, rle_size, same_sized, sizes_of
+from .readers import Davis, Where, bad_only, by_image, choose, digest_of, fields_of, ids_of, masks_in, places, rle_size, same_sized, sizes_of
 from .readers import _load, _tracks, _unseen, _window, some_there, stated_size, ID, NO_MEDIA  # what the readers of the chapter before share
-from .samples import (VOID, BadSample, ClipSample, ImageSample, RunMasks, decode_rle, is_one_object, mask_size, natural, palette_mask, pictures_in,
-                           read_picture, resized, same_shape)
+from .samples import (VOID, BadSample, ClipSample, ImageSample, RunMasks, decode_rle, is_one_object, mask_size, natural, palette_mask, images_in,
+                           read_image, resized, same_shape)
 
 # %% ../nbs/01c_public_sets.ipynb #c005
 @dataclass
 class NumberedSample(ImageSample):
-    "A picture whose file numbers it and its instances."
-    number: int = 0                                # the picture's id in the file
+    "An image whose file numbers it and its instances."
+    number: int = 0                                # the image's id in the file
     ids: list[int] = field(default_factory=list)   # N, of `masks` as they were read
 
 
 def polygon_mask(segmentation: Any,       # COCO: polygons [[x0, y0, x1, …], …], or run lengths
-                 size: tuple[int, int],   # H, W of the picture
+                 size: tuple[int, int],   # H, W of the image
                  where: str = "mask",     # for the message
                  notes: list[tuple[str, str]] | None = None  # told of polygons that are left out
                  ) -> np.ndarray:         # [H, W] bool
     """One instance. `BadSample` where it is neither, or of another size.
 
     A polygon of fewer than three points has no inside, and is left out (`pycocotools` takes four numbers for a box, and all that follow with them);
-    so is one with a point farther away than four pictures (it walks along each edge pixel by pixel, and dies of 1e30)."""
+    so is one with a point farther away than four images (it walks along each edge pixel by pixel, and dies of 1e30)."""
     if not isinstance(segmentation, list): return decode_rle(segmentation, size, where)
     try:
         polygons = [segmentation] if segmentation and not isinstance(segmentation[0], list) else segmentation
         near = lambda p: all(abs(x) <= 4 * max(size) for x in p)  # NaN is not
         good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and near(p)]
-        if len(good) < len(polygons) and notes is not None: notes.append(("polygon without three points on the picture left out", where))
+        if len(good) < len(polygons) and notes is not None: notes.append(("polygon without three points on the image left out", where))
         return coco.decode(coco.merge(coco.frPyObjects(good, *size))).astype(bool) if good else np.zeros(size, bool)
     except Exception as e: raise BadSample(f"{where}: not a COCO polygon ({e!r}); download the annotation again") from e  # pycocotools raises bare Exceptions
 
@@ -59,48 +59,48 @@ class Coco:
         if isinstance(first, dict) and "segments_info" in first:
             raise ValueError(f"{path}: panoptic annotations; take the file of instances, or turn it into one (panopticapi's panoptic2detection)")
         record = fields_of(record, path, {"images": {"id": ID}, "annotations": {"image_id": ID}}, self.notes)
-        self.pictures, found = record["images"], record["annotations"]
+        self.images, found = record["images"], record["annotations"]
         ids = [a.get("id") for a in found]
         if any(type(k) is not int for k in ids) or len({*ids}) < len(ids):
             self.notes.append(("annotations without an id of their own, numbered by place", str(path)))
             found = [{**a, "id": k} for k, a in enumerate(found, 1)]
-        here = {p["id"] for p in self.pictures}
-        if len(here) < len(self.pictures): raise ValueError(f"{path}: two pictures of one id; number them anew")
+        here = {p["id"] for p in self.images}
+        if len(here) < len(self.images): raise ValueError(f"{path}: two images of one id; number them anew")
         self.marks, shown = defaultdict(list), (a for a in found if not a.get("iscrowd"))
         for mark in shown: self.marks[mark["image_id"]].append(mark)
-        if lost := self.marks.keys() - here: self.notes.append(("annotations of pictures that are not listed", f"{path}: {sorted(map(str, lost))[:3]} …"))
+        if lost := self.marks.keys() - here: self.notes.append(("annotations of images that are not listed", f"{path}: {sorted(map(str, lost))[:3]} …"))
         self.names = self._names(path)
 
     def _names(self, path: Path) -> list[str]:
-        "Where the pictures lie below `media`: by their `file_name`s, or by the ends of their addresses."
-        said = [(str(p.get("file_name") or ""), "/".join(str(p.get("coco_url") or "").split("/")[-2:])) for p in self.pictures]
+        "Where the images lie below `media`: by their `file_name`s, or by the ends of their addresses."
+        said = [(str(p.get("file_name") or ""), "/".join(str(p.get("coco_url") or "").split("/")[-2:])) for p in self.images]
         forms = [[a or b for a, b in said], [b or a for a, b in said]]
-        if not said: raise FileNotFoundError(f"{path}: no picture in it")
-        if not all(forms[0]): raise ValueError(f"{path}: picture {self.pictures[forms[0].index('')]['id']} has neither file_name nor coco_url")
+        if not said: raise FileNotFoundError(f"{path}: no image in it")
+        if not all(forms[0]): raise ValueError(f"{path}: image {self.images[forms[0].index('')]['id']} has neither file_name nor coco_url")
         for names in forms:
             if some_there(self.media / n for n in names): return names
-        self.notes.append((NO_MEDIA, f"none of the {len(self.pictures)} pictures of {path} at {self.media / forms[0][0]} and the like"))
+        self.notes.append((NO_MEDIA, f"none of the {len(self.images)} images of {path} at {self.media / forms[0][0]} and the like"))
         return forms[0]
 
-    def __len__(self) -> int: return len(self.pictures)
+    def __len__(self) -> int: return len(self.images)
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of the annotation file and of the pictures' names and sizes."
+        "16 hexadecimal digits of the annotation file and of the images' names and sizes."
         return digest_of(self.names, sizes_of(self.media / n for n in self.names), self.files)
 
     @bad_only
     def read(self, i: int, rng: np.random.Generator | None = None,
              limit: int = 0  # at most so many instances, drawn by `rng`
              ) -> NumberedSample:
-        "Picture i. `BadSample` when it cannot be used, or none of its annotations can; single bad ones are left out and noted."
-        name, notes, number = self.names[i], [], self.pictures[i]["id"]
+        "Image i. `BadSample` when it cannot be used, or none of its annotations can; single bad ones are left out and noted."
+        name, notes, number = self.names[i], [], self.images[i]["id"]
         found = self.marks.get(number, [])
-        stated = stated_size(self.pictures[i]) or rle_size(found)
-        image = read_picture(self.media / name, name, stated, notes)
+        stated = stated_size(self.images[i]) or rle_size(found)
+        image = read_image(self.media / name, name, stated, notes)
         size, kept, bad = image.shape[:2], {}, []
         if found and stated and not (same_shape(stated, size) and stated[0] <= 4 * size[0]):  # polygons are drawn at this size
-            raise BadSample(f"{name}: annotated at {stated[0]}×{stated[1]} px, a picture of {size[0]}×{size[1]}; annotation and media do not belong together")
+            raise BadSample(f"{name}: annotated at {stated[0]}×{stated[1]} px, an image of {size[0]}×{size[1]}; annotation and media do not belong together")
         for k in choose(len(found), limit, rng):
             where = f"{name}, annotation {found[k]['id']}"
             try: mask = resized(polygon_mask(found[k].get("segmentation"), stated or size, where, notes).view(np.uint8), size, name, notes).view(bool)
@@ -132,7 +132,7 @@ class Vos(Davis):
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of the names and sizes of pictures and masks, and of `meta.json`."
+        "16 hexadecimal digits of the names and sizes of images and masks, and of `meta.json`."
         return digest_of([super().digest], sizes_of([]), [self.meta] if self.meta else [])
 
 # %% ../nbs/01c_public_sets.ipynb #c015
@@ -151,7 +151,7 @@ class SaVFolders:
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of the names and sizes of pictures and masks."
+        "16 hexadecimal digits of the names and sizes of images and masks."
         masks = (f for i in range(len(self)) for _, some in self._objects(i) for f in some)
         files = [*(f for i in range(len(self)) for f in frame_files(self, i)), *masks]
         return digest_of((str(f.relative_to(self.path)) for f in files), sizes_of(files))
@@ -171,8 +171,8 @@ class SaVFolders:
         if strange: raise BadSample(f"{self.path / 'Annotations_6fps' / name / strange[0]}: an object's folder is its number; rename it, or take it away")
         ids = [int(o) for o, _ in objects]
         if len({*ids}) < len(ids): raise BadSample(f"{name}: one object in two folders, among {[o for o, _ in objects]}; take one away")
-        drawn = [by_picture(files, masks, f"{name}/{o}", notes) for o, masks in objects]
-        if not any(drawn): raise BadSample(f"{name}: {len(files)} pictures and {len(objects)} objects below {self.path}, no mask of a picture; download the clip again")
+        drawn = [by_image(files, masks, f"{name}/{o}", notes) for o, masks in objects]
+        if not any(drawn): raise BadSample(f"{name}: {len(files)} images and {len(objects)} objects below {self.path}, no mask of an image; download the clip again")
         window = _window(len(files), frames, start, rng, lambda k: any(k in d for d in drawn), name, most)
         first = next((d[k] for k in window for d in drawn if k in d), None)
         pixels = same_sized([files[k] for k in window], first and mask_size(first), name, notes)
@@ -193,12 +193,12 @@ class SaVFolders:
 
 # %% ../nbs/01c_public_sets.ipynb #c017
 def frame_files(reader: Davis | SaVFolders, i: int) -> list[Path]:
-    "The pictures of clip i of a reader of folders, in order."
+    "The images of clip i of a reader of folders, in order."
     folder = reader.path / "JPEGImages" / reader.resolution if isinstance(reader, Davis) else reader.path / "JPEGImages_24fps"
-    return pictures_in(folder / reader.names[i])
+    return images_in(folder / reader.names[i])
 
 
 def clip_stems(reader: Any, i: int, sample: ClipSample) -> list[str]:
-    "What the masks of a clip's frames are called in its files: as its pictures, or in a video by frame number, five digits."
+    "What the masks of a clip's frames are called in its files: as its images, or in a video by frame number, five digits."
     if isinstance(reader, Davis | SaVFolders): return [frame_files(reader, i)[k].stem for k in sample.numbers]
     return [f"{k:05d}" for k in sample.numbers]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NO_MEDIA', 'Where', 'ENDS_EARLY', 'Fields', 'ID', 'TEXT', 'TRUTHS', 'bad_only', 'some_there', 'tar_index',
            'kept_places', 'below', 'places', 'sizes_of', 'digest_of', 'folder_index', 'fields_of', 'stated_size',
-           'rle_size', 'choose', 'counted', 'Sa1b', 'TooShort', 'SaV', 'masks_in', 'by_picture', 'same_sized', 'ids_of',
+           'rle_size', 'choose', 'counted', 'Sa1b', 'TooShort', 'SaV', 'masks_in', 'by_image', 'same_sized', 'ids_of',
            'Davis', 'SaCoImages', 'SaCoVideo', 'Videos']
 
 # %% ../nbs/01b_readers.ipynb #c003
@@ -21,8 +21,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .core import atomically, cache_dir, fingerprint, nearest
-from .samples import (PICTURES, VIDEOS, VOID, BadSample, ClipSample, ImageSample, Phrase, RunMasks, Video, checked_rle, components, decode_rle,
-                           is_media, is_one_object, mask_size, palette_mask, pictures_in, read_picture, rle_area)
+from .samples import (IMAGES, VIDEOS, VOID, BadSample, ClipSample, ImageSample, Phrase, RunMasks, Video, checked_rle, components, decode_rle,
+                           is_media, is_one_object, mask_size, palette_mask, images_in, read_image, rle_area)
 
 # %% ../nbs/01b_readers.ipynb #c004b
 def bad_only(read: Callable) -> Callable:
@@ -49,8 +49,8 @@ def some_there(files: Iterable[Path], many: int = 100) -> bool:
 
 # %% ../nbs/01b_readers.ipynb #c006
 def _part(file: PurePosixPath) -> int | None:
-    "Which of a sample's two files it is: 0 its picture, 1 its json; None for anything else."
-    return 0 if is_media(file, PICTURES) else 1 if is_media(file, (".json",)) else None
+    "Which of a sample's two files it is: 0 its image, 1 its json; None for anything else."
+    return 0 if is_media(file, IMAGES) else 1 if is_media(file, (".json",)) else None
 
 
 def _stem(file: PurePosixPath) -> bytes: return str(file.with_suffix("")).encode(errors="surrogateescape")
@@ -58,7 +58,7 @@ def _stem(file: PurePosixPath) -> bytes: return str(file.with_suffix("")).encode
 
 def tar_index(path: Path            # an uncompressed tar
               ) -> dict[str, Any]:  # names [n] bytes, spans [n, 4] int64, whole: bool
-    """Where the samples of a tar lie: offset and size of the picture, then of the json, −1 where one is missing. Kept in the cache folder.
+    """Where the samples of a tar lie: offset and size of the image, then of the json, −1 where one is missing. Kept in the cache folder.
 
     A name is the path in the tar without its suffix, UTF-8; of several members of one name the last counts, as tar has it."""
     stat = path.stat()
@@ -72,7 +72,7 @@ def tar_index(path: Path            # an uncompressed tar
                     name = PurePosixPath(member.name)
                     if (part := _part(name)) is not None: found[part][_stem(name)] = member.offset_data, member.size
         except tarfile.ReadError as e:
-            if not found[0]: raise ValueError(f"{path}: not a plain tar of pictures ({e}); gunzip it, or download it again") from e
+            if not found[0]: raise ValueError(f"{path}: not a plain tar of images ({e}); gunzip it, or download it again") from e
             whole = False
         names = sorted({*found[0], *found[1]})
         spans = [[*found[0].get(n, (-1, 0)), *found[1].get(n, (-1, 0))] for n in names]
@@ -202,7 +202,7 @@ def counted(places: Sequence[Path], what: str) -> Iterable[Path]:
 
 
 class Sa1b:
-    """SA-1B pictures: `NAME.jpg` beside `NAME.json`, in tars (read in place) or loose in a folder.
+    """SA-1B images: `NAME.jpg` beside `NAME.json`, in tars (read in place) or loose in a folder.
 
     Annotations without an `id` are regions, not instances, and are split into connected components."""
     kind = "images"
@@ -223,15 +223,15 @@ class Sa1b:
         self._check(path, np.array([f["whole"] for f in found])[self.source])
 
     def _tars(self, folder: Path) -> list[Path]:
-        "The tars below a folder; loose pictures beside them are left out, and noted."
+        "The tars below a folder; loose images beside them are left out, and noted."
         tars = [f for f in below(folder) if is_media(f, (".tar",))]
-        if tars and (loose := pictures_in(folder)): self.notes.append(("loose pictures beside tars left out", f"{len(loose)} in {folder}"))
+        if tars and (loose := images_in(folder)): self.notes.append(("loose images beside tars left out", f"{len(loose)} in {folder}"))
         return tars
 
     def _check(self, path: Where, whole: np.ndarray) -> None:
         "`FileNotFoundError` where there is no sample; notes of halves of samples in tars that do not end early (`whole` [n])."
-        if not len(self.names): raise FileNotFoundError(f"no picture with its json at {path}")
-        for k, kind in ((1, "json without its picture"), (3, "picture without its json")):
+        if not len(self.names): raise FileNotFoundError(f"no image with its json at {path}")
+        for k, kind in ((1, "json without its image"), (3, "image without its json")):
             lacking = np.flatnonzero(whole & (self.spans[:, k] <= 0) & (self.spans[:, k - 1] < 0))
             self.notes += [(kind, self._name(i)) for i in lacking.tolist()]
 
@@ -245,7 +245,7 @@ class Sa1b:
         return digest_of([*self.names.tolist(), *(kind for kind, _ in self.notes if kind == ENDS_EARLY)], sizes)
 
     def _bytes(self, i: int, ext: str) -> bytes:
-        "A sample's picture (`jpg`) or its `json`."
+        "A sample's image (`jpg`) or its `json`."
         part, source, name = int(ext == "json"), self.source[i], f"{self._name(i)}.{ext}"
         if self.files[source] is None: return _member(self.sources[source], name, *self.spans[i, 2 * part:][:2])
         file = self.files[source][i - self.starts[source]][part]
@@ -258,12 +258,12 @@ class Sa1b:
     def read(self, i: int, rng: np.random.Generator | None = None,
              limit: int = 0  # at most so many annotations, drawn by `rng`
              ) -> ImageSample:
-        "Picture i. `BadSample` when it or its annotation cannot be used."
+        "Image i. `BadSample` when it or its annotation cannot be used."
         i, name, notes = i % len(self), self._name(i), []
         pixels, record = self._bytes(i, "jpg"), _load(self._bytes(i, "json"), f"{name}.json")
         try: found = [a for a in record["annotations"] if a.get("area", self.min_area) >= self.min_area]
         except (KeyError, TypeError, AttributeError) as e: raise BadSample(f"{name}.json: not an SA-1B annotation ({e!r}); download it again") from e
-        image = read_picture(pixels, f"{name}.jpg", stated_size(record.get("image")) or rle_size(found), notes)
+        image = read_image(pixels, f"{name}.jpg", stated_size(record.get("image")) or rle_size(found), notes)
         size, codes, lost = image.shape[:2], [], 0
         for k in choose(len(found), limit, rng):
             code = checked_rle(found[k].get("segmentation"), size, f"{name}.json, annotation {k}")
@@ -378,24 +378,24 @@ TRUTHS = ("auto", "all", "first")  # which masks are public: found out; all that
 
 def masks_in(folder: Path) -> list[Path]:
     "The PNG masks of a folder in natural order; none where there is no such folder."
-    return [f for f in pictures_in(folder) if f.suffix.lower() == ".png"]
+    return [f for f in images_in(folder) if f.suffix.lower() == ".png"]
 
 
-def by_picture(files: Sequence[Path], masks: Sequence[Path],  # pictures of a clip in order; its masks
-               name: str, notes: list[tuple[str, str]]        # of the clip; told of masks without picture
+def by_image(files: Sequence[Path], masks: Sequence[Path],  # images of a clip in order; its masks
+               name: str, notes: list[tuple[str, str]]        # of the clip; told of masks without image
                ) -> dict[int, Path]:
-    "The masks by the place of their picture: of the same stem, or of the same number (`00012.png` of `12.jpg`). `BadSample` for pictures of one name."
+    "The masks by the place of their image: of the same stem, or of the same number (`00012.png` of `12.jpg`). `BadSample` for images of one name."
     key = lambda f: int(f.stem) if f.stem.isdecimal() else f.stem
     place = {key(f): k for k, f in enumerate(files)}
-    if len(place) < len(files): raise BadSample(f"{name}: two pictures of one frame, among {[f.name for f in files[:4]]} …; delete one of them")
-    notes += [("mask without picture left out", f"{name}/{m.name}") for m in masks if key(m) not in place]
+    if len(place) < len(files): raise BadSample(f"{name}: two images of one frame, among {[f.name for f in files[:4]]} …; delete one of them")
+    notes += [("mask without image left out", f"{name}/{m.name}") for m in masks if key(m) not in place]
     return dict(sorted((place[key(m)], m) for m in masks if key(m) in place))
 
 
 def same_sized(files: Iterable[Path], size: Sequence[int] | None, name: str, notes: list[tuple[str, str]]) -> np.ndarray:
-    "[T, H, W, 3] of the pictures of a clip whose masks are of `size`. `BadSample` where they are of different sizes."
-    pixels = [read_picture(f, size=size, notes=notes) for f in files]
-    if len(sizes := {p.shape[:2] for p in pixels}) > 1: raise BadSample(f"{name}: pictures of different sizes, {sorted(sizes)}; download the clip again")
+    "[T, H, W, 3] of the images of a clip whose masks are of `size`. `BadSample` where they are of different sizes."
+    pixels = [read_image(f, size=size, notes=notes) for f in files]
+    if len(sizes := {p.shape[:2] for p in pixels}) > 1: raise BadSample(f"{name}: images of different sizes, {sorted(sizes)}; download the clip again")
     return np.stack(pixels)
 
 
@@ -427,9 +427,9 @@ class Davis:
         if not self.names: raise FileNotFoundError(f"{where}: no clip in it")
         self.truth, self.known = truth, {}
 
-    def _pictures(self, name: str) -> list[Path]:
-        "The pictures of a clip, in order."
-        return pictures_in(self.path / "JPEGImages" / self.resolution / name)
+    def _images(self, name: str) -> list[Path]:
+        "The images of a clip, in order."
+        return images_in(self.path / "JPEGImages" / self.resolution / name)
 
     def _masks(self, name: str) -> list[Path]:
         "Its masks, in order."
@@ -437,8 +437,8 @@ class Davis:
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of the names and sizes of pictures and masks."
-        files = [f for n in self.names for f in (*self._pictures(n), *self._masks(n))]
+        "16 hexadecimal digits of the names and sizes of images and masks."
+        files = [f for n in self.names for f in (*self._images(n), *self._masks(n))]
         return digest_of((f"{f.parent.name}/{f.name}" for f in files), sizes_of(files))
 
     def __len__(self) -> int: return len(self.names)
@@ -462,9 +462,9 @@ class Davis:
              start: int | None = None, most: int = 0) -> ClipSample:
         "A clip (arguments as in `SaV.read`); a drawn window starts at a frame that has a mask."
         name, notes = self.names[i], []
-        files, masks = self._pictures(name), self._masks(name)
-        drawn = by_picture(files, masks, name, notes)
-        if not drawn: raise BadSample(f"{name}: {len(files)} pictures and {len(masks)} masks below {self.path}, none of one name; download the clip again")
+        files, masks = self._images(name), self._masks(name)
+        drawn = by_image(files, masks, name, notes)
+        if not drawn: raise BadSample(f"{name}: {len(files)} images and {len(masks)} masks below {self.path}, none of one name; download the clip again")
         single, opening = self._looked_over(name, drawn)
         public = self.truth == "all" or self.truth == "auto" and (len(drawn) == len(files) or not opening)
         window = _window(len(files), frames, start, rng, lambda k: k in drawn, name, most)
@@ -486,7 +486,7 @@ class Davis:
 
 # %% ../nbs/01b_readers.ipynb #c033
 class SaCoImages:
-    "SA-Co/Gold and Silver: a COCO-like JSON of (picture, phrase) pairs, and the folder its `file_name`s start from."
+    "SA-Co/Gold and Silver: a COCO-like JSON of (image, phrase) pairs, and the folder its `file_name`s start from."
     kind = "images"
 
     def __init__(self, annotations: Where,  # one file; of several annotators' the first is read, all are judged by
@@ -503,26 +503,26 @@ class SaCoImages:
         for mark in record["annotations"]:
             if mark["image_id"] in known: self.marks[mark["image_id"]].append(mark)
         self.names = sorted(self.pairs)
-        if not self.names: raise FileNotFoundError(f"{self.files[0]}: no picture in it")
+        if not self.names: raise FileNotFoundError(f"{self.files[0]}: no image in it")
         if not some_there(self.media / n for n in self.names):
-            self.notes.append((NO_MEDIA, f"none of the {len(self.names)} pictures of {self.files[0]} at {self.media / self.names[0]} and the like"))
+            self.notes.append((NO_MEDIA, f"none of the {len(self.names)} images of {self.files[0]} at {self.media / self.names[0]} and the like"))
 
     def __len__(self) -> int: return len(self.names)
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of the annotation files and of the pictures' names and sizes."
+        "16 hexadecimal digits of the annotation files and of the images' names and sizes."
         return digest_of(self.names, sizes_of(self.media / n for n in self.names), self.files)
 
     @bad_only
     def read(self, i: int, rng: np.random.Generator | None = None,
              limit: int = 0  # at most so many phrases, drawn by `rng`
              ) -> ImageSample:
-        "Picture i with its phrases. `BadSample` when picture or masks cannot be used."
+        "Image i with its phrases. `BadSample` when image or masks cannot be used."
         name, notes, known, masks, phrases = self.names[i], [], {}, [], []
         pairs = self.pairs[name]
         stated = next(filter(None, map(stated_size, pairs)), None) or rle_size(m for p in pairs for m in self.marks[p["id"]])
-        image = read_picture(self.media / name, size=stated, notes=notes)
+        image = read_image(self.media / name, size=stated, notes=notes)
         for k in choose(len(pairs), limit, rng):
             pair = pairs[k]
             marks = [m for m in self.marks[pair["id"]] if not m.get("iscrowd")]
@@ -540,7 +540,7 @@ class SaCoImages:
 
 # %% ../nbs/01b_readers.ipynb #c036
 def _frame_files(media: Path, files: Sequence[str]) -> list[Path]:
-    "What holds the frames of a video: its pictures, or the one video file (suffixes in `VIDEOS`) in their place."
+    "What holds the frames of a video: its images, or the one video file (suffixes in `VIDEOS`) in their place."
     first = media / files[0]
     folder = first.parent
     if first.exists() or not folder.parent.is_dir(): return [media / f for f in files]
@@ -588,7 +588,7 @@ class SaCoVideo:
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of the annotation files and of the names and sizes of pictures or mp4s."
+        "16 hexadecimal digits of the annotation files and of the names and sizes of images or mp4s."
         files = (f for v in self.videos for f in _frame_files(self.media, v["file_names"] or ["missing"]))
         return digest_of(self.names, sizes_of(files), self.files)
 
@@ -621,9 +621,9 @@ class SaCoVideo:
 
 # %% ../nbs/01b_readers.ipynb #c042
 class Videos:
-    """Plain video: files (suffixes in `VIDEOS`) and folders of pictures (`PICTURES`), anywhere below some folders. Its clips have no tracks.
+    """Plain video: files (suffixes in `VIDEOS`) and folders of images (`PICTURES`), anywhere below some folders. Its clips have no tracks.
 
-    Pictures beside videos are covers or thumbnails, not frames. They, and files of other kinds, are left out and noted."""
+    Images beside videos are covers or thumbnails, not frames. They, and files of other kinds, are left out and noted."""
     kind, labelled = "clips", False
 
     def __init__(self, path: Where,     # folder, file, pattern, or several
@@ -633,23 +633,23 @@ class Videos:
         files = [f for p in found for f in (below(p, without) if p.is_dir() else kept_places([p], without)) if not f.is_dir()]
         videos = {f for f in files if is_media(f, VIDEOS)}
         beside = {f.parent for f in videos}
-        stills = {f for f in files if is_media(f, PICTURES)}
-        self.notes = [("picture beside videos left out" if f in stills else "neither video nor picture, left out", str(f))
+        stills = {f for f in files if is_media(f, IMAGES)}
+        self.notes = [("image beside videos left out" if f in stills else "neither video nor image, left out", str(f))
                       for f in files if f not in videos and (f not in stills or f.parent in beside)]
         self.paths = sorted(videos | {f.parent for f in stills if f.parent not in beside})
-        if not self.paths: raise FileNotFoundError(f"no video and no folder of pictures below {path}")
+        if not self.paths: raise FileNotFoundError(f"no video and no folder of images below {path}")
         self.names = [p.stem if p in videos else p.name for p in self.paths]
 
     def __len__(self) -> int: return len(self.paths)
 
-    def _pictures(self, path: Path) -> list[Path]:
-        "The pictures of a folder, in order; none of a video file."
-        return pictures_in(path)
+    def _images(self, path: Path) -> list[Path]:
+        "The images of a folder, in order; none of a video file."
+        return images_in(path)
 
     @cached_property
     def digest(self) -> str:
-        "16 hexadecimal digits of the names and sizes of videos and pictures."
-        files = [(p.name, f) for p in self.paths for f in self._pictures(p) or [p]]
+        "16 hexadecimal digits of the names and sizes of videos and images."
+        files = [(p.name, f) for p in self.paths for f in self._images(p) or [p]]
         return digest_of((f"{name}/{f.name}" for name, f in files), sizes_of(f for _, f in files))
 
     @bad_only
@@ -657,7 +657,7 @@ class Videos:
              start: int | None = None, most: int = 0) -> ClipSample:
         "A clip of video i (arguments as in `SaV.read`; there is nothing to `limit`). `BadSample` when it cannot be read."
         path, notes = self.paths[i], []
-        stills = self._pictures(path)
+        stills = self._images(path)
         video = None if stills else Video(path)
         length = -(-len(stills or video) // self.every)
         numbers = [k * self.every for k in _window(length, frames, start, rng, lambda k: True, path.name, most)]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .core import nearest
-from .folder import Films, Pictures
+from .folder import FolderVideos, FolderImages
 from .mixtures import Mixture, Stills
 from .public_sets import Coco, SaVFolders, Vos
 from .readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
@@ -25,7 +25,7 @@ from .toyworld import held_out, toyworld
 # %% ../nbs/01h_recipes.ipynb #c019
 READERS: Mapping[str, Sequence[type]] = {
     "sa1b": (Sa1b,), "sav": (SaV,), "davis": (Davis,), "saco_images": (SaCoImages,), "saco_video": (SaCoVideo,), "coco": (Coco,), "vos": (Vos,),
-    "sav_folders": (SaVFolders,), "videos": (Videos,), "folder": (Pictures, Films)}
+    "sav_folders": (SaVFolders,), "videos": (Videos,), "folder": (FolderImages, FolderVideos)}
 KINDS = ("images", "clips", "concept_images", "concept_clips")
 CONCEPTS = ("concept_images", "concept_clips")
 STILL = {"clips": "images", "concept_clips": "concept_images"}  # what may stand for clips of one frame

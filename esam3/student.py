@@ -140,7 +140,7 @@ class StudentTracker(Sam3TrackerVideoModel):
 class EfficientSam3(Sam3):
     "A student: SAM3's decoders behind an `Encoder`, with dense or compressed memory (§3)."
     config_class = EfficientSam3Config
-    space = "student"  # the frame in which it sees pictures
+    space = "student"  # the frame in which it sees images
 
     def __init__(self, config: EfficientSam3Config):
         super().__init__(config)
@@ -237,7 +237,7 @@ def square(images: Tensor) -> Tensor:
 
 
 def student_processor(student: EfficientSam3) -> Sam3VideoProcessor:
-    "The library's processor with the student's canvas, mean, std and tokenizer; pictures go through `square` first."
+    "The library's processor with the student's canvas, mean, std and tokenizer; images go through `square` first."
     c, side = student.config, lambda s: {"height": s, "width": s}
     norm = dict(size=side(c.image_size), image_mean=list(c.image_mean), image_std=list(c.image_std))
     return Sam3VideoProcessor(Sam3ImageProcessor(**norm, mask_size=side(c.low_res_mask_size)), Sam2VideoVideoProcessor(**norm), student.tokenizer)

@@ -32,12 +32,12 @@ from .readers import NO_MEDIA, _frame_files, _masklets  # where a video's frames
 from .recipes import _reader  # opens what has annotations alone
 from .samples import CODECS, VIDEOS, BadSample, ClipSample, ImageSample, Phrase, Video, _opened, is_media
 from .schema import ALIASES, RECIPES
-from .views import picture  # chapter 6 draws for all
+from .views import show_image  # chapter 6 draws for all
 
 # %% ../nbs/02a_survey.ipynb #c008
 @singledispatch
 def head(reader: Any, i: int) -> dict[str, int]:
-    "What a reader's index says of sample i: `things`, `frames`, `positive` and `negative` phrases, as far as it does."
+    "What a reader's index says of sample i: `instances`, `frames`, `positive` and `negative` phrases, as far as it does."
     return {}
 
 
@@ -46,20 +46,20 @@ def _(reader: Stills, i: int) -> dict[str, int]: return head(reader.reader, i)
 
 
 @head.register
-def _(reader: Coco, i: int) -> dict[str, int]: return {"things": len(reader.marks.get(reader.pictures[i]["id"], ()))}
+def _(reader: Coco, i: int) -> dict[str, int]: return {"instances": len(reader.marks.get(reader.images[i]["id"], ()))}
 
 
 @head.register
 def _(reader: SaCoImages, i: int) -> dict[str, int]:
     marks = [reader.marks.get(pair["id"], ()) for pair in reader.pairs[reader.names[i]]]
-    return {"things": sum(map(len, marks)), "positive": sum(map(bool, marks)), "negative": sum(not m for m in marks)}
+    return {"instances": sum(map(len, marks)), "positive": sum(map(bool, marks)), "negative": sum(not m for m in marks)}
 
 
 @head.register
 def _(reader: SaCoVideo, i: int) -> dict[str, int]:
     video = reader.videos[i]
     marks = [reader.marks.get((video["id"], pair["category_id"]), ()) for pair in reader.pairs[video["id"]]]
-    return {"frames": len(video["file_names"]), "things": sum(map(len, marks)), "positive": sum(map(bool, marks)), "negative": sum(not m for m in marks)}
+    return {"frames": len(video["file_names"]), "instances": sum(map(len, marks)), "positive": sum(map(bool, marks)), "negative": sum(not m for m in marks)}
 
 
 @head.register
@@ -67,11 +67,11 @@ def _(reader: Davis, i: int) -> dict[str, int]: return {"frames": len(frame_file
 
 
 @head.register
-def _(reader: Videos, i: int) -> dict[str, int]: return {} if reader.paths[i].is_file() else {"frames": len(reader._pictures(reader.paths[i]))}
+def _(reader: Videos, i: int) -> dict[str, int]: return {} if reader.paths[i].is_file() else {"frames": len(reader._images(reader.paths[i]))}
 
 
 @head.register
-def _(reader: SaVFolders, i: int) -> dict[str, int]: return {"frames": len(frame_files(reader, i)), "things": len(reader._objects(i))}
+def _(reader: SaVFolders, i: int) -> dict[str, int]: return {"frames": len(frame_files(reader, i)), "instances": len(reader._objects(i))}
 
 # %% ../nbs/02a_survey.ipynb #c011
 def movie(reader: Any, i: int) -> Path | None:
@@ -93,16 +93,16 @@ def stream_of(path: Path) -> dict[str, Any]:
 
 # %% ../nbs/02a_survey.ipynb #c011a
 def _groups(reader: Any, i: int) -> list[Sequence[Path]]:
-    "Files of a clip that should be of one size each: its pictures, and its masks."
+    "Files of a clip that should be of one size each: its images, and its masks."
     if isinstance(reader, Davis): return [frame_files(reader, i), reader._masks(reader.names[i])]
     if isinstance(reader, SaVFolders): return [frame_files(reader, i), [m for _, masks in reader._objects(i) for m in masks]]
-    if isinstance(reader, Videos): return [reader._pictures(reader.paths[i])]
+    if isinstance(reader, Videos): return [reader._images(reader.paths[i])]
     if isinstance(reader, SaCoVideo) and reader.videos[i]["file_names"]: return [_frame_files(reader.media, reader.videos[i]["file_names"])]
     return []
 
 
 def _size(file: Path) -> tuple[int, int] | None:
-    "Width and height that a picture's head says; None where it says nothing."
+    "Width and height that an image's head says; None where it says nothing."
     try:
         with Image.open(file) as image: return image.size
     except (OSError, SyntaxError, ValueError): return None
@@ -132,18 +132,18 @@ def fault(error: BadSample) -> str:
 
 
 def opened_sample(reader: Any, i: int) -> dict[str, Any]:
-    "What a sample shows: `size` [H, W], `things`, `frames`, `codec`, `seconds`, phrases, `notes`; or its `fault` (kind, message)."
+    "What a sample shows: `size` [H, W], `instances`, `frames`, `codec`, `seconds`, phrases, `notes`; or its `fault` (kind, message)."
     found: dict[str, Any] = {"notes": []}
     try:
         if path := movie(reader, i): found |= stream_of(path)
-        if isinstance(reader, SaV): found["things"] = len(_masklets(reader.paths[i].with_name(reader.names[i] + reader.suffix))[1])
+        if isinstance(reader, SaV): found["instances"] = len(_masklets(reader.paths[i].with_name(reader.names[i] + reader.suffix))[1])
         sample = reader.read(i, **({"most": 1} if reader.kind == "clips" else {}))
         if reader.kind == "clips" and is_suspect(reader, i): found["notes"] += read_through(reader, i, head(reader, i).get("frames", 1))
     except (BadSample, OSError) as e: return found | {"fault": [fault(e) if isinstance(e, BadSample) else type(e).__name__, str(e)]}
     found["size"] = list((sample.frames if isinstance(sample, ClipSample) else [sample.image])[0].shape[:2])
     told = Counter("positive" if p.instances else "negative" for p in sample.phrases)
     private = [] if getattr(sample, "public", True) else [("only first masks are public", sample.name)]
-    return {"things": len(sample.masks), **dict(told), **found, "notes": [*dict.fromkeys((*found["notes"], *sample.notes, *private))]}
+    return {"instances": len(sample.masks), **dict(told), **found, "notes": [*dict.fromkeys((*found["notes"], *sample.notes, *private))]}
 
 # %% ../nbs/02a_survey.ipynb #c015
 CODE = [Path(m.__file__) for m in (samples, readers, public_sets, folder, sys.modules[__name__]) if hasattr(m, "__file__")]  # what decides of a sample
@@ -229,16 +229,16 @@ def _lines(part: PartSurvey) -> Iterable[str]:
     "A survey of one part, line by line."
     counted = f"{part.count:,} sample{'s' * (part.count > 1)} ({part.format}), "
     yield f"{part.split}, {part.kind}: " + counted * bool(part.count) + (part.why or f"{len(part.rows):,} opened")
-    sizes, things, frames = np.array(part.values("size")), part.values("things"), part.values("frames")
+    sizes, instances, frames = np.array(part.values("size")), part.values("instances"), part.values("frames")
     clips = "clips" in part.kind
     if len(sizes): yield f"  width {spread(sizes[:, 1])}, height {spread(sizes[:, 0])} px" + (f", {np.mean(sizes[:, 0] > sizes[:, 1]):.0%} upright" if len(sizes) > 1 else "")
     if frames: yield f"  frames {spread(frames)}, {sum(frames):,} in all"
     if seconds := part.values("seconds"): yield f"  seconds {spread(seconds, '{:.1f}')}, " + (f"{sum(seconds) / 3600:.1f} hours" if sum(seconds) > 360 else f"{sum(seconds):.0f} s") + " in all"
     if codecs := Counter(part.values("codec")): yield "  codecs " + ", ".join(f"{n} × {codec}" for codec, n in codecs.most_common())
     if not part.labelled: yield "  not annotated: what is to be seen is left to the teacher"
-    elif things:
-        where, bare = " on its first frame" * (part.format in ("Davis", "Vos")), sum(t == 0 for t in things)
-        yield f"  {'tracks' if clips else 'instances'} {spread(things)} of a sample{where}, {sum(things):,} in all" + (f", {bare:,} samples without" if bare else "")
+    elif instances:
+        where, bare = " on its first frame" * (part.format in ("Davis", "Vos")), sum(t == 0 for t in instances)
+        yield f"  {'tracks' if clips else 'instances'} {spread(instances)} of a sample{where}, {sum(instances):,} in all" + (f", {bare:,} samples without" if bare else "")
     phrases = [sum(part.values(k)) for k in ("positive", "negative")]
     if sum(phrases): yield f"  phrases {phrases[0]:,} positive, {phrases[1]:,} negative"
     for kind, of in (("cannot be used", part.faults), ("noted", part.remarks)):
@@ -278,7 +278,7 @@ def recipe_of(what: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], boo
     return {**load_recipe("folder"), "name": place.name, "root": str(root), "splits": {"train": train}, "download": f"looked below {place}"}, True
 
 
-def survey(recipe: str | Path | Mapping[str, Any],  # a recipe, loaded or by name, a mixture, or a folder of pictures and videos
+def survey(recipe: str | Path | Mapping[str, Any],  # a recipe, loaded or by name, a mixture, or a folder of images and videos
            split: str = "",                         # empty: all
            opened: int = 1000                       # samples of each part whose media are opened, at most
            ) -> Survey:
@@ -332,9 +332,9 @@ def _phrases(phrases: Sequence[Phrase], most: int = 4) -> str:
 def _draw(ax: Axes, image: np.ndarray, masks: Sequence[np.ndarray], title: str,
           side: int = 320  # px: what is larger is drawn coarsely
           ) -> None:
-    "A picture with outlines, boxes and numbers of its instances."
+    "An image with outlines, boxes and numbers of its instances."
     step = max(1, max(image.shape[:2]) // side)
-    picture(ax, image[::step, ::step])
+    show_image(ax, image[::step, ::step])
     ax.set_title(title, fontsize=5, loc="left", pad=2)
     for n, mask in enumerate(m[::step, ::step] for m in masks):
         if not mask.any(): continue
@@ -346,7 +346,7 @@ def _draw(ax: Axes, image: np.ndarray, masks: Sequence[np.ndarray], title: str,
 
 # %% ../nbs/02a_survey.ipynb #c032
 def _strip(axes: Sequence[Axes], sample: ImageSample | ClipSample) -> None:
-    "One sample in a row of axes: a picture, or frames of a clip from its first to its last."
+    "One sample in a row of axes: an image, or frames of a clip from its first to its last."
     said = _phrases(sample.phrases)
     if isinstance(sample, ImageSample): return _draw(axes[0], sample.image, sample.masks, f"{sample.name[-40:]}\n{said}".strip())
     shown = np.linspace(0, len(sample.frames) - 1, len(axes)).round().astype(int)
@@ -355,7 +355,7 @@ def _strip(axes: Sequence[Axes], sample: ImageSample | ClipSample) -> None:
 
 
 def sheet(reader: Any,         # of any recipe
-          count: int = 0,      # samples; 0: eight pictures, or three clips
+          count: int = 0,      # samples; 0: eight images, or three clips
           frames: int = 4,     # of a clip
           seed: int = 0) -> Figure:
     "Some samples of a reader, drawn at random: outlines, boxes and numbers of instances, and phrases. What cannot be read says why."

@@ -41,14 +41,14 @@ from .samples import Reported
 # %% ../nbs/03_teacher.ipynb #c005
 @dataclass
 class Features:
-    "What an encoder hands to the decoders, for B pictures."
+    "What an encoder hands to the decoders, for B images."
     detector: tuple[Tensor, ...]  # [B, C, 4g, 4g], [B, C, 2g, 2g], [B, C, g, g]
     tracker: tuple[Tensor, ...]   # [B, C/8, 4g, 4g], [B, C/4, 2g, 2g], [B, C, g, g]
     trunk: Tensor | None = None   # [B, g², width] the ViT's last map; a student has none
     started: Tensor | None = None  # [B, g², C] with which reading memory begins; by `begin_reading`
 
     def pick(self, image_index: Tensor) -> "Features":
-        "The features of pictures `image` [N], repeated as needed."
+        "The features of images `image` [N], repeated as needed."
         at = lambda m: m.index_select(0, image_index)
         trunk, started = (None if m is None else at(m) for m in (self.trunk, self.started))
         return Features(tuple(map(at, self.detector)), tuple(map(at, self.tracker)), trunk, started)
@@ -57,7 +57,7 @@ class Features:
 @dataclass
 class Prompts:
     "Geometric prompts for N objects, in continuous px of the model's own square frame."
-    image_index: Tensor                # [N] picture of each object
+    image_index: Tensor                # [N] image of each object
     points: Tensor               # [N, P, 2]; P may be 0
     labels: Tensor               # [N, P] int: 1 positive, 0 negative, 2 and 3 a box's corners, -10 padding
     masks: Tensor | None = None  # [N, 1, S, S] in 0…1
@@ -69,7 +69,7 @@ class MaskSet:
     "Masks for N prompts, before the object score has gated them."
     masks: Tensor          # [N, M, 4g, 4g] logits
     iou: Tensor            # [N, M] predicted IoU, float32
-    object_logits: Tensor  # [N] > 0: the object is in the picture; float32
+    object_logits: Tensor  # [N] > 0: the object is in the image; float32
     pointers: Tensor       # [N, M, C] object pointers, gated
     read: Tensor | None = None  # [N, C, g, g] the map they were decoded from, when it has read memory
 
@@ -97,7 +97,7 @@ class Bank:
 
 @dataclass
 class Concepts:
-    "Noun phrases and exemplar boxes for N (picture, concept) pairs."
+    "Noun phrases and exemplar boxes for N (image, concept) pairs."
     image_index: Tensor                # [N]
     input_ids: Tensor            # [N, L]
     attention_mask: Tensor       # [N, L]
@@ -114,7 +114,7 @@ class Detections:
     a concept, of which a loss reads a few: with `draw=False` there are queries and pixels instead of masks."""
     boxes: Tensor     # [N, Q, 4] xyxy as fractions of the model's square
     logits: Tensor    # [N, Q] class logits, float32
-    presence: Tensor  # [N] logit: the concept is in the picture; float32
+    presence: Tensor  # [N] logit: the concept is in the image; float32
     masks: Tensor | None  # [N, Q, 4g, 4g] logits; None: not drawn
     semantic: Tensor | None = None  # [N, 1, 4g, 4g] logits of the union
     read: Tensor | None = None  # [N, C, g, g] the coarse map after it has read the prompt; one, whatever the layers
@@ -275,7 +275,7 @@ NO_OBJECT = -1024.0  # the library's logit for "no object here"
 
 class Sam3(Sam3VideoModel):
     "`transformers`' SAM3 whose parts answer five batched, differentiable calls."
-    space = "teacher"  # the frame in which it sees pictures
+    space = "teacher"  # the frame in which it sees images
     tokenizer = None   # set by `load_teacher`
     _keep_in_fp32_modules_strict = {"positional_embedding"}  # the library's word for what `from_pretrained` does not round
 
@@ -353,8 +353,8 @@ def _prompt_tokens(self: Sam3, seen: Features, concepts: Concepts) -> tuple[Tens
         shown = with_float32_weights(d.geometry_encoder, box_embeddings=concepts.boxes.float(), box_mask=known,
                                      box_labels=concepts.labels.clamp(min=0), img_feats=(coarse,),  # it reads no finer map
                                      img_pos_embeds=(self._position(coarse),))
-    asked = shown.attention_mask.bool() & known.any(1, keepdim=True)   # no exemplar: not even the exemplars' class token, as in the library
-    return torch.cat([tokens, shown.last_hidden_state], 1), torch.cat([mask, asked], 1)
+    exemplars = shown.attention_mask.bool() & known.any(1, keepdim=True)   # no exemplar: not even the exemplars' class token, as in the library
+    return torch.cat([tokens, shown.last_hidden_state], 1), torch.cat([mask, exemplars], 1)
 
 
 @in_own_precision
@@ -362,7 +362,7 @@ def _detect(self: Sam3, features: Features, concepts: Concepts,
             all_layers: bool = False,  # of each decoder layer, not of the last alone
             draw: bool = True          # False: masks are not drawn yet
             ) -> Detections:
-    "Candidates for each (picture, concept) pair."
+    "Candidates for each (image, concept) pair."
     d, seen = self.detector_model, features.pick(concepts.image_index)
     prompt, mask = self._prompt_tokens(seen, concepts)
     e = d.detr_encoder(vision_features=[seen.detector[-1]], text_features=prompt, vision_pos_embeds=[self._position(seen.detector[-1])], text_mask=mask)
@@ -407,7 +407,7 @@ def _embed_prompts(self: Sam3, prompts: Prompts) -> tuple[Tensor, Tensor]:
 
 @in_own_precision
 def _decode(self: Sam3, features: Features, prompts: Prompts, conditioned: Tensor | None = None) -> MaskSet:
-    "Masks for N prompts on the features of their pictures, or on a `conditioned` map [N, C, g, g] that has read memory."
+    "Masks for N prompts on the features of their images, or on a `conditioned` map [N, C, g, g] that has read memory."
     t, (fine, middle, coarse) = self.tracker_model, (m.index_select(0, prompts.image_index) for m in features.tracker)
     base = coarse + t.no_memory_embedding.view(1, -1, 1, 1) if conditioned is None else conditioned
     sparse, dense = self._embed_prompts(prompts)
@@ -430,7 +430,7 @@ Sam3._embed_prompts, Sam3.decode = _embed_prompts, _decode
 # %% ../nbs/03_teacher.ipynb #c018
 @in_own_precision
 def _remember(self: Sam3, features: Features,
-              image_index: Tensor,          # [N] picture of each object
+              image_index: Tensor,          # [N] image of each object
               masks: Tensor,          # [N, h, w] gated logits (4g × 4g, or the frame's own size)
               object_logits: Tensor,  # [N]
               pointer: Tensor,        # [N, C]
@@ -490,13 +490,13 @@ def _first_look(self: Sam3, coarse: Tensor, checkpoint: bool = False) -> Tensor:
 
 @in_own_precision
 def _begin_reading(self: Sam3, features: Features, checkpoint: bool = False) -> Features:
-    "The features, with what all objects of a picture begin to read memory with; `checkpoint`: computed again in the backward pass."
+    "The features, with what all objects of an image begin to read memory with; `checkpoint`: computed again in the backward pass."
     return replace(features, started=self._first_look(features.tracker[2], checkpoint)) if features.started is None else features
 
 
 @in_own_precision
 def _recall(self: Sam3, features: Features, image_index: Tensor, bank: Bank) -> Tensor:
-    "The 1× maps of pictures `image` [N] after reading a bank: [N, C, g, g]."
+    "The 1× maps of images `image` [N] after reading a bank: [N, C, g, g]."
     t, coarse, started = self.tracker_model, features.tracker[2], features.started
     if started is None and len(coarse) <= len(image_index): started = self._first_look(coarse)
     started = self._first_look(coarse.index_select(0, image_index)) if started is None else started.index_select(0, image_index)
@@ -536,7 +536,7 @@ def _cut_phrases(self: Sam3, phrases: Sequence[str | None]) -> list[tuple[str, s
 
 
 def _concepts(self: Sam3, phrases: Sequence[str | None], image_index: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
-    """Concepts for phrases (None: exemplars only) on pictures `image` [N]; boxes [N, E, 4] cx, cy, w, h as fractions, labels [N, E].
+    """Concepts for phrases (None: exemplars only) on images `image` [N]; boxes [N, E, 4] cx, cy, w, h as fractions, labels [N, E].
 
     `ValueError` for an empty phrase; one over the token limit is cut, with a warning the first time, and counted in `PHRASES`."""
     PHRASES.add(self.cut_phrases(phrases))

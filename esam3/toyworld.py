@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'PATTERNS', 'LONG', 'SHORTS', 'VISIBLE', 'FINE', 'SPLITS', 'EVERY', 'VERSION', 'HELD_OUT_DIGEST',
-           'inside_shape', 'Thing', 'Scene', 'place', 'draw', 'sample_picture', 'sample_scene', 'draw_clip', 'matches',
+           'inside_shape', 'Instance', 'Scene', 'place', 'draw', 'sample_image', 'sample_scene', 'draw_clip', 'matches',
            'sample_phrase', 'sa1b_record', 'enlarged', 'write_mp4', 'sav_record', 'saco_pair', 'veval_file', 'Split',
            'toyworld', 'held_out']
 
@@ -61,7 +61,7 @@ def inside_shape(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/01_toyworld.ipynb #c010
 @dataclass
-class Thing:
+class Instance:
     "One object: its concept, its looks and its path."
     color: str
     shape: str
@@ -98,10 +98,10 @@ def _bounce(x: float, low: float, high: float) -> float:
 # %% ../nbs/01_toyworld.ipynb #c012
 @dataclass
 class Scene:
-    "A picture or a clip before it is drawn."
+    "An image or a clip before it is drawn."
     width: int
     height: int
-    things: list[Thing]
+    instances: list[Instance]
     ground: np.ndarray       # [3, 7] coefficients of the texture of each channel
     pan: np.ndarray          # (x, y) drift of the ground, px a frame
     noise: float             # standard deviation of the sensor, of 255
@@ -116,37 +116,37 @@ def _ground(scene: Scene, t: float) -> np.ndarray:
     return np.stack(waves, -1)
 
 
-def _paint(thing: Thing, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    "Brightness factor of a thing's pattern at unit coordinates."
-    if thing.pattern == "striped": return np.where(np.sin(9 * u) > 0, 0.45, 1.0)
-    if thing.pattern == "dotted": return np.where((np.sin(10 * u) > 0.3) & (np.sin(10 * v) > 0.3), 0.35, 1.0)
+def _paint(instance: Instance, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    "Brightness factor of an instance's pattern at unit coordinates."
+    if instance.pattern == "striped": return np.where(np.sin(9 * u) > 0, 0.45, 1.0)
+    if instance.pattern == "dotted": return np.where((np.sin(10 * u) > 0.3) & (np.sin(10 * v) > 0.3), 0.35, 1.0)
     return np.ones_like(u)
 
 
-def place(thing: Thing, t: float, width: int, height: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
-    "The window (rows, columns) that a thing may touch at time `t`, and there: inside it or not, u and v."
-    x, y, r, a = thing.at(t, width, height)
+def place(instance: Instance, t: float, width: int, height: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
+    "The window (rows, columns) that an instance may touch at time `t`, and there: inside it or not, u and v."
+    x, y, r, a = instance.at(t, width, height)
     x0, x1, y0, y1 = (int(np.clip(k, 0, n)) for k, n in ((x - 1.3 * r, width), (x + 1.3 * r + 1, width), (y - 1.3 * r, height), (y + 1.3 * r + 1, height)))
     dx, dy = np.arange(x0, max(x0, x1))[None] + 0.5 - x, np.arange(y0, max(y0, y1))[:, None] + 0.5 - y
     u, v = (math.cos(a) * dx + math.sin(a) * dy) / r, (math.cos(a) * dy - math.sin(a) * dx) / r
-    return (slice(y0, max(y0, y1)), slice(x0, max(x0, x1))), inside_shape(thing.shape, u, v), u, v
+    return (slice(y0, max(y0, y1)), slice(x0, max(x0, x1))), inside_shape(instance.shape, u, v), u, v
 
 # %% ../nbs/01_toyworld.ipynb #c013
 def draw(scene: Scene, t: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Picture uint8 [H, W, 3], visible masks bool [N, H, W] and areas [N] in px before occlusion, at time `t` (annotated frames)."
-    picture, masks = _ground(scene, t), np.zeros((len(scene.things), scene.height, scene.width), bool)
-    areas = np.zeros(len(scene.things), int)
-    for i, thing in enumerate(scene.things):
-        window, inside, u, v = place(thing, t, scene.width, scene.height)
-        picture[window][inside] = (thing.rgb * _paint(thing, u, v)[..., None])[inside]
+    "Image uint8 [H, W, 3], visible masks bool [N, H, W] and areas [N] in px before occlusion, at time `t` (annotated frames)."
+    image, masks = _ground(scene, t), np.zeros((len(scene.instances), scene.height, scene.width), bool)
+    areas = np.zeros(len(scene.instances), int)
+    for i, instance in enumerate(scene.instances):
+        window, inside, u, v = place(instance, t, scene.width, scene.height)
+        image[window][inside] = (instance.rgb * _paint(instance, u, v)[..., None])[inside]
         masks[(slice(0, i), *window)] &= ~inside
         masks[(i, *window)], areas[i] = inside, inside.sum()
-    picture += rng.standard_normal(picture.shape, dtype=np.float32) * scene.noise
-    return picture.clip(0, 255).astype(np.uint8), masks, areas
+    image += rng.standard_normal(image.shape, dtype=np.float32) * scene.noise
+    return image.clip(0, 255).astype(np.uint8), masks, areas
 
 # %% ../nbs/01_toyworld.ipynb #c015
-LONG, SHORTS = 128, (96, 104, 112, 120)  # sides of a picture, px: never square
-VISIBLE = 0.5                            # least part of a thing that may be seen in a still picture
+LONG, SHORTS = 128, (96, 104, 112, 120)  # sides of an image, px: never square
+VISIBLE = 0.5                            # least part of an instance that may be seen in a still image
 
 
 def _blank(rng: np.random.Generator) -> Scene:
@@ -159,13 +159,13 @@ def _blank(rng: np.random.Generator) -> Scene:
 
 
 def _looks(rng: np.random.Generator, pool: list[tuple[str, str, str]]) -> dict:
-    "Looks of a thing: usually a concept of the scene's pool, sometimes any."
+    "Looks of an instance: usually a concept of the scene's pool, sometimes any."
     c, s, p = pool[rng.integers(len(pool))] if rng.random() < 0.75 else _concept(rng)
     return dict(color=c, shape=s, pattern=p, rgb=np.array(COLORS[c]) + rng.uniform(-15, 15, 3), angle=rng.uniform(0, 6.28))
 
 
 def _concept(rng: np.random.Generator) -> tuple[str, str, str]:
-    "Any colour, shape and pattern; half of the things are plain."
+    "Any colour, shape and pattern; half of the instances are plain."
     return str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)), str(rng.choice(PATTERNS, p=(0.5, 0.25, 0.25)))
 
 
@@ -176,10 +176,10 @@ def _pool(rng: np.random.Generator) -> list[tuple[str, str, str]]:
     return pool
 
 # %% ../nbs/01_toyworld.ipynb #c016
-def sample_picture(rng: np.random.Generator,
-                   count: int | None = None  # number of things; one to five uniformly when missing
-                   ) -> tuple[np.ndarray, np.ndarray, list[Thing]]:
-    "Draw a picture uint8 [H, W, 3], its masks bool [N, H, W] and its things."
+def sample_image(rng: np.random.Generator,
+                   count: int | None = None  # number of instances; one to five uniformly when missing
+                   ) -> tuple[np.ndarray, np.ndarray, list[Instance]]:
+    "Draw an image uint8 [H, W, 3], its masks bool [N, H, W] and its instances."
     count = int(rng.integers(1, 6)) if count is None else count
     while True:
         scene, pool = _blank(rng), _pool(rng)
@@ -187,22 +187,22 @@ def sample_picture(rng: np.random.Generator,
         for _ in range(count):
             r = float(rng.uniform(12, biggest))
             spots = rng.uniform([0.7 * r] * 2, [scene.width - 0.7 * r, scene.height - 0.7 * r], (12, 2))
-            gap = [min((math.hypot(*(s - o.center)) - 0.85 * (r + o.radius) for o in scene.things), default=1.0) for s in spots]
+            gap = [min((math.hypot(*(s - o.center)) - 0.85 * (r + o.radius) for o in scene.instances), default=1.0) for s in spots]
             spot = spots[next((i for i, g in enumerate(gap) if g > 0), int(np.argmax(gap)))]
-            scene.things.append(Thing(**_looks(rng, pool), radius=r, center=spot))
-        picture, masks, areas = draw(scene, 0, rng)
-        if (masks.sum((1, 2)) >= VISIBLE * areas).all(): return picture, masks, scene.things
+            scene.instances.append(Instance(**_looks(rng, pool), radius=r, center=spot))
+        image, masks, areas = draw(scene, 0, rng)
+        if (masks.sum((1, 2)) >= VISIBLE * areas).all(): return image, masks, scene.instances
 
 # %% ../nbs/01_toyworld.ipynb #c019
-def _drift(rng: np.random.Generator, scene: Scene, thing: Thing) -> Thing:
-    "Set a thing in motion."
+def _drift(rng: np.random.Generator, scene: Scene, instance: Instance) -> Instance:
+    "Set an instance in motion."
     speed, a = rng.uniform(2, 7), rng.uniform(0, 6.28)
-    thing.path, thing.velocity = "drift", speed * np.array([math.cos(a), math.sin(a)])
-    thing.spin, thing.swell = float(rng.uniform(-0.2, 0.2)), float(rng.uniform(-0.2, 0.2))
-    return thing
+    instance.path, instance.velocity = "drift", speed * np.array([math.cos(a), math.sin(a)])
+    instance.spin, instance.swell = float(rng.uniform(-0.2, 0.2)), float(rng.uniform(-0.2, 0.2))
+    return instance
 
 
-def _twins(rng: np.random.Generator, scene: Scene, a: Thing, frames: int) -> tuple[Thing, Thing]:
+def _twins(rng: np.random.Generator, scene: Scene, a: Instance, frames: int) -> tuple[Instance, Instance]:
     "Make `a` swing through a point and return it with an identical twin that comes the other way."
     from copy import copy
     b, angle = copy(a), rng.uniform(0, 6.28)
@@ -210,21 +210,21 @@ def _twins(rng: np.random.Generator, scene: Scene, a: Thing, frames: int) -> tup
     reach = 0.5 * min(scene.width, scene.height) - 0.6 * a.radius
     middle = np.array([scene.width, scene.height]) / 2 + rng.uniform(-4, 4, 2)
     side, crossing = np.array([-way[1], way[0]]) * rng.uniform(0.2, 0.5) * a.radius, float(rng.uniform(3, min(5, frames - 3)))
-    for thing, sign in ((a, 1), (b, -1)):
-        thing.path, thing.when, thing.center, thing.velocity = "swing", (crossing, 0), middle + sign * side, sign * way * reach
-        thing.spin = float(rng.uniform(-0.15, 0.15))
+    for instance, sign in ((a, 1), (b, -1)):
+        instance.path, instance.when, instance.center, instance.velocity = "swing", (crossing, 0), middle + sign * side, sign * way * reach
+        instance.spin = float(rng.uniform(-0.15, 0.15))
     return a, b
 
 
-def _leave(rng: np.random.Generator, scene: Scene, thing: Thing, frames: int) -> Thing:
-    "Send a thing out over the nearest edge and have it come back."
-    (x, y), w, h = thing.center, scene.width, scene.height
+def _leave(rng: np.random.Generator, scene: Scene, instance: Instance, frames: int) -> Instance:
+    "Send an instance out over the nearest edge and have it come back."
+    (x, y), w, h = instance.center, scene.width, scene.height
     edge = min((x, (-x, 0)), (w - x, (w - x, 0)), (y, (0, -y)), (h - y, (0, h - y)), key=lambda e: e[0])[1]
     out = np.array(edge, float)
-    thing.path, thing.velocity = "leave", out * (1 + 2.2 * thing.radius / max(abs(out).max(), 1))
+    instance.path, instance.velocity = "leave", out * (1 + 2.2 * instance.radius / max(abs(out).max(), 1))
     away = float(rng.uniform(4.5, 6))
-    thing.when = (float(rng.uniform(0.5, max(0.6, frames - 1 - away))), away)
-    return thing
+    instance.when = (float(rng.uniform(0.5, max(0.6, frames - 1 - away))), away)
+    return instance
 
 # %% ../nbs/01_toyworld.ipynb #c020
 def sample_scene(rng: np.random.Generator, frames: int = 8, twins: bool | None = None, exits: bool | None = None) -> Scene:
@@ -234,12 +234,12 @@ def sample_scene(rng: np.random.Generator, frames: int = 8, twins: bool | None =
     for _ in range(int(rng.integers(2, 4)) - int(twins) + int(exits and twins)):
         r = float(rng.uniform(14, 23))
         spots = rng.uniform([r, r], [scene.width - r, scene.height - r], (12, 2))
-        gap = [min((math.hypot(*(s - o.center)) - (r + o.radius) for o in scene.things), default=0.0) for s in spots]
-        scene.things.append(_drift(rng, scene, Thing(**_looks(rng, pool), radius=r, center=spots[int(np.argmax(gap))])))
-    if exits: _leave(rng, scene, scene.things[0], frames)
+        gap = [min((math.hypot(*(s - o.center)) - (r + o.radius) for o in scene.instances), default=0.0) for s in spots]
+        scene.instances.append(_drift(rng, scene, Instance(**_looks(rng, pool), radius=r, center=spots[int(np.argmax(gap))])))
+    if exits: _leave(rng, scene, scene.instances[0], frames)
     if twins:
-        pair = _twins(rng, scene, scene.things.pop(), frames)
-        for thing in pair: scene.things.insert(int(rng.integers(len(scene.things) + 1)), thing)
+        pair = _twins(rng, scene, scene.instances.pop(), frames)
+        for instance in pair: scene.instances.insert(int(rng.integers(len(scene.instances) + 1)), instance)
     return scene
 
 
@@ -249,9 +249,9 @@ def draw_clip(scene: Scene, frames: int, rng: np.random.Generator, every: int = 
     return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn], 1)
 
 # %% ../nbs/01_toyworld.ipynb #c023
-def matches(thing: Thing, phrase: str) -> bool:
-    "Whether a thing is an instance of a phrase of the toy world."
-    return all(w in ("thing", thing.color, thing.shape, thing.pattern) for w in phrase.split())
+def matches(instance: Instance, phrase: str) -> bool:
+    "Whether a phrase of the toy world names an instance."
+    return all(w in ("thing", instance.color, instance.shape, instance.pattern) for w in phrase.split())
 
 
 def _phrase(color: str, shape: str, pattern: str, form: int) -> str:
@@ -259,22 +259,22 @@ def _phrase(color: str, shape: str, pattern: str, form: int) -> str:
     return (f"{color} {shape}", f"{pattern} {color} {shape}", shape, f"{color} thing")[form]
 
 
-def sample_phrase(rng: np.random.Generator, things: list[Thing],
+def sample_phrase(rng: np.random.Generator, instances: list[Instance],
                   kind: str  # positive | easy | hard-shape | hard-other
                   ) -> str | None:
-    "A phrase of one kind for a picture; None where twenty tries found none."
+    "A phrase of one kind for an image; None where twenty tries found none."
     for _ in range(20):
-        o = things[rng.integers(len(things))]
+        o = instances[rng.integers(len(instances))]
         c, s, p, form = o.color, o.shape, o.pattern, int(rng.choice(4, p=(0.5, 0.2, 0.15, 0.15)))
         if kind == "easy":
             c, s, p = _concept(rng)
-            if any(c == t.color and form != 2 or s == t.shape and form != 3 for t in things): continue
+            if any(c == t.color and form != 2 or s == t.shape and form != 3 for t in instances): continue
         elif kind == "hard-shape": s, form = str(rng.choice(SHAPES)), int(rng.random() < 0.3)
         elif kind == "hard-other":
             if rng.random() < 0.7: c, form = str(rng.choice(list(COLORS))), 0
             else: p, form = str(rng.choice(PATTERNS)), 1
         text = _phrase(c, s, p, form)
-        if any(matches(t, text) for t in things) == (kind == "positive"): return text
+        if any(matches(t, text) for t in instances) == (kind == "positive"): return text
     return None
 
 # %% ../nbs/01_toyworld.ipynb #c026
@@ -284,16 +284,16 @@ def _rle(mask: np.ndarray) -> dict:
     return {"size": [int(s) for s in r["size"]], "counts": r["counts"].decode()}
 
 
-def _jpeg(picture: np.ndarray) -> bytes:
+def _jpeg(image: np.ndarray) -> bytes:
     "JPEG bytes, quality 95."
     out = io.BytesIO()
-    Image.fromarray(picture).save(out, "JPEG", quality=95)
+    Image.fromarray(image).save(out, "JPEG", quality=95)
     return out.getvalue()
 
 
-def sa1b_record(number: int, picture: np.ndarray, masks: np.ndarray) -> dict:
-    "The JSON that lies beside a picture in SA-1B."
-    h, w = picture.shape[:2]
+def sa1b_record(number: int, image: np.ndarray, masks: np.ndarray) -> dict:
+    "The JSON that lies beside an image in SA-1B."
+    h, w = image.shape[:2]
     def one(i: int, m: np.ndarray) -> dict:
         code, (ys, xs) = _rle(m), np.nonzero(m)
         k = len(xs) // 2
@@ -310,10 +310,10 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(info, io.BytesIO(data))
 
 # %% ../nbs/01_toyworld.ipynb #c026e
-def enlarged(drawn: np.ndarray,     # a picture uint8 [h, w, 3], or masks bool [..., h, w]
+def enlarged(drawn: np.ndarray,     # an image uint8 [h, w, 3], or masks bool [..., h, w]
              size: tuple[int, int]  # height and width, px
              ) -> np.ndarray:
-    "A picture (bilinear) or masks (nearest) at another size, the same edges to half a pixel of the drawing."
+    "An image (bilinear) or masks (nearest) at another size, the same edges to half a pixel of the drawing."
     if drawn.dtype != bool: return np.asarray(Image.fromarray(drawn).resize(size[::-1], Image.Resampling.BILINEAR))
     rows, columns = (((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip(size, drawn.shape[-2:]))
     return drawn[..., rows[:, None], columns]
@@ -332,8 +332,8 @@ def write_mp4(path: Path, frames: np.ndarray, rate: int = 24,
         stream = box.add_stream("libx264", rate=rate, options={**options, "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = *(size or frames.shape[1:3]), "yuv420p"
         for f in frames:
-            picture = f if size is None else enlarged(f, size)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")): box.mux(packet)
+            image = f if size is None else enlarged(f, size)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")): box.mux(packet)
         for packet in stream.encode(): box.mux(packet)
 
 
@@ -351,7 +351,7 @@ def sav_record(name: str, masks: np.ndarray, every: int) -> dict:
 
 # %% ../nbs/01_toyworld.ipynb #c030
 def saco_pair(pair: int, file_name: str, text: str, kind: str, masks: np.ndarray, first: int) -> tuple[dict, list[dict]]:
-    "One (picture, phrase) entry and its annotations; `masks` [n, H, W] are the phrase's instances, `first` the next annotation id."
+    "One (image, phrase) entry and its annotations; `masks` [n, H, W] are the phrase's instances, `first` the next annotation id."
     h, w = masks.shape[1:]
     image = {"id": pair, "file_name": file_name, "text_input": text, "width": w, "height": h, "queried_category": text,
              "is_instance_exhaustive": 1, "is_pixel_exhaustive": 1, "negative": "" if kind == "positive" else kind}
@@ -383,7 +383,7 @@ def veval_file(clips: list[tuple[str, np.ndarray, list[tuple[str, np.ndarray]], 
 class Split:
     "How much of the toy world is written, and from which seed."
     seed: int
-    pictures: int
+    images: int
     clips: int       # of 8 annotated frames
     long_clips: int  # of 32 annotated frames
 
@@ -410,28 +410,28 @@ def _in_order(make: Callable[[int], Any], count: int) -> Iterator[Any]:
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), _end_with, (os.getpid(),)) as pool: yield from pool.map(make, range(count), chunksize=2)
 
 # %% ../nbs/01_toyworld.ipynb #c033
-def _picture(split: Split, number: int) -> tuple[np.ndarray, dict, bytes, list[tuple[str, str, np.ndarray]]]:
-    "A picture of a split: pixels, SA-1B record, JPEG, and three phrases (kind, text, instances): positive, easy negative, hard negative."
+def _image(split: Split, number: int) -> tuple[np.ndarray, dict, bytes, list[tuple[str, str, np.ndarray]]]:
+    "An image of a split: pixels, SA-1B record, JPEG, and three phrases (kind, text, instances): positive, easy negative, hard negative."
     rng, phrases = _rng(split, "picture", number), []
-    picture, masks, things = sample_picture(rng, 1 + number % 5)
+    image, masks, there = sample_image(rng, 1 + number % 5)
     for kind in ("positive", "easy", "hard-shape" if number % 2 else "hard-other"):
-        text = next(filter(None, (sample_phrase(rng, things, kind) for _ in range(100))))
-        phrases.append((kind, text, masks[[matches(t, text) for t in things]]))
-    return picture, sa1b_record(number, picture, masks), _jpeg(picture), phrases
+        text = next(filter(None, (sample_phrase(rng, there, kind) for _ in range(100))))
+        phrases.append((kind, text, masks[[matches(t, text) for t in there]]))
+    return image, sa1b_record(number, image, masks), _jpeg(image), phrases
 
 
-def _write_pictures(folder: Path, split: Split, digest) -> None:
-    "SA-1B tar and SA-Co image JSON over the same pictures."
+def _write_images(folder: Path, split: Split, digest) -> None:
+    "SA-1B tar and SA-Co image JSON over the same images."
     (folder / "saco" / "pictures").mkdir(parents=True)
     pairs, marks = [], []
     with tarfile.open(folder / "images.tar", "w") as tar:
-        for k, (picture, record, jpeg, phrases) in enumerate(_in_order(partial(_picture, split), split.pictures)):
+        for k, (image, record, jpeg, phrases) in enumerate(_in_order(partial(_image, split), split.images)):
             _add(tar, f"sa_{k:06d}.jpg", jpeg); _add(tar, f"sa_{k:06d}.json", json.dumps(record).encode())
             (folder / "saco" / "pictures" / f"sa_{k:06d}.jpg").write_bytes(jpeg)
             for kind, text, instances in phrases:
-                image, found = saco_pair(len(pairs), f"pictures/sa_{k:06d}.jpg", text, kind, instances, len(marks))
-                pairs.append(image); marks += found
-            digest.update(picture.tobytes() + json.dumps(record).encode())
+                pair, found = saco_pair(len(pairs), f"pictures/sa_{k:06d}.jpg", text, kind, instances, len(marks))
+                pairs.append(pair); marks += found
+            digest.update(image.tobytes() + json.dumps(record).encode())
     write_json(folder / "saco" / "images.json", {"info": {"description": "toy world"}, "images": pairs, "annotations": marks, "categories": [{"id": 1, "name": "object"}]})
     digest.update(json.dumps([pairs, marks]).encode())
 
@@ -440,18 +440,18 @@ def _clip(folder: Path, split: Split, kind: str, frames: int, number: int) -> tu
     "Write a clip's mp4 and JSON, and a long one's annotated frames; its pixels, its record, and what `veval_file` takes."
     rng = _rng(split, kind, number)
     scene = sample_scene(rng, frames, twins=number % 2 == 0, exits=number % 3 == 0)
-    pictures, masks = draw_clip(scene, frames, rng, EVERY)
+    images, masks = draw_clip(scene, frames, rng, EVERY)
     name, masks = f"toy_{number:06d}", masks[:, ::EVERY]
-    write_mp4(folder / f"{name}.mp4", pictures)
+    write_mp4(folder / f"{name}.mp4", images)
     record = sav_record(name, masks, EVERY)
     write_json(folder / f"{name}_manual.json", record)
-    if kind != "long": return pictures.tobytes(), record, ()
-    texts = {sample_phrase(rng, scene.things, w) for w in ("positive", "positive", "easy", "hard-shape")} - {None}
-    pairs = [(p, [i for i, t in enumerate(scene.things) if matches(t, p)]) for p in sorted(texts)]
+    if kind != "long": return images.tobytes(), record, ()
+    texts = {sample_phrase(rng, scene.instances, w) for w in ("positive", "positive", "easy", "hard-shape")} - {None}
+    pairs = [(p, [i for i, t in enumerate(scene.instances) if matches(t, p)]) for p in sorted(texts)]
     files = [f"{name}/{i * EVERY:05d}.jpg" for i in range(frames)]
     (folder / name).mkdir()
-    for f, picture in zip(files, pictures[::EVERY]): (folder / f).write_bytes(_jpeg(picture))
-    return pictures.tobytes(), record, (name, masks, pairs, files)
+    for f, image in zip(files, images[::EVERY]): (folder / f).write_bytes(_jpeg(image))
+    return images.tobytes(), record, (name, masks, pairs, files)
 
 
 def _write_clips(folder: Path, split: Split, kind: str, count: int, frames: int, digest) -> None:
@@ -475,24 +475,24 @@ def toyworld(split: str = "train") -> Path:
     spec = SPLITS[split]
     folder = cache_dir() / f"toyworld-{split}-{sha256(repr((VERSION, spec)).encode()).hexdigest()[:8]}"
     if not (folder / "manifest.json").exists():
-        print(f"writing the toy world's '{split}' split to the cache folder {folder.name} ({spec.pictures} pictures, {spec.clips} + {spec.long_clips} clips)")
+        print(f"writing the toy world's '{split}' split to the cache folder {folder.name} ({spec.images} images, {spec.clips} + {spec.long_clips} clips)")
         with atomically(folder) as new:
             digest = sha256()
-            new.mkdir(); _write_pictures(new, spec, digest)
+            new.mkdir(); _write_images(new, spec, digest)
             _write_clips(new, spec, "clip", spec.clips, 8, digest)
             if spec.long_clips: _write_clips(new, spec, "long", spec.long_clips, 32, digest)
             write_json(new / "manifest.json", {"split": split, "version": VERSION, **spec.__dict__, "digest": digest.hexdigest()})
     return folder
 
 
-VERSION = 1  # of the drawing: change it when a picture changes
+VERSION = 1  # of the drawing: change it when an image changes
 
 # %% ../nbs/01_toyworld.ipynb #c038
 HELD_OUT_DIGEST = "fcdcec2ba7cbd96fea4221db06f4ba7014ceadfa9d6fddc261a4b7cd40e59b73"
 
 
 def held_out() -> Path:
-    "Folder of the frozen evaluation (500 pictures, 64 clips of 8 and 32 of 32 annotated frames); warns where its digest is not the frozen one."
+    "Folder of the frozen evaluation (500 images, 64 clips of 8 and 32 of 32 annotated frames); warns where its digest is not the frozen one."
     import warnings
     folder = toyworld("held_out")
     digest = json.loads((folder / "manifest.json").read_text())["digest"]

@@ -20,7 +20,7 @@ from .teacher import Bank, Features, MaskSet, Memory, Prompts, Sam3, gate
 
 # %% ../nbs/22_tracker.ipynb #c005
 def own_time(frame_index: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    "Shift frame_index [N, T] so that column 0 is each object's frame `start` [N]; with valid [N, T], False past the clip's end (its last picture is repeated there)."
+    "Shift frame_index [N, T] so that column 0 is each object's frame `start` [N]; with valid [N, T], False past the clip's end (its last image is repeated there)."
     t = torch.arange(frame_index.shape[1], device=start.device) + start[:, None]
     return frame_index.gather(1, t.clamp(max=frame_index.shape[1] - 1)), t < frame_index.shape[1]
 
@@ -52,12 +52,12 @@ def mask_as_output(model: Sam3, features: Features, prompts: Prompts) -> tuple[M
 
 # %% ../nbs/22_tracker.ipynb #c013
 def unprompted(model: Sam3, features: Features, image_index: Tensor) -> Prompts:
-    "No prompt at all, for N objects on pictures `image` [N]."
+    "No prompt at all, for N objects on images `image` [N]."
     return Prompts(image_index, features.tracker[2].new_zeros(len(image_index), 0, 2), image_index.new_zeros(len(image_index), 0, dtype=torch.int32), multimask=use_multimask(model.tracker_model.config, 0, False))
 
 
 def see(model: Sam3, features: Features, image_index: Tensor, prompts: Prompts | None = None, bank: Bank | None = None) -> tuple[MaskSet, Memory]:
-    "One frame of N objects on pictures `image` [N], prompted or read from a `bank`: the decoder's masks, and what to remember."
+    "One frame of N objects on images `image` [N], prompted or read from a `bank`: the decoder's masks, and what to remember."
     shown = None
     if prompts is None: out = model.decode(features, unprompted(model, features, image_index), model.recall(features, image_index, bank))
     elif prompts.masks is None:
@@ -109,7 +109,7 @@ class History:
 class Track:
     "N objects over T frames."
     masks: Tensor           # [N, T, 4g, 4g] logits of the mask with the highest predicted IoU, before gating
-    object_logits: Tensor   # [N, T] > 0: the object is in the picture
+    object_logits: Tensor   # [N, T] > 0: the object is in the image
     iou: Tensor             # [N, T] predicted IoU of that mask
     pointers: Tensor        # [N, T, C] object pointers
     sets: list[MaskSet]     # of each frame: all candidates
@@ -127,11 +127,11 @@ def collect(sets: list[MaskSet]) -> Track:
 
 # %% ../nbs/22_tracker.ipynb #c022
 def track(model: Sam3,
-          features: Features,               # of all pictures of all clips
-          frame_index: Tensor,              # [N, T] picture of each object's frames
+          features: Features,               # of all images of all clips
+          frame_index: Tensor,              # [N, T] image of each object's frames
           prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once); their `image` is not read
           memory: str = "full",             # "full", or "pointers_only": memory maps dropped, pointers kept
-          frames: int = 0,                  # length of the film, if it is to normalise pointer distances as the library does offline; 0: as in streaming
+          frames: int = 0,                  # length of the video, if it is to normalise pointer distances as the library does offline; 0: as in streaming
           store: torch.dtype | None = None, # type memories are kept in; None: as computed
           detach_every: int = 0,            # cut gradients through memory every so many frames; 0: never
           checkpoint: bool = False,         # recompute each frame in the backward pass
@@ -152,13 +152,13 @@ def track(model: Sam3,
 
 # %% ../nbs/22_tracker.ipynb #c050
 class Follower:
-    "N objects of one film, followed frame by frame, in memory that does not grow with it."
+    "N objects of one video, followed frame by frame, in memory that does not grow with it."
     def __init__(self, model: Sam3, store: torch.dtype | None = None,  # type memories are kept in; None: as computed
                  maps: bool = True):                                   # False: memory maps are dropped, pointers kept
         self.model, self.history, self.maps = model, History(model.tracker_model.config, store=store), maps
         self.frame, self.image_index = 0, None
 
-    def step(self, seen: Features,                   # of the next picture alone
+    def step(self, seen: Features,                   # of the next image alone
              prompts: Prompts | None = None          # for all objects, on frame 0 at least; their `image` is not read
              ) -> MaskSet:
         "The answer in the next frame. `ValueError` without a prompt on frame 0."
@@ -172,10 +172,10 @@ class Follower:
 
 @torch.no_grad()
 def follow(model: Sam3,
-           pictures: Iterable[Tensor],                 # [1, 3, S, S] each, as the model's `encode` wants them; may be endless
+           images: Iterable[Tensor],                 # [1, 3, S, S] each, as the model's `encode` wants them; may be endless
            prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once)
            store: torch.dtype | None = None,           # as `Follower`'s
            ) -> Iterator[MaskSet]:
-    "Track N objects through a film, one answer a frame. Raises ValueError without a prompt on frame 0."
+    "Track N objects through a video, one answer a frame. Raises ValueError without a prompt on frame 0."
     prompts, follower = {0: prompts} if isinstance(prompts, Prompts) else prompts, Follower(model, store)
-    for t, pixels in enumerate(pictures): yield follower.step(model.encode(pixels), prompts.get(t))
+    for t, pixels in enumerate(images): yield follower.step(model.encode(pixels), prompts.get(t))

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .checkpoints import Tally, keep_batch, load_state, restore, save_state, trained  # the next notebook: what a run keeps
-from .cluster import Stopped, stop_asked
+from .cluster import Stopped, stop_requested
 from .core import Part, nearest, peak_memory, pick_device, pick_precision, seed_everything
 
 # %% ../nbs/05_training.ipynb #c005
@@ -93,8 +93,8 @@ class Schedule:
     batch_size: int = 0        # images or clips a step, over all ranks and micro-batches
     micro_batch: int = 0       # of them a rank works on so many at a time; 0: on its whole share
     lr: float = 0.0            # at the end of the warm-up
-    warmup: float = 0.0        # linear warm-up: steps, or a fraction of `steps` below 1
-    clip: float = 0.0          # largest norm of the gradient; 0: not clipped
+    linear_warmup: float = 0.0        # linear warm-up: steps, or a fraction of `steps` below 1
+    max_norm: float = 0.0          # largest norm of the gradient; 0: not clipped
     ema: float = 0.0           # decay of the average of the weights; 0: none
     betas: tuple[float, float] = (0.9, 0.999)
     floor: float = 0.0         # the cosine ends at this fraction of lr
@@ -113,8 +113,8 @@ class Schedule:
     lambda_maps: float = _of(1, default=1.0)   # weight of each of these
     augment: bool = _of(2, 3, default=True)    # the recipe's `augment`; False: images as they are, so that a frozen encoder's maps are kept
     back: float = _of(2, 3, default=0.0)       # fraction of the steps whose clips are played there and back
-    lesson_steps: int = _of(2, 3, default=0)   # steps of a first lesson: single frames with the teacher's memory; maps
-    lesson_lr: float = _of(2, 3, default=1e-3)  # and its learning rate
+    warmup_steps: int = _of(2, 3, default=0)   # steps of a warm-up: single frames with the teacher's memory (stage 2), features (stage 3)
+    warmup_lr: float = _of(2, 3, default=1e-3)  # and its learning rate
     lambda_read: float = _of(2, 3, default=1.0)  # weight of the read-out terms (§4.3), within lambda2; 0: left out
     read_decay: str = _of(2, default="")       # how the teacher's read-out fades to nothing: linear, cosine; empty: it stays
     detach_every: int = _of(2, 3, default=0)   # gradients through memory end every so many frames; 0: never
@@ -127,12 +127,12 @@ class Schedule:
     lambda_prompts: float = _of(3, default=1.0)  # weight of stage 1's prompt terms on its images; 0: left out
 
     @property
-    def warmup_steps(self) -> int: return round(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
+    def linear_warmup_steps(self) -> int: return round(self.linear_warmup * self.steps) if self.linear_warmup < 1 else int(self.linear_warmup)
 
     def factor(self, step: int) -> float:
         "Fraction of `lr` at a step: linear warm-up, then half a cosine down to `floor`."
-        up = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        part = min(1.0, max(0, step - self.warmup_steps) / max(1, self.steps - self.warmup_steps))
+        up = min(1.0, (step + 1) / max(1, self.linear_warmup_steps))
+        part = min(1.0, max(0, step - self.linear_warmup_steps) / max(1, self.steps - self.linear_warmup_steps))
         return up * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * part)))
 
     def micro_batches(self, ranks: int) -> int:
@@ -152,15 +152,15 @@ STAGES_OF: Mapping[str, tuple[int, ...]] = {f.name: f.metadata.get("stages", (1,
 
 # %% ../nbs/05_training.ipynb #c009
 PAPER: Mapping[int, Schedule] = {
-    1: Schedule(batch_size=64, lr=1e-4, warmup=1000),
-    2: Schedule(batch_size=16, lr=5e-5, warmup=0.08),
-    3: Schedule(batch_size=32, lr=2e-5, warmup=0.02, clip=1.0, ema=0.999),
+    1: Schedule(batch_size=64, lr=1e-4, linear_warmup=1000),
+    2: Schedule(batch_size=16, lr=5e-5, linear_warmup=0.08),
+    3: Schedule(batch_size=32, lr=2e-5, linear_warmup=0.02, max_norm=1.0, ema=0.999),
 }
 _SOFT = dict(floor=0.02, focal=20.0, temperature=1.0)
 PROVEN: Mapping[int, Schedule] = {
-    1: replace(PAPER[1], **_SOFT, clip=5.0, inherited=0.1, lambda1=4.0),
-    2: replace(PAPER[2], **_SOFT, clip=1.0, ema=0.999, lambda2=0.5, back=0.5, lesson_steps=1000),
-    3: replace(PAPER[3], **_SOFT, lambda1=4.0, lambda2=0.5, back=0.5, thaw=("detr", "tracking"), encoder_lr=2e-5, lesson_steps=1000,
+    1: replace(PAPER[1], **_SOFT, max_norm=5.0, inherited=0.1, lambda1=4.0),
+    2: replace(PAPER[2], **_SOFT, max_norm=1.0, ema=0.999, lambda2=0.5, back=0.5, warmup_steps=1000),
+    3: replace(PAPER[3], **_SOFT, lambda1=4.0, lambda2=0.5, back=0.5, thaw=("detr", "tracking"), encoder_lr=2e-5, warmup_steps=1000,
                clip_every=1, alternate=False),
 }
 SCHEDULES: Mapping[str, Mapping[int, Schedule]] = {"paper": PAPER, "proven": PROVEN}
@@ -201,11 +201,11 @@ RECIPE: tuple[Departure, ...] = (
     Departure((2,), "batch_size", 16, "clips, as the paper"),
     Departure((3,), "batch_size", 32, "images or a fourth as many clips: 32 or 8, as the paper"),
     Departure((1,), "lr", 1e-4, "as the paper"), Departure((2,), "lr", 5e-5, "as the paper"), Departure((3,), "lr", 2e-5, "as the paper"),
-    Departure((1,), "warmup", 1000, "steps, as the paper"),
-    Departure((2,), "warmup", (0.05, 0.1), "the paper says 5–10 %: the middle"),
-    Departure((3,), "warmup", None, "the paper says small"),
-    Departure((1, 2), "clip", 0.0, "the paper clips in stage 3 alone; proven: 5 and 1, what the toy recipes were made with"),
-    Departure((3,), "clip", 1.0, "as the paper"),
+    Departure((1,), "linear_warmup", 1000, "steps, as the paper"),
+    Departure((2,), "linear_warmup", (0.05, 0.1), "the paper says 5–10 %: the middle"),
+    Departure((3,), "linear_warmup", None, "the paper says small"),
+    Departure((1, 2), "max_norm", 0.0, "the paper clips in stage 3 alone; proven: 5 and 1, what the toy recipes were made with"),
+    Departure((3,), "max_norm", 1.0, "as the paper"),
     Departure((2,), "ema", 0.0, "the paper averages in stage 3 alone; proven: here too, as the toy recipes were made"),
     Departure((3,), "ema", None, "the paper names EMA without its decay"),
     Departure((1, 2, 3), "floor", 0.0, "the cosine ends at 0; proven: at a fiftieth of lr, as the toy recipes were made"),
@@ -218,8 +218,8 @@ RECIPE: tuple[Departure, ...] = (
     Departure((1, 3), "refinements", 1, "M = 1, as the paper"),
     Departure((2,), "lambda_read", None, "the read-out term is optional there; it teaches more than the masks (29_ablation)"),
     Departure((2, 3), "back", 0.0, "clips run forward; proven: half of them there and back, more memory steps for one encoding"),
-    Departure((2,), "lesson_steps", 0, "no aid; proven: single frames with the teacher's memory first, on a bounded number of batches"),
-    Departure((3,), "lesson_steps", 0, "no aid; proven: maps first, or a frozen coarse map hides how instances differ"),
+    Departure((2,), "warmup_steps", 0, "no aid; proven: single frames with the teacher's memory first, on a bounded number of batches"),
+    Departure((3,), "warmup_steps", 0, "no aid; proven: maps first, or a frozen coarse map hides how instances differ"),
     Departure((2,), "global_latents", None, "K = 128 is given, its split is not"), Departure((2,), "local_latents", None, "K = 128 is given, its split is not"),
     Departure((2, 3), "augment", True, "§4.1's augmentation, one for a whole clip; toy recipes switch it off, so that maps of a frozen encoder are kept"),
     Departure((3,), "thaw", (), "Perceiver, mask decoders, presence and scoring; proven: DETR and tracking too"),
@@ -290,9 +290,9 @@ class Clock:
     def waiting(self, batches: Iterator) -> Iterator:
         "The same batches; the time that each takes to come is added up."
         while True:
-            asked = time.perf_counter()
+            begun = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - asked
+            self.waited += time.perf_counter() - begun
             if batch is None: return
             yield batch
 
@@ -351,10 +351,10 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     for step in bar:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * schedule.factor(step)
         if hasattr(task, "step"): task.step = step
-        asked = main and stop_asked()
+        stopping = main and stop_requested()
         parts = [next(batches) for _ in range(micro)]
         for batch in parts: tally.add(step, batch, rank)
-        logged, stopped = _step(accelerator, wrapped, optimizer, parts, step, seed, schedule, together, asked)
+        logged, stopped = _step(accelerator, wrapped, optimizer, parts, step, seed, schedule, together, stopping)
         row = row + 1 if "not_finite" in logged else 0
         if average and not row: _follow(average, trained(task), min(schedule.ema, (step + 1) / (step + 20)))
         if main: _tell(log, bar, {"step": step, "lr": optimizer.param_groups[0]["lr"], **logged}, clock)
@@ -402,7 +402,7 @@ def added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[object], step: int, seed: int, schedule: Schedule, together: Together,
-          asked: bool = False  # to stop
+          stopping: bool = False  # to stop
           ) -> tuple[dict[str, object], bool]:
     "One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank was asked to stop. Left out by all ranks where a loss or the gradient is not finite."
     own, ranks, sums = accelerator.unwrap_model(task), accelerator.num_processes, {}
@@ -417,10 +417,10 @@ def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[
             accelerator.backward(loss * ranks)  # gradients are averaged over ranks
         for name, v in {"loss": loss, **{n: v * share for n, v in losses.items()}}.items(): sums[name] = sums.get(name, 0.0) + v.detach()
     overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1   # then a gradient that is not finite is the scaler's business
-    norm = accelerator.clip_grad_norm_(task.parameters(), schedule.clip or math.inf)
+    norm = accelerator.clip_grad_norm_(task.parameters(), schedule.max_norm or math.inf)
     *mine, norm = torch.stack([v.float() for v in (*sums.values(), torch.as_tensor(norm, device=accelerator.device))]).tolist()
     odd = [k for k, v in zip(sums, mine) if not math.isfinite(v)] + (["gradient"] if not (overflow or math.isfinite(norm)) else [])
-    told, stops, faults = zip(*together.all((dict(zip(sums, mine)), asked, odd)))
+    told, stops, faults = zip(*together.all((dict(zip(sums, mine)), stopping, odd)))
     if not any(faults): optimizer.step()  # fp16: the scaler itself leaves an overflow out
     elif accelerator.scaler is not None: accelerator.scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -25,8 +25,8 @@ def write_part(part: int, parts: int, recipe: str = "toy", teacher: str = "", pr
     check_cache(cache, replays, told["splits"]["train"]["images"])
     precision, vit = pick_precision(device, precision), load_teacher(teacher or told["teacher"]).to(device)
     many = pick_workers(device, workers)
-    pictures, folder, _ = open_features(told, vit, cache, replays, precision, many, parts)
-    print(write_cache(folder, vit, pictures, cache, rank=part, world=parts, workers=many, precision=precision))
+    images, folder, _ = open_features(told, vit, cache, replays, precision, many, parts)
+    print(write_cache(folder, vit, images, cache, rank=part, world=parts, workers=many, precision=precision))
 
 
 if __name__ == "__main__":

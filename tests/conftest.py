@@ -1,4 +1,4 @@
-"What several tests share: where things are, and a stage-1 student to start from."
+"What several tests share: where instances are, and a stage-1 student to start from."
 import os
 import subprocess
 import sys

@@ -80,8 +80,8 @@ def test_veval_json_is_read_back(disks):
 
 @pytest.fixture
 def public(tmp_path) -> Path:
-    "Two toy clips in the layouts of MOSE and of SA-V val, and toy pictures in COCO's."
-    clips, pictures = open_dataset("tiny", "held_out", "clips"), open_dataset("tiny", "held_out", "images")
+    "Two toy clips in the layouts of MOSE and of SA-V val, and toy images in COCO's."
+    clips, images = open_dataset("tiny", "held_out", "clips"), open_dataset("tiny", "held_out", "images")
     for sample in (clips.read(0), clips.read(1)):
         for t, image in enumerate(sample.frames):
             for folder in ("JPEGImages", "JPEGImages_24fps"):
@@ -92,7 +92,7 @@ def public(tmp_path) -> Path:
             if t % 2 == 0: write_objects(tmp_path / "Annotations_6fps" / sample.name, f"{t:05d}", sample.masks[:, t] - 0.5, ids)
     truth = {"images": [], "annotations": [], "categories": []}
     for i in range(3):
-        sample = pictures.read(i)
+        sample = images.read(i)
         Image.fromarray(sample.image).save(tmp_path / f"{sample.name}.jpg", quality=95)
         for k, some in instances(i, [100 * i + n for n in range(len(sample.masks))], f"{sample.name}.jpg", sample.masks).items(): truth[k] += some
     (tmp_path / "instances.json").write_text(json.dumps(truth))
@@ -154,8 +154,8 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
     shutil.copytree(toyworld("tiny"), data)
     movie = sorted((data / "clip").glob("*.mp4"))[0]
     movie.write_bytes(movie.read_bytes()[:200])
-    picture = sorted((data / "saco" / "pictures").glob("*.jpg"))[1]
-    picture.write_bytes(b"no picture")
+    image = sorted((data / "saco" / "pictures").glob("*.jpg"))[1]
+    image.write_bytes(b"no image")
     recipe = yaml.safe_load(Path(load_recipe.__globals__["RECIPES"] / "tiny.yaml").read_text()) | {"name": "broken", "root": str(data)}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(recipe))
     folder, rows = evaluate("toy", str(tmp_path / "broken.yaml"), "mask, phrase", limit=2, runs=str(tmp_path / "runs"))
@@ -163,9 +163,9 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
     assert (found["clips"]["samples"], found["clips"]["skipped"]) == (1, 1) and found["clips"]["scores"]["J"] > 0
     assert (found["concept_images"]["samples"], found["concept_images"]["skipped"]) == (1, 1)
     said = json.loads((folder / "concept_images" / "phrase" / "scores.json").read_text())["why"]
-    assert picture.name in said[0]
+    assert image.name in said[0]
     units = json.loads((folder / "concept_images" / "phrase" / "truth.json").read_text())["images"]
-    assert units and all(picture.name not in u["file_name"] for u in units), "what could not be read is no truth either"
+    assert units and all(image.name not in u["file_name"] for u in units), "what could not be read is no truth either"
 
 
 def test_errors_name_the_nearest(tmp_path, monkeypatch):

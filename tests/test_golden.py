@@ -32,7 +32,7 @@ def test_every_recipe_of_public_data_has_a_golden_file():
     own = {"toy", "toy_hour", "tiny", "videos", "folder"}
     assert {f.recipe for f in FORMATS.values()} == {p.stem for p in RECIPES.glob("*.yaml")} - own
     for name, form in FORMATS.items():
-        for part in form.source.split("; "): assert name == "saco_veval_films" or ":" not in part or part.split(":")[0] in READ_IN
+        for part in form.source.split("; "): assert name == "saco_veval_videos" or ":" not in part or part.split(":")[0] in READ_IN
 
 
 def test_every_split_of_the_recipes_is_read(data):
@@ -103,8 +103,8 @@ def test_gold_scores_what_all_three_call_exhaustive(gold, data):
 def test_reader_asks_pairs_by_their_id(gold, data):
     "The pairs that the first annotator calls exhaustive, which holds all that are scored."
     reader = reader_of("saco_gold", data, "held_out", "concept_images")
-    asked = [p.pair for k in range(2) for p in reader.read(k).phrases]
-    assert asked == [10000000, 10000001, 10000002, 10000004, 10000005, 10000006]
+    pairs = [p.pair for k in range(2) for p in reader.read(k).phrases]
+    assert pairs == [10000000, 10000001, 10000002, 10000004, 10000005, 10000006]
 
 
 def test_veval_truth_scores_one(data):

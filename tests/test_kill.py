@@ -104,8 +104,8 @@ def kill(process: multiprocessing.Process, after: float, file: Path | None = Non
 # ---- the three stages
 
 FEW = {"eval_images": 1, "eval_instances": 1}
-STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2, "options": {"lesson_steps": 3}},
-          3: {"steps": 4, "batch_size": 4, "options": {"lesson_steps": 2}, "brief": True, **FEW}}
+STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2, "options": {"warmup_steps": 3}},
+          3: {"steps": 4, "batch_size": 4, "options": {"warmup_steps": 2}, "brief": True, **FEW}}
 
 
 def run(stage: int, **given) -> None:
@@ -117,7 +117,7 @@ def run(stage: int, **given) -> None:
 def reached(folder: Path) -> str:
     "How far a run has come."
     if (folder / "student").exists(): return "evaluation"
-    for name, part in ((folder, "step"), (folder / "lesson", "lesson")):
+    for name, part in ((folder, "step"), (folder / "warmup", "warmup")):
         if (state := read_state(name, main=False)): return f"{part} {state['step']}"
     return "begun" if folder.exists() else "nothing"
 
@@ -158,7 +158,7 @@ def test_a_stage_killed_anywhere(stage, kills, begin, tmp_path, request):
 def told(folder: Path) -> dict[str, object]:
     "What a run leaves behind, but for times."
     report = {k: v for k, v in json.loads((folder / "report.json").read_text()).items() if k != "timing"}
-    files = [p for p in ("metrics.jsonl", "lesson/metrics.jsonl", "student/model.safetensors", "student/config.json") if (folder / p).exists()]
+    files = [p for p in ("metrics.jsonl", "warmup/metrics.jsonl", "student/model.safetensors", "student/config.json") if (folder / p).exists()]
     return {"report": report, "state": {k: v for k, v in read_state(folder).items() if k in ("step", "more")}, **{p: content(folder / p) for p in files}}
 
 
@@ -166,16 +166,16 @@ def told(folder: Path) -> dict[str, object]:
 
 def write_features(folder: str, replays: int) -> None:
     "Many small files of features of the tiny toy world."
-    pictures = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
-    write_cache(folder, load_teacher("toy"), pictures, "int8", batch=2, records=16)
+    images = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
+    write_cache(folder, load_teacher("toy"), images, "int8", batch=2, records=16)
 
 
 def test_a_feature_cache_killed_anywhere(begin, tmp_path):
     "After each kill a record says that it is complete, or it is not read; in the end all bytes are those of a cache that was written at once."
     replays, kills = (12, 8) if FULL else (4, 2)
     length = ended(begin(write_features, folder=str(tmp_path / "whole"), replays=replays))
-    pictures = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
-    settings = cache_settings(load_teacher("toy"), pictures, "int8", 16) | {"precision": "no"}
+    images = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
+    settings = cache_settings(load_teacher("toy"), images, "int8", 16) | {"precision": "no"}
     chance, done, number = random.Random(4), 0, 0
     while done < kills:
         number += 1
@@ -184,9 +184,9 @@ def test_a_feature_cache_killed_anywhere(begin, tmp_path):
             after, file = (chance.uniform(0.0, 0.6) * length, folder / "000000.trunk") if done % 2 == 0 else (chance.uniform(0.1, 0.9) * length, None)
             over = not kill(begin(write_features, folder=str(folder), replays=replays), after, file)
             kept = FeatureCache(folder, settings)
-            there = [i for i in range(len(pictures)) if kept.holds(i)]
+            there = [i for i in range(len(images)) if kept.holds(i)]
             for i in there: kept.read([i])  # checks the checksum
-            if not over: done += 1; note("feature cache", after, run=number, reached=f"{len(there)} of {len(pictures)} records")
+            if not over: done += 1; note("feature cache", after, run=number, reached=f"{len(there)} of {len(images)} records")
         if not over: ended(begin(write_features, folder=str(folder), replays=replays))
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
 

@@ -41,7 +41,7 @@ def rle(mask: np.ndarray) -> dict:
 
 
 def blobs(rng: np.random.Generator, frames: int, h: int, w: int, objects: int) -> np.ndarray:
-    "Label maps [T, H, W] of discs that drift, hide each other and leave the picture."
+    "Label maps [T, H, W] of discs that drift, hide each other and leave the image."
     y, x = np.mgrid[:h, :w]
     out = np.zeros((frames, h, w), np.uint8)
     for k in range(1, objects + 1):
@@ -163,7 +163,7 @@ def test_real_masks_that_are_a_pixel_narrower(real_files, tmp_path):
     assert davis(truth, truth)["J&F"] == 1
     shutil.copytree(truth / "judo", tmp_path / "judo")
     wide = tmp_path / "judo" / "00005.png"
-    with Image.open(wide) as picture: picture.resize((854, 480), Image.Resampling.NEAREST).save(tmp_path / "wide.png")
+    with Image.open(wide) as image: image.resize((854, 480), Image.Resampling.NEAREST).save(tmp_path / "wide.png")
     shutil.move(tmp_path / "wide.png", wide)
     with pytest.warns(UserWarning, match="854×480 → 853×480"): found = davis(truth, tmp_path)
     assert found["J"] == 1 and found["per_object"].keys() == {"judo_1", "judo_2"}
@@ -206,7 +206,7 @@ def test_prompt_miou_agrees_with_drawn_masks(tmp_path):
     with pytest.raises(ValueError, match="1 of 11 instances.*not answered"): prompt_miou(tmp_path / "gt.json", tmp_path / "pred.json")
 
 
-# ---- phrases in pictures
+# ---- phrases in images
 
 def saco(path: Path, units: list[np.ndarray], exhaustive: dict[int, int] | None = None) -> Path:
     "SA-Co ground truth of masks [n, H, W] for each unit."

@@ -1,4 +1,4 @@
-"What must hold of prompts whatever the masks, the pictures and the seed."
+"What must hold of prompts whatever the masks, the images and the seed."
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +25,7 @@ def blobs(g: Generator, n: int, size: int) -> Tensor:
 
 
 def scene(seed: int) -> tuple[Generator, Spaces, Prompts, Tensor, Tensor]:
-    "Pictures of any shape, a box for each of 12 objects in them, and what teacher and student say of these."
+    "Images of any shape, a box for each of 12 objects in them, and what teacher and student say of these."
     g = Generator().manual_seed(seed)
     sizes = torch.randint(1, (40, 400, 3000)[seed % 3], (5, 2), generator=g)
     spaces, image_index = Spaces(sizes, *SIDES[seed % 2]), torch.randint(0, 5, (12,), generator=g)
@@ -35,7 +35,7 @@ def scene(seed: int) -> tuple[Generator, Spaces, Prompts, Tensor, Tensor]:
 
 
 def drawn(seed: int, n: int) -> Tensor:
-    "[n] one random number an instance, of one picture."
+    "[n] one random number an instance, of one image."
     return chances([seed], [n], 1)[:, 0]
 
 
@@ -51,8 +51,8 @@ def test_corrective_points(seed, how):
     g, spaces, prompts, teacher, student = scene(seed)
     size, side, rows = teacher.shape[-1], spaces.student, torch.arange(12)
     least = (0, 10, 400)[seed // 3 % 3]
-    asked = refine(prompts, teacher, student, spaces, how, least, chance=drawn(seed, 12))
-    points, labels = asked.points[:, -1], asked.labels[:, -1]
+    answered = refine(prompts, teacher, student, spaces, how, least, chance=drawn(seed, 12))
+    points, labels = answered.points[:, -1], answered.labels[:, -1]
     valid = spaces.valid("student", size, prompts.image_index)
     missed, surplus = (teacher > 0) & (student <= 0) & valid, (teacher <= 0) & (student > 0) & valid
     at = rows, *cell_of(points, side, size)
@@ -61,13 +61,13 @@ def test_corrective_points(seed, how):
     enough = (missed | surplus).sum((1, 2)) >= max(1, least * size**2 / 256**2)
     assert torch.equal(labels != PADDING, enough) and (points[~enough] == 0).all(), "too little disagreement, no point"
     extent = spaces.extent("student")[prompts.image_index]
-    assert ((points > 0) & (points < extent))[enough].all(), "in the picture, not in the padding"
+    assert ((points > 0) & (points < extent))[enough].all(), "in the image, not in the padding"
     for space in ("source", "teacher"):
-        there = to_space(asked, spaces, "student", space).points[:, -1]
+        there = to_space(answered, spaces, "student", space).points[:, -1]
         assert ((there > 0) & (there < spaces.extent(space)[prompts.image_index]))[enough].all()
     again = refine(prompts, teacher, student, spaces, how, least, chance=drawn(seed, 12))
-    assert torch.equal(again.points, asked.points) and torch.equal(again.labels, asked.labels), "same seed, same points"
-    assert torch.equal(asked.points[:, :-1], prompts.points) and torch.equal(asked.labels[:, :-1], prompts.labels)
+    assert torch.equal(again.points, answered.points) and torch.equal(again.labels, answered.labels), "same seed, same points"
+    assert torch.equal(answered.points[:, :-1], prompts.points) and torch.equal(answered.labels[:, :-1], prompts.labels)
 
 
 def test_chance_is_a_pictures_own():
@@ -93,13 +93,13 @@ def test_the_largest_chance_gives_the_last_cell(count):
 
 def test_another_seed_other_points():
     _, frames, prompts, teacher, student = scene(7)
-    ask = lambda seed: refine(prompts, teacher, student, frames, chance=drawn(seed, 12)).points[:, -1]
-    assert not torch.equal(ask(0), ask(1))
+    corrected = lambda seed: refine(prompts, teacher, student, frames, chance=drawn(seed, 12)).points[:, -1]
+    assert not torch.equal(corrected(0), corrected(1))
 
 
 @pytest.mark.parametrize("size, least", [(256, 10), (128, 3), (512, 40), (32, 1)])
 def test_ten_pixels_of_a_256_mask_make_a_point(size, least):
-    "The bound is an area: on other grids it is as large a part of the picture."
+    "The bound is an area: on other grids it is as large a part of the image."
     few = torch.zeros(2, size, size, dtype=torch.bool)
     few[0].view(-1)[:least - 1] = few[1].view(-1)[:least] = True
     _, labels = corrective_points(few, few & False, 1024, chance=torch.rand(2))
@@ -133,12 +133,12 @@ def test_an_empty_region_gives_the_first_cell():
 def test_any_number_of_refinements(rounds):
     "M = 0 leaves the prompt as it is; each round adds one point, and from the second on one mask is asked for."
     g, frames, prompts, teacher, student = scene(4)
-    first = asked = replace(prompts, multimask=True)
+    first = answered = replace(prompts, multimask=True)
     for _ in range(rounds):
-        asked = refine(asked, teacher, student, frames, chance=torch.rand(12, generator=g))
+        answered = refine(answered, teacher, student, frames, chance=torch.rand(12, generator=g))
         student = torch.where(torch.rand(student.shape, generator=g) < 0.5, teacher, student)
-    assert asked.points.shape == (12, 2 + rounds, 2) and asked.labels.shape == (12, 2 + rounds) and asked.multimask == (rounds == 0)
-    assert torch.equal(asked.points[:, :2], first.points)
+    assert answered.points.shape == (12, 2 + rounds, 2) and answered.labels.shape == (12, 2 + rounds) and answered.multimask == (rounds == 0)
+    assert torch.equal(answered.points[:, :2], first.points)
     assert first.points.shape == (12, 2, 2), "the first prompts are not changed in place"
 
 
@@ -169,7 +169,7 @@ def test_no_loop_over_masks(how):
 
 
 def mask_scene(seed: int) -> ImageSample:
-    "A picture with 40 things in it, from a region without instances by its connected components."
+    "An image with 40 instances in it, from a region without instances by its connected components."
     rng = np.random.default_rng(seed)
     region = np.zeros((100, 160), bool)
     for y in range(5):
@@ -189,7 +189,7 @@ def test_at_most_16_instances_of_a_picture():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_first_prompts_lie_on_their_instances(seed):
-    "The centre point is inside its mask, and as deep as any; boxes are tight; in every frame both stay on the picture."
+    "The centre point is inside its mask, and as deep as any; boxes are tight; in every frame both stay on the image."
     sample = mask_scene(seed)
     batch = collate_images([sample], *SIDES[seed % 2], rngs=[np.random.default_rng(seed)])
     masks, (x, y) = batch.masks[0].numpy(), batch.points.long().numpy().T
@@ -197,14 +197,14 @@ def test_first_prompts_lie_on_their_instances(seed):
     assert (depth[np.arange(16), y, x] == depth.max((1, 2))).all() and masks[np.arange(16), y, x].all()
     for space in ("source", "teacher", "student"):
         boxes, points = batch.spaces.boxes(batch.boxes, batch.image_index, "source", space), batch.spaces.points(batch.points, batch.image_index, "source", space)
-        asked = initial_prompts(boxes, points, batch.image_index, drawn(seed, 16))
-        assert sorted(torch.cat([rows for rows, _ in asked]).tolist()) == list(range(16)), "one prompt an instance"
-        for rows, p in asked:
+        answered = initial_prompts(boxes, points, batch.image_index, drawn(seed, 16))
+        assert sorted(torch.cat([rows for rows, _ in answered]).tolist()) == list(range(16)), "one prompt an instance"
+        for rows, p in answered:
             assert ((p.points >= 0) & (p.points <= batch.spaces.extent(space)[0] + 1e-3)).all() and p.multimask == (p.labels.shape[1] == 1)
             tight = boxes[rows].view(-1, 2, 2) if p.labels.shape[1] == 2 else points[rows][:, None]
             assert torch.equal(p.points, tight) and (p.labels == torch.tensor(CORNERS if p.labels.shape[1] == 2 else [POSITIVE])).all()
         again = initial_prompts(boxes, points, batch.image_index, drawn(seed, 16))
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(asked, again)), "same seed, same coins"
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(answered, again)), "same seed, same coins"
 
 
 def test_every_instance_has_its_own_coin():

@@ -1,4 +1,4 @@
-"Teacher and student side by side on real files. A toy teacher knows nothing of them: what is tested is that every mask comes out finite and at the size of its picture."
+"Teacher and student side by side on real files. A toy teacher knows nothing of them: what is tested is that every mask comes out finite and at the size of its image."
 import numpy as np
 import pytest
 import torch
@@ -21,7 +21,7 @@ def models():
 
 
 def compared(models, sample: ClipSample, kind: str, path) -> tuple[ClipBatch, dict[str, torch.Tensor]]:
-    "Both trackers' logits [N, T, H, W] at the source's size, with a picture of the first track written to `path`."
+    "Both trackers' logits [N, T, H, W] at the source's size, with an image of the first track written to `path`."
     batch = collate_clips([sample], models["teacher"].image_size, models["student"].image_size, late="keep")
     found = compare(models["teacher"], models["student"], batch, kind)
     length = len(sample.frames)
@@ -45,7 +45,7 @@ def test_a_box_in_a_home_video(models, real_files, tmp_path):
 
 
 def test_sparse_masks_of_a_davis_clip(models, real_files, tmp_path):
-    "Eight frames; object 2 appears in frame 5 with a mask that is a pixel narrower than its picture, and is prompted there."
+    "Eight frames; object 2 appears in frame 5 with a mask that is a pixel narrower than its image, and is prompted there."
     sample = Davis(real_files / "davis").read(0, frames=8)
     assert sample.frames.shape == (8, 480, 854, 3) and sample.ids == [1, 2]
     assert any("853" in what for _, what in sample.notes), sample.notes

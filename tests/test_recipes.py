@@ -188,26 +188,26 @@ TOY = {"licence": "Apache-2.0, made by this project", "teacher": "toy", "weights
        "download": "Nothing. It is written to the cache folder (~/.cache/esam3, or $ESAM3_CACHE) the first time it is asked for.",
        "sampling": {"instances": 16, "tracks": 8, "phrases": 0, "frames": [4, 8], "late": "drop", "bad": 0.01},
        "augment": {"short": [96, 128], "crop": 128, "flip": 0.5, "jitter": 0.1}, "evaluation": {"images": 0, "instances": 0, "clips": 0, "frames": 0}}
-PARTS = {"images": {"format": "sa1b", "path": "images.tar"}, "clips": {"format": "sav", "path": "clip"},
+PARTS = {"images": {"format": "sa1b", "path": "images.tar"}, "clips": {"format": "sav", "path": "max_norm"},
          "concept_images": {"format": "saco_images", "annotations": "saco/images.json", "media": "saco"}}
 LONG = {"concept_clips": {"format": "saco_video", "annotations": "long/veval.json", "media": "long"}}
 FROZEN = {  # what the recipes said when each still said all of it
     "toy_hour": TOY | {
-        "name": "toy_hour", "about": "The toy world with an hour's patience; longer stages 1 and 2 than in toy, the same pictures and clips.", "root": "toyworld", "ranks": 2,
+        "name": "toy_hour", "about": "The toy world with an hour's patience; longer stages 1 and 2 than in toy, the same images and clips.", "root": "toyworld", "ranks": 2,
         "splits": {"train": PARTS, "held_out": PARTS | LONG},
-        "stages": {1: {"steps": 1600, "batch_size": 8, "lr": 0.002, "inherited": 0.1, "warmup": 0.05, "clip": 5.0, "lambda1": 4.0},
-                   2: {"steps": 960, "batch_size": 4, "augment": False, "back": 0.5, "lr": 0.0003, "warmup": 0.05, "ema": 0.99, "lambda2": 0.5, "lesson_steps": 960,
+        "stages": {1: {"steps": 1600, "batch_size": 8, "lr": 0.002, "inherited": 0.1, "linear_warmup": 0.05, "max_norm": 5.0, "lambda1": 4.0},
+                   2: {"steps": 960, "batch_size": 4, "augment": False, "back": 0.5, "lr": 0.0003, "linear_warmup": 0.05, "ema": 0.99, "lambda2": 0.5, "warmup_steps": 960,
                        "global_latents": 4, "local_latents": 16},
-                   3: {"steps": 480, "batch_size": 8, "augment": False, "clip_every": 2, "back": 0.5, "lr": 0.0002, "warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "lambda2": 0.5,
-                       "thaw": ["detr", "tracking"], "encoder_lr": 0.0005, "lesson_steps": 950, "lesson_lr": 0.001}}},
+                   3: {"steps": 480, "batch_size": 8, "augment": False, "clip_every": 2, "back": 0.5, "lr": 0.0002, "linear_warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "lambda2": 0.5,
+                       "thaw": ["detr", "tracking"], "encoder_lr": 0.0005, "warmup_steps": 950, "warmup_lr": 0.001}}},
     "tiny": TOY | {
-        "name": "tiny", "about": "A handful of samples of the toy world, for tests. Colour × shape × pattern in pictures and clips, written by 01_toyworld in the formats of the real data sets.",
+        "name": "tiny", "about": "A handful of samples of the toy world, for tests. Colour × shape × pattern in images and clips, written by 01_toyworld in the formats of the real data sets.",
         "root": "toyworld/tiny", "ranks": 1, "splits": {"train": PARTS, "held_out": PARTS | LONG},
-        "stages": {1: {"steps": 3, "batch_size": 4, "lr": 0.001, "inherited": 0.1, "warmup": 0.05, "clip": 5.0},
-                   2: {"steps": 3, "batch_size": 2, "augment": False, "back": 0.0, "lr": 0.0005, "warmup": 0.05, "clip": 5.0, "ema": 0.98, "lambda2": 0.5, "lesson_steps": 3,
+        "stages": {1: {"steps": 3, "batch_size": 4, "lr": 0.001, "inherited": 0.1, "linear_warmup": 0.05, "max_norm": 5.0},
+                   2: {"steps": 3, "batch_size": 2, "augment": False, "back": 0.0, "lr": 0.0005, "linear_warmup": 0.05, "max_norm": 5.0, "ema": 0.98, "lambda2": 0.5, "warmup_steps": 3,
                        "global_latents": 4, "local_latents": 4},
-                   3: {"steps": 3, "batch_size": 4, "augment": False, "back": 0.0, "lr": 0.0001, "warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "thaw": ["detr", "tracking"],
-                       "encoder_lr": 0.0001, "lesson_steps": 2, "lesson_lr": 0.001}}}}
+                   3: {"steps": 3, "batch_size": 4, "augment": False, "back": 0.0, "lr": 0.0001, "linear_warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "thaw": ["detr", "tracking"],
+                       "encoder_lr": 0.0001, "warmup_steps": 2, "warmup_lr": 0.001}}}}
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -306,8 +306,8 @@ def test_folders_inside_a_folder_are_left_out(written, tmp_path):
         (tmp_path / "films" / place).mkdir(parents=True)
         (tmp_path / "films" / place / "film.mp4").touch()
     part = "splits: {train: {clips: {format: videos, path: ., without: %s}}}"
-    films = lambda without: [p.parent.name for p in open_dataset(written("root: films\n" + part % without)).paths]
-    assert films("b") == ["a", "d"] and films('["b/*", a, none]') == ["d"]
+    videos = lambda without: [p.parent.name for p in open_dataset(written("root: videos\n" + part % without)).paths]
+    assert videos("b") == ["a", "d"] and videos('["b/*", a, none]') == ["d"]
     assert [p.parent.name for p in SaV(tmp_path / "films", without=[tmp_path / "films/a", tmp_path / "films/b"]).paths] == ["d"]
     for k in range(3):
         with tarfile.open(tmp_path / "films" / f"{k}.tar", "w") as tar: tar.addfile(tarfile.TarInfo(f"sa_{k}.json"))

@@ -122,8 +122,8 @@ def test_cache_array_writes_what_stage_1_reads(cluster, tmp_path, monkeypatch, c
     part = cluster("cache.sbatch", *words, SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="1", ESAM3_CACHE=str(tmp_path / "cache"))
     assert part.wait(120) == 0, printed(tmp_path)
     teacher = load_teacher("toy")
-    pictures, kept, _ = stage1.keep_features(load_recipe("tiny"), teacher, "fp16", 1)
-    assert "features to write" not in capsys.readouterr().out and len(pictures) and all(map(kept.holds, range(len(pictures))))
+    images, kept, _ = stage1.keep_features(load_recipe("tiny"), teacher, "fp16", 1)
+    assert "features to write" not in capsys.readouterr().out and len(images) and all(map(kept.holds, range(len(images))))
 
 
 FILES = sorted((Path(__file__).parents[1] / "slurm").glob("*.sbatch"))

@@ -24,7 +24,7 @@ from esam3.teacher import load_teacher
 from esam3.toyworld import toyworld
 
 FEW = {"eval_images": 4, "eval_instances": 2}
-FEW_CLIPS = {"eval_clips": 1, "eval_frames": 4, "lesson_steps": 0}
+FEW_CLIPS = {"eval_clips": 1, "eval_frames": 4, "warmup_steps": 0}
 
 
 def report(folder: Path) -> dict: return json.loads((folder / "report.json").read_text())
@@ -58,8 +58,8 @@ def test_a_crash_in_the_evaluation_leaves_the_student(tmp_path, monkeypatch):
     after = run_stage2("es-ev-s", "tiny", runs=str(broken), steps=1, **FEW_CLIPS)
     assert report(after)["stage"] == 2 and not (folder / "report.json").exists(), "stage 2 asks for a student, not for its figures"
     monkeypatch.setattr(stage1, "fit", lambda *_, **__: pytest.fail("it trained again"))
-    answered, asked = [], evaluate.ASK["images"]
-    monkeypatch.setitem(evaluate.ASK, "images", lambda *a: answered.append(a) or asked(*a))
+    answered, asked = [], evaluate.PREDICT["images"]
+    monkeypatch.setitem(evaluate.PREDICT, "images", lambda *a: answered.append(a) or asked(*a))
     made_up = report(run_stage1("es-ev-s", "tiny", runs=str(broken), **FEW))
     assert made_up["timing"]["steps"] == 3 and not answered, "predictions that were there are not made again"
     monkeypatch.undo()
@@ -258,7 +258,7 @@ def test_bf16_runs_and_is_said(stage, first, second, tmp_path):
     from esam3.stage3 import run_stage3
     given = {"variant": "es-ev-s", "recipe": "tiny", "precision": "bf16", "steps": 2, "runs": str(tmp_path)}
     folder = {1: lambda: run_stage1(**given, **FEW), 2: lambda: run_stage2(student=str(first / "student"), **given, **FEW_CLIPS),
-              3: lambda: run_stage3(student=str(second / "student"), **given, **FEW, **FEW_CLIPS | {"lesson_steps": 1})}[stage]()
+              3: lambda: run_stage3(student=str(second / "student"), **given, **FEW, **FEW_CLIPS | {"warmup_steps": 1})}[stage]()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert report(folder)["settings"]["precision"] == "bf16" and len(lines) == 2 and not any("not_finite" in line for line in lines)
     kept = torch.load(folder / "state" / "last.pt", weights_only=True)["task"]
@@ -271,4 +271,4 @@ def test_stages_are_told_what_is_theirs(tmp_path):
     "A setting of another stage, and a word that is none, in a call."
     for run, options, words in ((run_stage1, {"encoder_lr": 1.0}, "setting of stage 3"), (run_stage1, {"read_decay": "linear"}, "setting of stage 2"), (run_stage2, {"thaw": ("detr",)}, "setting of stage 3")):
         with pytest.raises(ValueError, match=words): run("es-ev-s", "tiny", options=options, runs=str(tmp_path))
-    assert not list(tmp_path.iterdir()) and stage2.LESSON_BATCHES > 0
+    assert not list(tmp_path.iterdir()) and stage2.WARMUP_BATCHES > 0

@@ -1,4 +1,4 @@
-"Between the frames nothing goes astray: coordinates, pictures, masks and maps, and the whole chain from a teacher's features to a student's masks."
+"Between the frames nothing goes astray: coordinates, images, masks and maps, and the whole chain from a teacher's features to a student's masks."
 from dataclasses import replace
 
 import pytest
@@ -22,7 +22,7 @@ SIDES = ((144, 128), (1008, 1024))
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("largest", [64, 640, 2250, 8000])
 def test_round_trips(sides, largest):
-    "Points and boxes of pictures of 2,000 sizes, through every order of frames, in float32: at most 1e-3 source px off."
+    "Points and boxes of images of 2,000 sizes, through every order of frames, in float32: at most 1e-3 source px off."
     g = torch.Generator().manual_seed(largest)
     sizes = torch.randint(1, largest + 1, (2000, 2), generator=g)
     spaces, image_index = Spaces(sizes, *sides), torch.arange(2000)
@@ -33,12 +33,12 @@ def test_round_trips(sides, largest):
             points, moved = spaces.points(points, image_index, src, dst), spaces.boxes(moved, image_index, src, dst)
             corners = moved.view(-1, 2, 2)
             assert torch.equal(corners[:, 0], points), "a box is its two corners"
-            assert (corners <= spaces.extent(dst)[:, None] * (1 + 1e-6)).all(), "nothing leaves the picture"
+            assert (corners <= spaces.extent(dst)[:, None] * (1 + 1e-6)).all(), "nothing leaves the image"
         assert (moved - boxes).abs().max() <= 1e-3
 
 
 def test_known_places():
-    "The middle and the lower right corner of a 480 × 640 picture, in numbers; the canvas keeps the aspect to half a px."
+    "The middle and the lower right corner of a 480 × 640 image, in numbers; the canvas keeps the aspect to half a px."
     spaces = Spaces(torch.tensor([[480, 640]]), 1008, 1024)
     ends, zero = torch.tensor([[320.0, 240], [640, 480]]), torch.zeros(2, dtype=torch.long)
     for space, places in (("teacher", [[504.0, 504], [1008, 1008]]), ("student", [[512.0, 384], [1024, 768]])):
@@ -50,7 +50,7 @@ def test_known_places():
     assert (extent - exact).abs().max() <= 0.5
 
 
-# Pictures, masks and maps follow the points
+# Images, masks and maps follow the points
 
 def middle(maps: Tensor, side: int) -> Tensor:
     "[2] centre of mass of a map [h, w] over a square of `side` px, (x, y) in px."
@@ -67,7 +67,7 @@ def spot(place: Tensor, width: tuple[float, float], size: int, side: int) -> Ten
 
 @pytest.mark.parametrize("seed", range(12))
 def test_a_spot_stays_where_its_point_goes(seed):
-    "A disc in the picture, its mask, and maps of either network: their centres are where `points` puts them, to a twentieth of a cell."
+    "A disc in the image, its mask, and maps of either network: their centres are where `points` puts them, to a twentieth of a cell."
     g = torch.Generator().manual_seed(seed)
     h, w = torch.randint(120, 500, (2,), generator=g).tolist()
     spaces, zero = Spaces(torch.tensor([[h, w]]), 144, 128), torch.zeros(1, dtype=torch.long)
@@ -80,7 +80,7 @@ def test_a_spot_stays_where_its_point_goes(seed):
     seen["student"] *= spaces.valid("student", 128)[0]
     for f, size in (("teacher", 36), ("student", 32)):
         side, cell = spaces.side(f), spaces.side(f) / size
-        assert (middle(seen[f], side) - at[f]).abs().max() < cell / 20, "the picture"
+        assert (middle(seen[f], side) - at[f]).abs().max() < cell / 20, "the image"
         assert (middle(spaces.rasterise([disc[None]], f, size)[0], side) - at[f]).abs().max() < cell / 20, "its mask"
         bell = spot(at[f], (radius * spaces.scale(f)[0] / 2).tolist(), size, side)
         other = "student" if f == "teacher" else "teacher"
@@ -88,7 +88,7 @@ def test_a_spot_stays_where_its_point_goes(seed):
         assert (middle(there, spaces.side(other)) - at[other]).abs().max() < cell / 20, "a map of one network in the other's frame"
         back = spaces.to_source(bell[None], f, 0)[0]
         centre = torch.stack([(back * x).sum(), (back * y).sum()]) / back.sum()
-        assert ((centre - place[0]) * spaces.scale(f)[0]).abs().max() < cell / 20, "and in the picture"
+        assert ((centre - place[0]) * spaces.scale(f)[0]).abs().max() < cell / 20, "and in the image"
 
 
 # The whole chain: a student whose features are the teacher's, warped
@@ -128,7 +128,7 @@ def warped(seen: Features, spaces: Spaces, grid: int) -> Features:
     return Features(at(seen.detector), at(seen.tracker))
 
 
-def asked(batch: ImageBatch, spaces: Spaces, space: str, kind: str) -> Prompts:
+def prompts_for(batch: ImageBatch, spaces: Spaces, space: str, kind: str) -> Prompts:
     "A box or a centre point for every instance."
     n, boxes = len(batch.image_index), spaces.boxes(batch.boxes, batch.image_index, "source", space)
     if kind == "box": return Prompts(batch.image_index, boxes.view(n, 2, 2), torch.tensor([CORNERS], dtype=torch.int32).expand(n, 2), multimask=False)
@@ -148,14 +148,14 @@ def agreement(student: MaskSet, teacher: MaskSet, spaces: Spaces, image_index: T
 
 
 def squares(samples: list) -> ImageBatch:
-    "Square pictures of 96 px, with what is left of their instances."
+    "Square images of 96 px, with what is left of their instances."
     masks = [s.masks[:, :96, :96] for s in samples]
     return collate_images([replace(s, image=s.image[:96, :96], masks=m[m.sum((1, 2)) > 40]) for s, m in zip(samples, masks)], 144, 128, max_instances=0)
 
 
 @pytest.fixture(scope="module")
 def alike(teacher, samples):
-    "Square pictures (96 px), a teacher of 144 px and a student of 128 px that see them on 8 × 8 cells each: batch, models, features."
+    "Square images (96 px), a teacher of 144 px and a student of 128 px that see them on 8 × 8 cells each: batch, models, features."
     batch = squares(samples)
     with torch.no_grad(): return batch, decoder(teacher, 8, side=144), decoder(teacher, 8), on_grid(teacher.encode(batch.teacher_pixels), 8)
 
@@ -163,27 +163,27 @@ def alike(teacher, samples):
 @pytest.mark.parametrize("kind", ["box", "point"])
 @torch.no_grad()
 def test_on_the_same_grid_the_student_is_the_teacher(alike, kind):
-    "Where warping loses nothing, the chain loses nothing: mIoU ≥ 0.99 in the student's frame and in the pictures, where prompts come from."
-    batch, big, small, seen = alike
-    t = big.decode(seen, asked(batch, batch.spaces, "teacher", kind))
-    s = small.decode(warped(seen, batch.spaces, 8), asked(batch, batch.spaces, "student", kind))
+    "Where warping loses nothing, the chain loses nothing: mIoU ≥ 0.99 in the student's frame and in the images, where prompts come from."
+    batch, teacher, student, seen = alike
+    t = teacher.decode(seen, prompts_for(batch, batch.spaces, "teacher", kind))
+    s = student.decode(warped(seen, batch.spaces, 8), prompts_for(batch, batch.spaces, "student", kind))
     assert len(batch.image_index) > 50 and agreement(s, t, batch.spaces, batch.image_index) >= 0.99
     for b in range(len(batch.images)):
         rows = batch.image_index == b
         there = [batch.spaces.to_source(best(m, t)[rows], f, b) for m, f in ((s, "student"), (t, "teacher"))]
         assert not rows.any() or mask_iou(there[0], (there[1] > 0).float()).mean() >= 0.99
-    wrong = small.decode(warped(seen, batch.spaces, 8), asked(batch, batch.spaces, "source", kind))
-    assert agreement(wrong, t, batch.spaces, batch.image_index) < 0.8, "prompts left in the picture's px"
+    wrong = student.decode(warped(seen, batch.spaces, 8), prompts_for(batch, batch.spaces, "source", kind))
+    assert agreement(wrong, t, batch.spaces, batch.image_index) < 0.8, "prompts left in the image's px"
 
 
 @pytest.fixture(scope="module")
 def unlike(teacher, samples):
-    "The real thing's 9 : 8, on pictures that are not square: batch, student, features, the teacher's answers to boxes, the student's features and boxes."
+    "The real instance's 9 : 8, on images that are not square: batch, student, features, the teacher's answers to boxes, the student's features and boxes."
     batch = collate_images(samples, 144, 128, max_instances=0)
     with torch.no_grad():
         seen = teacher.encode(batch.teacher_pixels)
-        t = teacher.decode(seen, asked(batch, batch.spaces, "teacher", "box"))
-    return batch, decoder(teacher, 8), seen, t, warped(seen, batch.spaces, 8), asked(batch, batch.spaces, "student", "box")
+        t = teacher.decode(seen, prompts_for(batch, batch.spaces, "teacher", "box"))
+    return batch, decoder(teacher, 8), seen, t, warped(seen, batch.spaces, 8), prompts_for(batch, batch.spaces, "student", "box")
 
 
 def moved(seen: Features, cells: float) -> Features:
@@ -204,7 +204,7 @@ def test_from_nine_cells_to_eight(unlike):
     assert right > 0.88
     for cells in (-0.25, 0.25): assert score(moved(features, cells), boxes) < right - 0.2
     assert score(on_grid(seen, 8), boxes) < right - 0.2, "maps stretched over the padding"
-    assert score(features, asked(batch, batch.spaces, "teacher", "box")) < right - 0.2, "prompts left in the teacher's px"
+    assert score(features, prompts_for(batch, batch.spaces, "teacher", "box")) < right - 0.2, "prompts left in the teacher's px"
     assert score(features, replace(boxes, points=boxes.points.flip(-1))) < right - 0.2, "x and y swapped"
 
 
@@ -218,22 +218,22 @@ def test_what_is_lost_is_interpolation(teacher, samples):
     seen = teacher.encode(batch.teacher_pixels)
     for k in (1, 2, 4):
         spaces, fine = Spaces(batch.spaces.sizes, 144 * k, 128 * k), on_grid(seen, 9 * k)
-        t = decoder(teacher, 9 * k, plain=True).decode(fine, asked(batch, spaces, "teacher", "box"))
-        s = decoder(teacher, 8 * k, plain=True).decode(warped(fine, spaces, 8 * k), asked(batch, spaces, "student", "box"))
+        t = decoder(teacher, 9 * k, plain=True).decode(fine, prompts_for(batch, spaces, "teacher", "box"))
+        s = decoder(teacher, 8 * k, plain=True).decode(warped(fine, spaces, 8 * k), prompts_for(batch, spaces, "student", "box"))
         target = spaces.maps(t.masks, "teacher", "student", 32 * k, batch.image_index)
         errors.append(((s.masks - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)).median().item())
     assert errors[1] < 0.65 * errors[0] and errors[2] < 0.65 * errors[1] < 0.05
 
 
 def test_a_few_steps_make_up_for_it(teacher, unlike):
-    "From the warped features, eq. 4 alone brings four pictures to 0.99 of the teacher's boxes, and nearer to its points, which were never asked."
+    "From the warped features, eq. 4 alone brings four images to 0.99 of the teacher's boxes, and nearer to its points, which were never asked."
     batch, student, seen, t, features, boxes = unlike
     rows = (batch.image_index < 4).nonzero()[:, 0]
     part = lambda p: replace(p, image_index=p.image_index[rows], points=p.points[rows], labels=p.labels[rows])
-    with torch.no_grad(): u = teacher.decode(seen, part(asked(batch, batch.spaces, "teacher", "point")))
+    with torch.no_grad(): u = teacher.decode(seen, part(prompts_for(batch, batch.spaces, "teacher", "point")))
     t, image_index, free = MaskSet(t.masks[rows], t.iou[rows], t.object_logits[rows], t.pointers[rows]), batch.image_index[rows], [m[:4].clone().requires_grad_() for m in features.tracker]
     target, valid = batch.spaces.maps(t.masks, "teacher", "student", 32, image_index), batch.spaces.valid("student", 32, image_index)
-    answers = lambda kind: student.decode(Features(features.detector, tuple(free)), part(asked(batch, batch.spaces, "student", kind)))
+    answers = lambda kind: student.decode(Features(features.detector, tuple(free)), part(prompts_for(batch, batch.spaces, "student", kind)))
     scores = lambda: (agreement(answers("box"), t, batch.spaces, image_index), agreement(answers("point"), u, batch.spaces, image_index))
     before, optimiser = scores(), torch.optim.Adam(free, lr=0.02)
     for _ in range(60):

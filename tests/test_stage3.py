@@ -71,7 +71,7 @@ def test_killed_run_continues(recipe, base, tmp_path):
     reports = {name: json.loads((path / "report.json").read_text()) for name, path in folder.items()}
     timing = {name: report.pop("timing") for name, report in reports.items()}
     assert reports["cut"] == reports["whole"] and 0 < timing["cut"]["steps"] < STEPS == timing["whole"]["steps"], "the second call went on from a checkpoint"
-    for name in ("metrics.jsonl", "lesson/metrics.jsonl", "student/model.safetensors"):
+    for name in ("metrics.jsonl", "warmup/metrics.jsonl", "student/model.safetensors"):
         assert content(folder["cut"] / name) == content(folder["whole"] / name), name
     assert set(reports["whole"]) >= {"stage", "variant", "recipe", "settings", "fingerprint", "params", "data", "teacher", "before", "student", "controls"}
     lines = [json.loads(line) for line in (folder["whole"] / "metrics.jsonl").read_text().splitlines()]
@@ -89,10 +89,10 @@ def test_frozen_encoder_stays(recipe, base, tmp_path):
 
 
 def test_prompt_terms_are_weighed(recipe, base):
-    "Stage 1's prompt terms on the pictures: twice the weight, twice the loss; without them the other terms stay as they are. Their gradients reach the encoder and the mask decoder, and no memory."
+    "Stage 1's prompt terms on the images: twice the weight, twice the loss; without them the other terms stay as they are. Their gradients reach the encoder and the mask decoder, and no memory."
     from dataclasses import replace
 
-    from esam3.concepts import Asking
+    from esam3.concepts import QuerySampling
     from esam3.core import seed_everything
     from esam3.data import load_recipe
     from esam3.stage3 import MixedSteps, Stage3, stage3_groups, stage3_schedule
@@ -100,7 +100,7 @@ def test_prompt_terms_are_weighed(recipe, base):
     from esam3.teacher import load_teacher
     teacher, student = load_teacher("toy"), EfficientSam3.from_pretrained(base).eval()
     schedule = stage3_schedule(load_recipe(recipe), options={"clip_every": 0})
-    batch = MixedSteps(load_recipe(recipe), schedule, (teacher.image_size, student.image_size), 0, Asking())[Part(0)]
+    batch = MixedSteps(load_recipe(recipe), schedule, (teacher.image_size, student.image_size), 0, QuerySampling())[Part(0)]
     stage3_groups(student, schedule)
     def terms(weight: float) -> dict[str, torch.Tensor]:
         seed_everything(0)

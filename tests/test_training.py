@@ -1,4 +1,4 @@
-"The loop where things go wrong: what a checkpoint holds, what cannot be read, what is not finite; and what trains while the rest stands still."
+"The loop where instances go wrong: what a checkpoint holds, what cannot be read, what is not finite; and what trains while the rest stands still."
 import json
 from pathlib import Path
 
