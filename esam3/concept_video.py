@@ -169,7 +169,7 @@ class ConceptSession(Sam3VideoInferenceSession):
         super().__init__(None, *size, inference_device=device, inference_state_device=device, dtype=torch.float32)
         self.images, self.number = images, distinct(concepts)  # of each prompt: its position in `concepts`
         self.pixels = partial(teacher_pixels, size=teacher) if model.space == "teacher" else partial(student_pixels, canvas=student)
-        self.frames = Spaces(torch.tensor([size], device=device), teacher, student)
+        self.spaces = Spaces(torch.tensor([size], device=device), teacher, student)
         self.told, self.now = (torch.empty(0), torch.empty(0)), 0  # what was propagated, and to which frame
         self.prompts = {k: str(concepts[n]) for k, n in enumerate(self.number)}
         self.exemplars = {k: concepts[n] for k, n in enumerate(self.number) if isinstance(concepts[n], Exemplar)}
@@ -198,7 +198,7 @@ def _meet_exemplars(self: Sam3, session: ConceptSession, seen: Features) -> None
     for k, e in session.exemplars.items():
         if e.frame != session.now: continue
         boxes = torch.as_tensor(np.asarray(e.boxes, np.float32), device=self.device)[None]
-        xyxy = session.spaces.boxes(boxes, torch.zeros(1, dtype=torch.long, device=self.device), "source", self.frame) / self.image_size
+        xyxy = session.spaces.boxes(boxes, torch.zeros(1, dtype=torch.long, device=self.device), "source", self.space) / self.image_size
         centre = torch.cat([(xyxy[..., :2] + xyxy[..., 2:]) / 2, xyxy[..., 2:] - xyxy[..., :2]], -1)
         concepts = of_one_image(self, [e.phrase], centre, torch.tensor([list(e.labels)], device=self.device))
         session.queries.append(([k], keep_concepts(self, seen, concepts, concepts.image_index)))

@@ -436,7 +436,7 @@ WARMUP_BATCHES = 256  # at most so many different ones: a warm-up is an aid, not
 
 
 def run_single_frame_warmup(base: Path, task: Stage2, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, **options) -> dict[str, Any]:
-    "The single-frame warm-up, in place, on the clips of the first steps again and again. `folder/warm-up` holds its state and metrics; `options` of `fit`."
+    "The single-frame warm-up, in place, on the clips of the first steps again and again. `folder/warmup` holds its state and metrics; `options` of `fit`."
     own = replace(task.schedule, steps=task.schedule.warmup_steps, lr=task.schedule.warmup_lr, back=0.0)
     period = min(-(-len(open_dataset(recipe, "train", "clips")) // own.batch_size), WARMUP_BATCHES)
     warmup = SingleFrameWarmup(task, EfficientSam3.from_pretrained(base, dtype=torch.float32).to(task.student.device))

@@ -324,7 +324,7 @@ def warmup_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
 
 
 def run_feature_warmup(task: Stage3, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, **options) -> dict[str, Any]:
-    "The warm-up, in place, on the recipe's images with all their instances, or where it has none on its concept images. `folder/warm-up` holds its state and metrics; `options` of `fit`."
+    "The warm-up, in place, on the recipe's images with all their instances, or where it has none on its concept images. `folder/warmup` holds its state and metrics; `options` of `fit`."
     s = task.schedule
     own = replace(s, steps=s.warmup_steps, lr=s.warmup_lr, batch_size=2 * s.batch_size, micro_batch=2 * s.micro_batch, ema=0.0, max_norm=5.0, floor=0.5)
     reader = open_dataset(recipe, "train", "images" if "images" in recipe["splits"]["train"] else "concept_images")

@@ -186,7 +186,7 @@ def test_stage3_takes_what_a_recipe_has():
         MixedSteps(without(both, "concept_images", "concept_clips"), plain, SIDES, 0, QuerySampling(2))
 
 
-def test_the_lesson_on_maps_takes_concept_images(monkeypatch):
+def test_the_feature_warmup_takes_concept_images(monkeypatch):
     "saco has no plain images."
     from esam3 import stage3
     seen = {}

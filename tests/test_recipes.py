@@ -168,6 +168,12 @@ def test_what_is_no_recipe(written, text, said):
     with pytest.raises(ValueError, match=re.escape(said)): written(text)
 
 
+@pytest.mark.parametrize("old, new", [("clip", "max_norm"), ("warmup", "linear_warmup"), ("lesson_steps", "warmup_steps"), ("lesson_lr", "warmup_lr")])
+def test_old_keys_are_refused_with_the_new_name(written, old, new):
+    text = BASE.replace("    steps: 3\n", f"    steps: 3\n    {old}: 1\n")
+    with pytest.raises(ValueError, match=re.escape(f"mine.yaml:19: `stages: 2`: '{old}' is called '{new}' now")): written(text)
+
+
 def test_bytes_are_no_recipe(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"about: \xff\xfe")
     with pytest.raises(ValueError, match="mine.yaml: not a text in UTF-8"): load_recipe(tmp_path / "mine.yaml")
@@ -188,7 +194,7 @@ TOY = {"licence": "Apache-2.0, made by this project", "teacher": "toy", "weights
        "download": "Nothing. It is written to the cache folder (~/.cache/esam3, or $ESAM3_CACHE) the first time it is asked for.",
        "sampling": {"instances": 16, "tracks": 8, "phrases": 0, "frames": [4, 8], "late": "drop", "bad": 0.01},
        "augment": {"short": [96, 128], "crop": 128, "flip": 0.5, "jitter": 0.1}, "evaluation": {"images": 0, "instances": 0, "clips": 0, "frames": 0}}
-PARTS = {"images": {"format": "sa1b", "path": "images.tar"}, "clips": {"format": "sav", "path": "max_norm"},
+PARTS = {"images": {"format": "sa1b", "path": "images.tar"}, "clips": {"format": "sav", "path": "clip"},
          "concept_images": {"format": "saco_images", "annotations": "saco/images.json", "media": "saco"}}
 LONG = {"concept_clips": {"format": "saco_video", "annotations": "long/veval.json", "media": "long"}}
 FROZEN = {  # what the recipes said when each still said all of it
@@ -303,16 +309,16 @@ def test_sav_takes_the_folders_that_are_there(data, folders):
 def test_folders_inside_a_folder_are_left_out(written, tmp_path):
     "`without` may name what lies deeper than `path`, one place or several."
     for place in ("a", "b/c", "d"):
-        (tmp_path / "films" / place).mkdir(parents=True)
-        (tmp_path / "films" / place / "film.mp4").touch()
+        (tmp_path / "videos" / place).mkdir(parents=True)
+        (tmp_path / "videos" / place / "video.mp4").touch()
     part = "splits: {train: {clips: {format: videos, path: ., without: %s}}}"
     videos = lambda without: [p.parent.name for p in open_dataset(written("root: videos\n" + part % without)).paths]
     assert videos("b") == ["a", "d"] and videos('["b/*", a, none]') == ["d"]
-    assert [p.parent.name for p in SaV(tmp_path / "films", without=[tmp_path / "films/a", tmp_path / "films/b"]).paths] == ["d"]
+    assert [p.parent.name for p in SaV(tmp_path / "videos", without=[tmp_path / "videos/a", tmp_path / "videos/b"]).paths] == ["d"]
     for k in range(3):
-        with tarfile.open(tmp_path / "films" / f"{k}.tar", "w") as tar: tar.addfile(tarfile.TarInfo(f"sa_{k}.json"))
-    assert [p.stem for p in Sa1b(tmp_path / "films", without=tmp_path / "films/1.tar").sources] == ["0", "2"]
-    with pytest.raises(FileNotFoundError, match="nothing at"): places(tmp_path / "films/a", tmp_path / "films/*")
+        with tarfile.open(tmp_path / "videos" / f"{k}.tar", "w") as tar: tar.addfile(tarfile.TarInfo(f"sa_{k}.json"))
+    assert [p.stem for p in Sa1b(tmp_path / "videos", without=tmp_path / "videos/1.tar").sources] == ["0", "2"]
+    with pytest.raises(FileNotFoundError, match="nothing at"): places(tmp_path / "videos/a", tmp_path / "videos/*")
 
 
 # ---- what data are known by

@@ -128,7 +128,7 @@ def test_read_out_counts_as_told_and_fades(batch):
     assert [round(read_weight(replace(TINY, lambda_read=2.0, read_decay="linear"), k), 3) for k in (0, 9, 30)] == [2.0, 0.0, 0.0]
 
 
-def test_first_lesson_without_read_out(batch):
+def test_warmup_without_read_out(batch):
     whole, never = (losses(SingleFrameWarmup(task_of(schedule=replace(TINY, lambda_read=w)), networks()[1]), batch) for w in (1.0, 0.0))
     assert never.keys() == whole.keys() - {"read-out", "distill read"} and all(torch.equal(never[k], whole[k]) for k in never)
 
@@ -278,10 +278,10 @@ def test_kind_and_frames_are_the_steps(batch):
     assert {warmup.frames(replace(batch, seed=s))[0] for s in range(20)} == {1, 2, 3}
 
 
-def test_book_is_made_once(batch, monkeypatch):
+def test_memory_is_forced_once(batch, monkeypatch):
     "Without augmentation by the names of clips, frames and tracks; with it, or without numbers, by what is seen."
     force_memory, made = stage2.force_memory, []
-    monkeypatch.setattr(stage2, "open_book", lambda *given: made.append(given) or force_memory(*given))
+    monkeypatch.setattr(stage2, "force_memory", lambda *given: made.append(given) or force_memory(*given))
     mirrored = replace(batch, images=[np.flip(i, 1) for i in batch.images])
     for augment, times in ((False, 1), (True, 2)):
         warmup = SingleFrameWarmup(task_of(schedule=replace(TINY, augment=augment)), networks()[1])
@@ -382,7 +382,7 @@ def test_plain_video_is_trained_on(tmp_path, stage1_student):
 teacher: toy
 splits: {{train: {{clips: {{format: videos, path: clip}}}}}}
 sampling: {{tracks: 2}}
-stages: {{2: {{steps: 2, batch_size: 2, lr: 1.0e-3, lesson_steps: 2, global_latents: 4, local_latents: 4}}}}
+stages: {{2: {{steps: 2, batch_size: 2, lr: 1.0e-3, warmup_steps: 2, global_latents: 4, local_latents: 4}}}}
 """)
     folder = run_stage2("es-ev-s", str(tmp_path / "films.yaml"), student=str(stage1_student), runs=str(tmp_path), options={"read_decay": "linear", "detach_every": 3, "checkpoint": True})
     report, lines = json.loads((folder / "report.json").read_text()), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
