@@ -6,10 +6,10 @@
 __all__ = ['VARIANTS', 'PRECISIONS', 'Variant', 'nearest', 'find_variant', 'onto', 'Spaces', 'seed_at', 'seed_everything', 'Part',
            'pick_device', 'pick_precision', 'autocast', 'check_parameters', 'declared_in', 'guard', 'atomically',
            'write_json', 'fingerprint', 'weights_digest', 'open_run', 'runs_folder', 'printable', 'cache_dir',
-           'versions', 'machine', 'peak_memory']
+           'versions', 'machine', 'peak_memory', 'lends']
 
 # %% ../nbs/00_core.ipynb #c002
-import ast, contextlib, difflib, hashlib, json, os, platform, random, resource, shutil, sys, tempfile, typing
+import ast, contextlib, difflib, hashlib, importlib, json, os, platform, random, resource, shutil, sys, tempfile, typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -378,3 +378,14 @@ def peak_memory() -> int:
     "Bytes of memory that this process has held at most: on the accelerator where there is one, else resident."
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+# %% ../nbs/00_core.ipynb #c091
+def lends(floor: str,                        # `__name__` of the package
+          homes: Mapping[str, str]           # module of it → names, between spaces
+          ) -> tuple[list[str], typing.Callable[[str], object]]:
+    "`__all__` and `__getattr__` of a floor that lends names of its modules."
+    home = {name: module for module, names in homes.items() for name in names.split()}
+    def get(name: str) -> object:
+        if name not in home: raise AttributeError(f"module '{floor}' has no attribute '{name}'")
+        return getattr(importlib.import_module(f"{floor}.{home[name]}"), name)
+    return [*home], get

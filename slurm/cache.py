@@ -7,11 +7,11 @@ import argparse
 import yaml
 
 from esam3.core import check_parameters, pick_device, pick_precision
-from esam3.data import load_recipe
-from esam3.feature_cache import write_cache
-from esam3.stage1 import check_cache, open_features
-from esam3.teacher import load_teacher
-from esam3.training import pick_workers
+from esam3.data.batches import load_recipe
+from esam3.training.feature_cache import write_cache
+from esam3.training.stage1 import check_cache, open_features
+from esam3.models.teacher import load_teacher
+from esam3.training.loop import pick_workers
 
 DECLARED = {"recipe": (str, "toy"), "teacher": (str, ""), "precision": (str, "auto"), "cache": (str, "int8"),
             "replays": (int, 4), "workers": (int, -1)}

@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 
-import esam3.concepts
-from esam3.concepts import (COST, WEIGHTS, QuerySampling, Confusables, PhraseEmbeddings, ConceptQueries, Targets, sample_queries, concept_losses, concepts_of,
-                            content_words, head_noun, match, match_all, match_cost, query_counts, soft_focal, taught_targets,
-                            true_targets, vocabulary, worth_imitating)
-from esam3.data import collate_images, load_recipe, open_dataset
-from esam3.losses import mask_loss
-from esam3.samples import Phrase
-from esam3.teacher import Detections, load_teacher
-from esam3.toyworld import COLORS, PATTERNS, SHAPES
+import esam3.training.concepts
+from esam3.data.batches import collate_images, load_recipe, open_dataset
+from esam3.data.samples import Phrase
+from esam3.data.toyworld import COLORS, PATTERNS, SHAPES
+from esam3.models.teacher import Detections, load_teacher
+from esam3.training.concepts import (
+    COST, WEIGHTS, ConceptQueries, Confusables, PhraseEmbeddings, QuerySampling, Targets, concept_losses,
+    concepts_of, content_words, head_noun, match, match_all, match_cost, query_counts, sample_queries, soft_focal,
+    taught_targets, true_targets, vocabulary, worth_imitating)
+from esam3.training.losses import mask_loss
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def teacher(): return load_teacher("toy")
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    from esam3.student import build_student
+    from esam3.models.student import build_student
     torch.manual_seed(0)
     return build_student("es-ev-s", teacher).eval()
 
@@ -104,7 +105,7 @@ def test_a_large_vocabulary_is_not_gone_through(monkeypatch):
     phrases = [[Phrase(pick.choice(words), (0,) if k < 3 else (), "" if k < 3 else "hard-other") for k in range(6)] for _ in range(32)]
     batch = SimpleNamespace(phrases=phrases, boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     looked = []
-    monkeypatch.setattr(esam3.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
+    monkeypatch.setattr(esam3.training.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
     start = time.perf_counter()
     queries = sample_queries(batch, chance(batch, 0), QuerySampling(), index)
     assert time.perf_counter() - start < 1 and len(looked) < 10000 and queries.kinds.count("proposed") > 5
@@ -358,8 +359,8 @@ def part_of(queries: ConceptQueries, batch, images: range) -> ConceptQueries:
 def test_parts_of_a_step_add_up(reader, teacher, student):
     """Four images and their queries, in one part and in two of 1 and 3: truth, teacher's answers, read-out, maps.
     Recomputed it is the same."""
-    from esam3.stage3 import concept_terms, map_losses
-    from esam3.training import Schedule
+    from esam3.training.stage3 import concept_terms, map_losses
+    from esam3.schedules import Schedule
     s, embeddings = Schedule(temperature=1.0, checkpoint=0), PhraseEmbeddings(teacher)
     sides = teacher.image_size, student.image_size
     collated = lambda some: collate_images([reader.read(i) for i in some], *sides, max_instances=0)
@@ -407,8 +408,8 @@ class Looks(TorchDispatchMode):
 
 def test_nobody_looks(batch, reader, teacher, student):
     "Queries are asked, matched and judged without a look at values on the way; the library's own call does look."
-    from esam3.stage3 import concept_terms
-    from esam3.training import Schedule
+    from esam3.training.stage3 import concept_terms
+    from esam3.schedules import Schedule
     queries = sample_queries(batch, chance(batch), QuerySampling(exemplar=1.0), Confusables(vocabulary(reader), teacher))
     whole, embeddings, s = query_counts(queries), PhraseEmbeddings(teacher), Schedule(temperature=1.0)
     embeddings(queries.phrases)  # a phrase is encoded once

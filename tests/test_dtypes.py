@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esam3.concept_video import Exemplar, follow_concepts
-from esam3.concepts import PhraseEmbeddings
-from esam3.data import load_recipe, open_dataset
-from esam3.heldout import as_batch, look, opening, prompt_scores
-from esam3.perceiver import AveragePooling
-from esam3.protocols import answer_images, follow
-from esam3.samples import ImageSample, boxes_of
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import HALF, PLACES, Bank, Features, Prompts, Sam3, gate, load_teacher
-from esam3.tracker import Follower
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.data.samples import ImageSample, boxes_of
+from esam3.evaluation.heldout import as_batch, look, opening, prompt_scores
+from esam3.evaluation.protocols import answer_images, follow
+from esam3.models.concept_video import Exemplar, follow_concepts
+from esam3.models.perceiver import AveragePooling
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import HALF, PLACES, Bank, Features, Prompts, Sam3, gate, load_teacher
+from esam3.models.tracker import Follower
+from esam3.training.concepts import PhraseEmbeddings
 
 ONE = torch.zeros(1, dtype=torch.long)
 STUDENTS = ("dense", "perceiver", "pooling")
@@ -348,7 +348,7 @@ def test_pooled_places_are_not_rounded() -> None:
 
 def test_phrase_book_of_a_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "Its tokens are its own, and float32 on disk and in hand."
-    monkeypatch.setattr("esam3.concepts.cache_dir", lambda: tmp_path)
+    monkeypatch.setattr("esam3.training.concepts.cache_dir", lambda: tmp_path)
     embedders = [PhraseEmbeddings(model("teacher", dtype)) for dtype in (torch.float32, torch.bfloat16)]
     (want, _), (got, _) = (embed(["red star", None]) for embed in embedders)
     assert embedders[0].folder != embedders[1].folder and got.dtype == torch.float32

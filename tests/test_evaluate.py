@@ -10,16 +10,18 @@ import pytest
 import yaml
 from PIL import Image
 
-from esam3.data import load_recipe, open_dataset
-from esam3.evaluate import Task, append_rows, evaluate, predict, read_rows, score
-from esam3.metrics import davis, pcs_image, pcs_video, prompt_miou, region_similarity
-from esam3.predictions import (as_answers, instances, jittered, link_sequences, masklet_answer, phrase_answers, prompt_answers, read_clip, rle, with_invention,
-                               without_masklets, write_labels, write_objects)
-from esam3.protocols import CONTROLS, PROTOCOLS, chosen_protocols, clip_scores
-from esam3.public_sets import Coco, SaVFolders, Vos
-from esam3.samples import decode_rle
-from esam3.teacher import load_teacher
-from esam3.toyworld import toyworld
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.data.mask_files import rle
+from esam3.data.public_sets import Coco, SaVFolders, Vos
+from esam3.data.samples import decode_rle
+from esam3.data.toyworld import toyworld
+from esam3.evaluation.evaluate import Task, append_rows, evaluate, predict, read_rows, score
+from esam3.evaluation.metrics import davis, pcs_image, pcs_video, prompt_miou, region_similarity
+from esam3.evaluation.predictions import (
+    as_answers, instances, jittered, link_sequences, masklet_answer, phrase_answers, prompt_answers, read_clip,
+    with_invention, without_masklets, write_labels, write_objects)
+from esam3.evaluation.protocols import CONTROLS, PROTOCOLS, chosen_protocols, clip_scores
+from esam3.models.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,15 @@
 import pytest
 
 from elsewhere import elsewhere, reads, uploads
-from esam3.concepts import QuerySampling
-from esam3.data import load_recipe
-from esam3.stage1 import Stage1, image_source
-from esam3.stage2 import Stage2, clip_source, give_memory
-from esam3.stage3 import MixedSteps, Stage3, stage3_groups, stage3_schedule
-from esam3.student import build_student
-from esam3.teacher import load_teacher
-from esam3.training import TRAINS, fit, parameter_groups, schedule_for
+from esam3.data.batches import load_recipe
+from esam3.models.student import build_student
+from esam3.models.teacher import load_teacher
+from esam3.schedules import schedule_for
+from esam3.training.concepts import QuerySampling
+from esam3.training.loop import TRAINS, fit, parameter_groups
+from esam3.training.stage1 import Stage1, image_source
+from esam3.training.stage2 import Stage2, clip_source, give_memory
+from esam3.training.stage3 import MixedSteps, Stage3, stage3_groups, stage3_schedule
 
 SIDES, RECIPE = (144, 128), load_recipe("tiny")
 COMMON = {"batch_size": 2, "augment": True}  # images come never again, as on real data: nothing is kept

@@ -19,17 +19,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from esam3 import readers, samples, survey
-from esam3.checkpoints import read_state
-from esam3.data import load_recipe, open_dataset
-from esam3.feature_cache import FeatureCache, Replays, cache_settings, write_cache
-from esam3.teacher import load_teacher
-from esam3.toyworld import toyworld
+from esam3.data.batches import load_recipe, open_dataset, readers, samples
+from esam3.data.toyworld import toyworld
+from esam3.models.teacher import load_teacher
+from esam3.show import survey
+from esam3.training.checkpoints import read_state
+from esam3.training.feature_cache import FeatureCache, Replays, cache_settings, write_cache
 from logs import content
 
 FULL = os.environ.get("ESAM3_FULL") == "1"
 full = pytest.mark.skipif(not FULL, reason="takes long: ESAM3_FULL=1 runs it")
-LOADED = ["esam3.stage1", "esam3.stage2", "esam3.stage3", "esam3.survey"]
+LOADED = ["esam3.training.stage1", "esam3.training.stage2", "esam3.training.stage3", "esam3.show.survey"]
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +125,9 @@ def reached(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def perceiver(tmp_path_factory) -> Path:
     "A student with a Perceiver, untrained."
-    from esam3.stage2 import give_memory
-    from esam3.student import build_student
-    from esam3.training import Schedule
+    from esam3.training.stage2 import give_memory
+    from esam3.models.student import build_student
+    from esam3.schedules import Schedule
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("perceiver") / "student"
     give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver", Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)

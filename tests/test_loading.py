@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam3.checkpoints import tensors_in
-from esam3.concepts import QuerySampling
 from esam3.core import Part
-from esam3.data import load_recipe
-from esam3.readers import Sa1b
-from esam3.samples import BadSample
-from esam3.stage1 import image_source, run_stage1
-from esam3.stage2 import clip_source
-from esam3.stage3 import MixedSteps
-from esam3.training import Clock, Made, Parts, Schedule, loader, pick_workers
+from esam3.data.batches import load_recipe
+from esam3.data.readers import Sa1b
+from esam3.data.samples import BadSample
+from esam3.schedules import Schedule
+from esam3.training.checkpoints import tensors_in
+from esam3.training.concepts import QuerySampling
+from esam3.training.loop import Clock, Made, Parts, loader, pick_workers
+from esam3.training.stage1 import image_source, run_stage1
+from esam3.training.stage2 import clip_source
+from esam3.training.stage3 import MixedSteps
 from logs import rows
 
 SIDES, RECIPE = (144, 128), load_recipe("tiny")
@@ -131,8 +132,8 @@ def test_waiting_is_measured():
 
 def test_a_cache_written_by_workers_is_the_cache(tmp_path, monkeypatch, capsys):
     "The same records, and a plan that counts decoding too."
-    from esam3.stage1 import decode_rate, keep_features, together_rate
-    from esam3.teacher import load_teacher
+    from esam3.training.stage1 import decode_rate, keep_features, together_rate
+    from esam3.models.teacher import load_teacher
     teacher, contents = load_teacher("toy"), {}
     for workers in (0, 2):
         monkeypatch.setenv("ESAM3_CACHE", str(tmp_path / str(workers)))

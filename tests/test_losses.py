@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from esam3.concepts import Targets, concept_losses, soft_focal
-from esam3.losses import (MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss,
-                          focal_factor, focal_loss, iou_head_loss, least_orders, map_terms, mask_iou, mask_loss, match_masks, pick_cells,
-                          image_errors, relational_loss, score_loss, soft_target, task_terms)
-from esam3.teacher import Detections
+from esam3.models.teacher import Detections
+from esam3.training.concepts import Targets, concept_losses, soft_focal
+from esam3.training.losses import (
+    MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss,
+    focal_factor, focal_loss, image_errors, iou_head_loss, least_orders, map_terms, mask_iou, mask_loss,
+    match_masks, pick_cells, relational_loss, score_loss, soft_target, task_terms)
 
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
 softplus = lambda x: math.log1p(math.exp(-abs(x))) + max(x, 0)

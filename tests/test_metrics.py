@@ -17,9 +17,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
-from esam3.metrics import boundary_accuracy, davis, pcs_image, pcs_video, prompt_miou, region_similarity, ytvos
-from esam3.samples import BadSample, rle_runs
-from esam3.toyworld import saco_pair, veval_file
+from esam3.data.samples import BadSample, rle_runs
+from esam3.data.toyworld import saco_pair, veval_file
+from esam3.evaluation.metrics import (
+    boundary_accuracy, davis, pcs_image, pcs_video, prompt_miou, region_similarity, ytvos)
 
 SAME = {"abs": 1e-6, "rel": 0}
 

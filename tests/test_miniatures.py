@@ -7,11 +7,11 @@ import av
 import pytest
 from av.video.frame import PictureType
 
-from esam3.data import open_dataset
-from esam3.miniatures import FRAMES, draw_video, miniatures, real_size, sa1b_sample
-from esam3.readers import SaCoImages
-from esam3.samples import ClipSample
-from esam3.toyworld import enlarged
+from esam3.data.batches import open_dataset
+from esam3.data.miniatures import FRAMES, draw_video, miniatures, real_size, sa1b_sample
+from esam3.data.readers import SaCoImages
+from esam3.data.samples import ClipSample
+from esam3.data.toyworld import enlarged
 
 Open = Callable[[str, str, str], object]
 

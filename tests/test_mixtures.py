@@ -9,18 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from esam3.core import Part
-from esam3 import tracks
-from esam3.core import Spaces, seed_everything
-from esam3.data import augment, collate_clips, collate_images, data_digest, draw, load_recipe, open_dataset
-from esam3.mixtures import Mixture, Stills, turn
-from esam3.runs import digests
-from esam3.samples import ClipSample
-from esam3.stage1 import check_cache, image_source, run_stage1
-from esam3.stage2 import SingleFrameWarmup, Stage2, clip_source, give_memory, there_and_back
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import Sam3, load_teacher
-from esam3.training import TRAINS, Schedule, parameter_groups, train_mode
+from esam3.core import Part, Spaces, seed_everything
+from esam3.data.batches import augment, collate_clips, collate_images, data_digest, draw, load_recipe, open_dataset
+from esam3.data.mixtures import Mixture, Stills, turn
+from esam3.data.samples import ClipSample
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import Sam3, load_teacher
+from esam3.schedules import Schedule
+from esam3.training.loop import TRAINS, parameter_groups, tracks, train_mode
+from esam3.training.runs import digests
+from esam3.training.stage1 import check_cache, image_source, run_stage1
+from esam3.training.stage2 import SingleFrameWarmup, Stage2, clip_source, give_memory, there_and_back
 
 SIDES = (144, 128)  # the toy's frames, px
 TINY = Schedule(steps=4, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
@@ -87,7 +86,7 @@ def test_the_same_step_is_the_same_batch():
 
 
 def test_a_bad_sample_is_replaced_from_its_own_part():
-    from esam3.samples import BadSample
+    from esam3.data.samples import BadSample
 
     class Spoilt(Numbers):
         def read(self, i, *rest, **options):
@@ -125,7 +124,7 @@ def test_recipes_are_mixed_by_name(tmp_path, monkeypatch):
     assert load_recipe("far.yaml:1+tiny:1")["name"] == "far-0.5+tiny-0.5"
     parts = {k: open_dataset(load_recipe("tiny:1+far.yaml:1"), "train", k) for k in ("images", "clips", "concept_images")}
     assert all(isinstance(r, Mixture) and len(r.readers) == 2 for r in parts.values())
-    from esam3.concepts import vocabulary
+    from esam3.training.concepts import vocabulary
     assert vocabulary(parts["concept_images"]) == vocabulary(parts["concept_images"].readers[0])
 
 
@@ -232,8 +231,8 @@ def test_stage_1_from_a_folder_of_pictures(folder, tmp_path):
 
 
 def test_stage_3_of_a_folder_is_refused(folder):
-    from esam3.concepts import QuerySampling
-    from esam3.stage3 import MixedSteps, run_stage3
+    from esam3.training.concepts import QuerySampling
+    from esam3.training.stage3 import MixedSteps, run_stage3
     said = "folder: stage 3 learns from concept_images or concept_clips, and its training split holds images, clips"
     with pytest.raises(ValueError, match=said): MixedSteps(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, QuerySampling())
     with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)  # before it asks for a student of stage 2
@@ -245,7 +244,7 @@ def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
     recipe = load_recipe("folder")
     batch = image_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)[Part(0)]
     assert len(batch.image_index) == 0
-    from esam3.stage1 import Stage1
+    from esam3.training.stage1 import Stage1
     terms = Stage1(*networks(), TINY, sampled=4)(batch)
     assert all(v.isfinite() for v in terms.values()) and terms["features"] > 0
     bare = collate_images([Stills(open_dataset("folder", "train", "images")).reader.read(0)], *SIDES)
@@ -258,8 +257,8 @@ def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
 
 def test_stage_3_takes_images_among_its_clips(tmp_path):
     "And with their phrases."
-    from esam3.concepts import QuerySampling
-    from esam3.stage3 import MixedSteps
+    from esam3.training.concepts import QuerySampling
+    from esam3.training.stage3 import MixedSteps
     (tmp_path / "talk.yaml").write_text("extends: tiny\nsplits: {train: {clips: null, concept_images: null, concept_clips: {format: mixture, parts: ["
         "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: images}]}}}\nstages: {2: null}\n")
     source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, QuerySampling())
@@ -269,7 +268,7 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
 
 @pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])
 def test_stage_3_finds_tracks_where_nobody_has_marked_any(tmp_path, monkeypatch, part, count):
-    from esam3 import stage3
+    from esam3.training.loop import stage3
     (tmp_path / "plain.yaml").write_text(f"extends: tiny\nsplits: {{train: {{clips: {part}}}}}\n")
     tasks, recipe, (teacher, student) = [], load_recipe(tmp_path / "plain.yaml"), networks()
     monkeypatch.setattr(stage3, "fit", lambda task, *rest, **options: tasks.append(task) or {})

@@ -10,11 +10,12 @@ from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from esam3.core import Spaces
-from esam3.data import collate_images
-from esam3.prompts import (CORNERS, NEGATIVE, PADDING, POSITIVE, append, chances, corrective_points, deepest, disagreement, draw_cell,
-                           initial_prompts, refine, to_space)
-from esam3.samples import ImageSample, components
-from esam3.teacher import Prompts
+from esam3.data.batches import collate_images
+from esam3.data.samples import ImageSample, components
+from esam3.models.prompts import (
+    CORNERS, NEGATIVE, PADDING, POSITIVE, append, chances, corrective_points, deepest, disagreement, draw_cell,
+    initial_prompts, refine, to_space)
+from esam3.models.teacher import Prompts
 
 SIDES = ((144, 128), (1008, 1024))  # teacher's and student's squares: the toy's and the real ones
 

@@ -11,12 +11,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from esam3.core import Part
-from esam3.data import Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at, turned_hue
-from esam3.public_sets import SaVFolders, Vos
-from esam3.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort, Videos
-from esam3.samples import (BadSample, ClipSample, ImageSample, Phrase, Reported, RunMasks, Video, boxes_of, decode_rle, read_image, rle_area,
-                           video_frames)
-from esam3.toyworld import toyworld, write_mp4
+from esam3.data.batches import (
+    Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at,
+    turned_hue)
+from esam3.data.public_sets import SaVFolders, Vos
+from esam3.data.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort, Videos
+from esam3.data.samples import (
+    BadSample, ClipSample, ImageSample, Phrase, Reported, RunMasks, Video, boxes_of, decode_rle, read_image,
+    rle_area, video_frames)
+from esam3.data.toyworld import toyworld, write_mp4
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.exists(), reason="needs the sample files in ../shared/data")
@@ -163,7 +166,7 @@ def test_video_frames_are_those_of_another_decoder(name, size):
 
 @real
 def test_photographs_become_a_batch():
-    from esam3.samples import ImageSample
+    from esam3.data.samples import ImageSample
     images = [read_image(p) for p in sorted((REAL / "images").glob("*.jpg"))]
     samples = [ImageSample(str(k), p, np.ones((1, *p.shape[:2]), bool)) for k, p in enumerate(images)]
     batch = collate_images(samples, 1008, 1024)
@@ -325,7 +328,7 @@ def test_random_run_lengths_never_get_past_the_door():
 # ---- samples without instances, and recipes
 
 def test_pictures_without_instances_go_through(tiny):
-    from esam3.samples import ImageSample
+    from esam3.data.samples import ImageSample
     empty = ImageSample("empty", np.zeros((96, 128, 3), np.uint8), np.zeros((0, 96, 128), bool))
     batch = collate_images([augment(empty, rng_at(0, 0), short=(96, 128), crop=128), Sa1b(tiny / "images.tar").read(0)], 144, 128)
     assert set(batch.image_index.tolist()) == {1} and len(batch.spaces.rasterise(batch.masks, "student", 32)) == len(batch.image_index)

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from esam3.data import collate_clips, load_recipe, open_dataset
-from esam3.public_sets import Coco, SaVFolders, Vos, clip_stems
-from esam3.readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
-from esam3.samples import BadSample, RunMasks, read_image
-from esam3.toyworld import toyworld, write_mp4
+from esam3.data.batches import collate_clips, load_recipe, open_dataset
+from esam3.data.public_sets import Coco, SaVFolders, Vos, clip_stems
+from esam3.data.readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
+from esam3.data.samples import BadSample, RunMasks, read_image
+from esam3.data.toyworld import toyworld, write_mp4
 
 H, W = 24, 36
 

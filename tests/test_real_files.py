@@ -3,13 +3,13 @@ import numpy as np
 import pytest
 import torch
 
-from esam3.data import ClipBatch, collate_clips
-from esam3.readers import Davis
-from esam3.samples import ClipSample, Video
-from esam3.stage2 import compare
-from esam3.student import build_student
-from esam3.teacher import NO_OBJECT, load_teacher
-from esam3.views import clip_strip
+from esam3.data.batches import ClipBatch, collate_clips
+from esam3.data.readers import Davis
+from esam3.data.samples import ClipSample, Video
+from esam3.models.student import build_student
+from esam3.models.teacher import NO_OBJECT, load_teacher
+from esam3.show.views import clip_strip
+from esam3.training.stage2 import compare
 
 
 @pytest.fixture(scope="module")

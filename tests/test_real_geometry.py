@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esam3.concepts import QuerySampling, ConceptQueries
 from esam3.core import Part, declared_in
-from esam3.data import RECIPES, load_recipe, open_dataset, with_sampling
-from esam3.miniatures import miniatures
-from esam3.predictions import instances, write_labels, write_objects
-from esam3.stage1 import image_source
-from esam3.stage2 import clip_source
-from esam3.stage3 import MixedSteps, stage3_schedule, run_feature_warmup
-from esam3.training import Schedule
+from esam3.data.batches import RECIPES, load_recipe, open_dataset, with_sampling
+from esam3.data.miniatures import miniatures
+from esam3.evaluation.predictions import instances, write_labels, write_objects
+from esam3.schedules import Schedule
+from esam3.training.concepts import ConceptQueries, QuerySampling
+from esam3.training.stage1 import image_source
+from esam3.training.stage2 import clip_source
+from esam3.training.stage3 import MixedSteps, run_feature_warmup, stage3_schedule
 
 SIDES = (1008, 1024)
 SMALL = "instances: 4, tracks: 2, phrases: 2, frames: [4, 4]"
 FEW = "instances: 2, tracks: 1, phrases: 2, frames: [4, 4]"  # of what is trained on: minutes count
 CHAIN = """
 import json, sys
-from esam3.stage1 import run_stage1
-from esam3.stage2 import run_stage2
-from esam3.stage3 import run_stage3
+from esam3.training.stage1 import run_stage1
+from esam3.training.stage2 import run_stage2
+from esam3.training.stage3 import run_stage3
 for stage, given in json.loads(sys.argv[1]): print({1: run_stage1, 2: run_stage2, 3: run_stage3}[stage](**given), flush=True)
 """
 
@@ -188,7 +188,7 @@ def test_stage3_takes_what_a_recipe_has():
 
 def test_the_feature_warmup_takes_concept_images(monkeypatch):
     "saco has no plain images."
-    from esam3 import stage3
+    from esam3.training.loop import stage3
     seen = {}
     monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_, **__: seen.setdefault("batch", source[Part(0)]))
     monkeypatch.setattr(stage3, "parameter_groups", lambda *_: [])

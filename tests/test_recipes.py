@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from esam3.data import DEFAULTS, READERS, RECIPES, SAMPLING, data_digest, load_recipe, open_dataset
-from esam3.readers import Sa1b, SaV, Videos, places
-from esam3.recipes import KEYS
-from esam3.toyworld import toyworld
+from esam3.data.batches import DEFAULTS, READERS, RECIPES, SAMPLING, data_digest, load_recipe, open_dataset
+from esam3.data.readers import Sa1b, SaV, Videos, places
+from esam3.data.recipes import KEYS
+from esam3.data.toyworld import toyworld
 
 SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 CLIP = "root: x\nsplits: {train: {clips: {format: sav, path: y}}}\n"
@@ -379,7 +379,7 @@ def test_several_annotators_count(tmp_path):
 
 
 def test_davis_is_known_by_its_clips(tmp_path):
-    from esam3.readers import Davis
+    from esam3.data.readers import Davis
     for part in ("JPEGImages/480p/a", "Annotations/480p/a", "ImageSets/2017"): (tmp_path / "davis" / part).mkdir(parents=True)
     (tmp_path / "davis/ImageSets/2017/val.txt").write_text("a\n")
     for t in range(2): (tmp_path / f"davis/JPEGImages/480p/a/{t:05d}.jpg").write_bytes(np.arange(t + 4, dtype=np.uint8).tobytes())

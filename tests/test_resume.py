@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from esam3 import checkpoints, runs
-from esam3.checkpoints import read_state, save_state
-from esam3.cluster import hold
-from esam3.stage1 import run_stage1
-from esam3.training import Made, Schedule, fit
+from esam3.schedules import Schedule
+from esam3.training.checkpoints import read_state, save_state
+from esam3.training.cluster import hold
+from esam3.training.loop import Made, checkpoints, fit, runs
+from esam3.training.stage1 import run_stage1
 from logs import chance, content, rows
 
 STEPS = 8
@@ -179,7 +179,7 @@ def test_killed_between_two_names(renamed, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["before.pt", "last.pt"]
 
 
-HOLDS = "import pathlib, sys, time; from esam3.cluster import hold; hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLDS = "import pathlib, sys, time; from esam3.training.cluster import hold; hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_process_is_refused(tmp_path, monkeypatch):

@@ -3,8 +3,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from esam3.data import RECIPES, SCHEDULES as NAMES, load_recipe
-from esam3.training import PAPER, PROVEN, RECIPE, SCHEDULES, STAGES_OF, Schedule, schedule_for
+from esam3.data.batches import RECIPES, SCHEDULES as NAMES, load_recipe
+from esam3.schedules import PAPER, PROVEN, RECIPE, SCHEDULES, STAGES_OF, Schedule, schedule_for
 
 ROWS = [(row, stage) for row in RECIPE for stage in row.stages]
 
@@ -32,7 +32,7 @@ def test_every_difference_is_in_the_table():
 
 def test_steps_of_an_aid_are_bounded():
     "No warm-up is as long as an epoch of SA-1B or SA-V: it has a number of steps, and stage 2's goes round a bounded number of batches."
-    from esam3.stage2 import WARMUP_BATCHES
+    from esam3.training.stage2 import WARMUP_BATCHES
     assert all(PROVEN[s].warmup_steps <= 1000 for s in (2, 3)) and PAPER[2].warmup_steps == PAPER[3].warmup_steps == 0 and WARMUP_BATCHES <= 1000
 
 

@@ -11,12 +11,13 @@ from elsewhere import DEVICE, elsewhere
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import esam3.evaluate
-import esam3.training
-from esam3.stage1 import run_stage1
-from esam3.stage2 import EncodeOnce, run_stage2
-from esam3.stage3 import run_stage3
-from esam3.training import Made, Schedule, fit
+import esam3.evaluation.evaluate
+import esam3.training.loop
+from esam3.schedules import Schedule
+from esam3.training.loop import Made, fit
+from esam3.training.stage1 import run_stage1
+from esam3.training.stage2 import EncodeOnce, run_stage2
+from esam3.training.stage3 import run_stage3
 from logs import chance, content, rows
 
 RUN = {1: run_stage1, 2: run_stage2, 3: run_stage3}
@@ -36,7 +37,7 @@ class Seen:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.scored: list[set[torch.device]] = []
         self.kept: list[dict[str, set[torch.device]]] = []
-        predict, save = esam3.evaluate.predict, esam3.training.save_state
+        predict, save = esam3.evaluation.evaluate.predict, esam3.training.loop.save_state
         def scored(task, *args, **options):
             self.scored.append(places([*task.model.state_dict().values()]))
             return predict(task, *args, **options)
@@ -46,8 +47,8 @@ class Seen:
                     "optimizer": [state[k] for state in states for k in ("exp_avg", "exp_avg_sq")]}
             self.kept.append({k: places(tensors) for k, tensors in kept.items()})
             return save(folder, task, optimizer, average, *args)
-        patch.setattr(esam3.evaluate, "predict", scored)
-        patch.setattr(esam3.training, "save_state", saved)
+        patch.setattr(esam3.evaluation.evaluate, "predict", scored)
+        patch.setattr(esam3.training.loop, "save_state", saved)
 
 
 def places(tensors: list[Tensor]) -> set[torch.device]:
@@ -57,7 +58,7 @@ def places(tensors: list[Tensor]) -> set[torch.device]:
 
 def fresh(patch: pytest.MonkeyPatch, folder: Path) -> None:
     "As in a new process and with an empty cache: a teacher's scores are asked for, and no encoder's maps are known."
-    patch.setattr(esam3.evaluate, "cache_dir", lambda: folder / "cache")
+    patch.setattr(esam3.evaluation.evaluate, "cache_dir", lambda: folder / "cache")
     patch.setattr(EncodeOnce, "shared", {})
 
 
@@ -135,11 +136,11 @@ class Cut(Exception):
 
 def cut_after(patch: pytest.MonkeyPatch, place: str, step: int) -> None:
     "End a run when it has written the checkpoint of a step: of `stageN`, or of its `warm-up`."
-    save = esam3.training.save_state
+    save = esam3.training.loop.save_state
     def then_cut(folder, task, optimizer, average, done, *rest):
         save(folder, task, optimizer, average, done, *rest)
         if (folder.name, done) == (place, step): raise Cut
-    patch.setattr(esam3.training, "save_state", then_cut)
+    patch.setattr(esam3.training.loop, "save_state", then_cut)
 
 
 @pytest.mark.parametrize("stage, cuts", [(1, ["stage1"]), (2, ["warmup", "stage2"]), (3, ["stage3"])])
@@ -177,7 +178,7 @@ def test_average_left_on_the_cpu_raises(tmp_path):
         schedule = Schedule(steps=3, batch_size=1, lr=0.1, ema=0.9)
         fit(task, Made(lambda part: chance(part, 4, 2).to(DEVICE)), groups, schedule, tmp_path / name, 0, every=1, stop=stop)
         return task
-    load = esam3.training.load_state
+    load = esam3.training.loop.load_state
     def left_behind(*args):
         step, average, more = load(*args)
         return step, average and {n: t.cpu() for n, t in average.items()}, more
@@ -185,7 +186,7 @@ def test_average_left_on_the_cpu_raises(tmp_path):
         whole = train("whole")
         train("cut", stop=1)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="to be on the same device"):
-            patch.setattr(esam3.training, "load_state", left_behind)
+            patch.setattr(esam3.training.loop, "load_state", left_behind)
             train("cut")
         assert torch.equal(train("cut").weight, whole.weight)
 

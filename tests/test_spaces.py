@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esam3.core import Spaces
-from esam3.data import ImageBatch, collate_images, open_dataset, student_pixels, teacher_pixels
-from esam3.losses import distill_loss, mask_iou
-from esam3.prompts import CORNERS, POSITIVE
-from esam3.student import EfficientSam3, copy_weights, student_config
-from esam3.teacher import Features, MaskSet, Prompts, Sam3, load_teacher
+from esam3.data.batches import ImageBatch, collate_images, open_dataset, student_pixels, teacher_pixels
+from esam3.models.prompts import CORNERS, POSITIVE
+from esam3.models.student import EfficientSam3, copy_weights, student_config
+from esam3.models.teacher import Features, MaskSet, Prompts, Sam3, load_teacher
+from esam3.training.losses import distill_loss, mask_iou
 
 SPACES = ("source", "teacher", "student")
 SIDES = ((144, 128), (1008, 1024))

@@ -10,17 +10,18 @@ from elsewhere import elsewhere, reads, uploads
 from logs import content
 from test_resume import STEPS, finish, kill_in_training, start
 
-from esam3 import stage1
 from esam3.core import Part, seed_everything
-from esam3.data import ImageBatch, collate_images, load_recipe, some_instances
-from esam3.losses import distill_loss, feature_errors, map_terms, task_terms
-from esam3.prompts import refine
-from esam3.stage1 import (CachedSteps, Stage1, prompt_both, sample_prompts, keep_features, image_source, prompt_chances, run_stage1, shared_out, stage1_schedule,
-                          warp_features)
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import Sam3, load_teacher
-from esam3.toyworld import toyworld
-from esam3.training import TRAINS, Schedule, fit, parameter_groups
+from esam3.data.batches import ImageBatch, collate_images, load_recipe, some_instances
+from esam3.data.toyworld import toyworld
+from esam3.models.prompts import refine
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import Sam3, load_teacher
+from esam3.schedules import Schedule
+from esam3.training.loop import TRAINS, fit, parameter_groups, stage1
+from esam3.training.losses import distill_loss, feature_errors, map_terms, task_terms
+from esam3.training.stage1 import (
+    CachedSteps, Stage1, image_source, keep_features, prompt_both, prompt_chances, run_stage1, sample_prompts,
+    shared_out, stage1_schedule, warp_features)
 
 SIDES = (144, 128)  # the toy's frames, px
 

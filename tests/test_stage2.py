@@ -9,20 +9,21 @@ import pytest
 import torch
 from elsewhere import elsewhere, reads, uploads
 
-from esam3 import stage2
 from esam3.core import seed_everything
-from esam3.data import ClipBatch, collate_clips, load_recipe, open_dataset
-from esam3.heldout import first_frame, look
-from esam3.perceiver import SpatialPerceiver, windows
-from esam3.readers import Videos
-from esam3.samples import ClipSample
-from esam3.stage2 import SingleFrameWarmup, Stage2, give_memory, read_weight, run_stage2, stage2_schedule, track_losses
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import Bank, Features, Sam3, load_teacher
-from esam3.toyworld import toyworld
-from esam3.tracker import see, track
-from esam3.tracks import propose, with_tracks
-from esam3.training import TRAINS, Schedule, parameter_groups, train_mode
+from esam3.data.batches import ClipBatch, collate_clips, load_recipe, open_dataset
+from esam3.data.readers import Videos
+from esam3.data.samples import ClipSample
+from esam3.data.toyworld import toyworld
+from esam3.evaluation.heldout import first_frame, look
+from esam3.models.perceiver import SpatialPerceiver, windows
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import Bank, Features, Sam3, load_teacher
+from esam3.models.tracker import see, track
+from esam3.schedules import Schedule
+from esam3.training.loop import TRAINS, parameter_groups, stage2, train_mode
+from esam3.training.stage2 import (
+    SingleFrameWarmup, Stage2, give_memory, read_weight, run_stage2, stage2_schedule, track_losses)
+from esam3.training.tracks import propose, with_tracks
 
 SIDES = (144, 128)  # the toy's frames, px
 TINY = Schedule(steps=10, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esam3 import survey as module
-from esam3.data import READERS, load_recipe, open_dataset
-from esam3.recipes import reader_for
-from esam3.survey import fault, main, sheet, survey
-from esam3.toyworld import toyworld
+from esam3.data.batches import READERS, load_recipe, open_dataset
+from esam3.data.recipes import reader_for
+from esam3.data.toyworld import toyworld
+from esam3.show import survey as module
+from esam3.show.survey import fault, main, sheet, survey
 
 matplotlib.use("agg")
 
@@ -146,7 +146,7 @@ def test_annotations_alone_are_counted(tmp_path):
 
 
 def test_faults_are_grouped():
-    from esam3.samples import BadSample
+    from esam3.data.samples import BadSample
     kind = lambda text: fault(BadSample(text))
     assert kind("a 1.json, annotation 12: mask of 10×20 px on an image of 30×40; x") == kind("b.json, masklet 3: mask of 1×2 px on an image of 3×40; y") == "mask of n×n px on an image of n×n"
     assert kind("x: images of different sizes, [(1, 2), (3, 4)]; y") == "images of different sizes"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import Sam3VideoConfig
 
-from esam3.student import build_student
-from esam3.teacher import Bank, Prompts, Sam3, load_teacher
-from esam3.tracker import track
+from esam3.models.student import build_student
+from esam3.models.teacher import Bank, Prompts, Sam3, load_teacher
+from esam3.models.tracker import track
 
 ONE = torch.zeros(1, dtype=torch.long)
 BOX = torch.tensor([[[0.4, 0.5, 0.3, 0.3]]])

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from esam3 import samples
 from esam3.core import cache_dir
-from esam3.samples import BadSample, Video, video_index
+from esam3.data.batches import samples
+from esam3.data.samples import BadSample, Video, video_index
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 70
 QUIET = "pools=1:frame-threads=1:log-level=none"
