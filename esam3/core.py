@@ -28,7 +28,8 @@ class Variant:
 
 
 VARIANTS: Mapping[str, Variant] = {v.name: v for v in (
-    Variant("es-rv-s", "repvit_m0_9", 5.1), Variant("es-rv-m", "repvit_m1_1", 6.8), Variant("es-rv-l", "repvit_m2_3", 8.2),
+    Variant("es-rv-s", "repvit_m0_9", 5.1), Variant("es-rv-m", "repvit_m1_1", 6.8),
+    Variant("es-rv-l", "repvit_m2_3", 8.2),
     Variant("es-tv-s", "tiny_vit_5m_224", 5.4), Variant("es-tv-m", "tiny_vit_11m_224", 11.0),
     Variant("es-tv-l", "tiny_vit_21m_224", 21.0),
     Variant("es-ev-s", "efficientvit_b0", 0.7), Variant("es-ev-m", "efficientvit_b1", 4.8),
@@ -42,7 +43,8 @@ def nearest(word: str,                 # what was given
     "One sentence that says `word` is not a `noun` and names the valid one that looks most like it."
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.3)
-    return f"unknown {noun} '{word}': " + (f"did you mean '{close[0]}'? " if close else "") + f"valid: {', '.join(known)}"
+    return f"unknown {noun} '{word}': " + (f"did you mean '{close[0]}'? " if close
+                                           else "") + f"valid: {', '.join(known)}"
 
 
 def find_variant(name: str) -> Variant:
@@ -58,7 +60,8 @@ def onto(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 # %% ../nbs/00_core.ipynb #c009
 @dataclass(frozen=True)
 class Spaces:
-    "The source, teacher and student frames of a batch of images, and the maps between them (contract: round trip ≤ 1e-3 px)."
+    """The source, teacher and student frames of a batch of images, and the maps between them (contract: round trip ≤
+    1e-3 px)."""
     sizes: torch.Tensor  # [B, 2] height and width of each source image, px
     teacher: int         # side of the teacher's square image, px (1008; toy 144)
     student: int         # side of the student's square canvas, px (1024; toy 128)
@@ -154,7 +157,8 @@ def _maps(self: Spaces,
           src: str, dst: str,    # "teacher" or "student"
           size: int,             # cells along a side of the answer
           image_index: torch.Tensor | None = None  # [N] image of each map; 0…N-1 when missing
-          ) -> torch.Tensor:     # [N, C, size, size] float32, whatever the maps are: a bf16 grid is off by up to 0.28 of a cell at 288
+          # [N, C, size, size] float32, whatever the maps are: a bf16 grid is off by up to 0.28 of a cell at 288
+          ) -> torch.Tensor:
     "Warp maps from one square frame to the other by one bilinear `grid_sample` (padding takes the border's value)."
     image_index = torch.arange(len(maps), device=maps.device) if image_index is None else image_index
     part = _cells(self.extent(dst), self.side(dst), size)[image_index]               # fraction of the image
@@ -172,7 +176,8 @@ def _rasterise(self: Spaces,
     "Area coverage of source masks on the grid of `dst`; padding is 0."
     side, out = self.side(dst), []
     for m, (h, w) in zip(masks, self.fit(dst)):
-        out.append(m.new_zeros((0, size, size), dtype=torch.float32) if len(m) == 0 else _cover(m.float(), h, w, side, size))
+        out.append(m.new_zeros((0, size, size), dtype=torch.float32) if len(m) == 0
+                   else _cover(m.float(), h, w, side, size))
     return torch.cat(out)
 
 
@@ -191,7 +196,8 @@ def _to_source(self: Spaces,
     x = (torch.arange(w, device=maps.device) + 0.5) / w * ew / side
     y = (torch.arange(h, device=maps.device) + 0.5) / h * eh / side
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None] * 2 - 1
-    return F.grid_sample(maps[None].float(), grid.float(), mode="bilinear", padding_mode="border", align_corners=False)[0]
+    return F.grid_sample(maps[None].float(), grid.float(), mode="bilinear", padding_mode="border",
+                         align_corners=False)[0]
 
 
 Spaces.rasterise, Spaces.to_source = _rasterise, _to_source
@@ -221,14 +227,16 @@ class Part(typing.NamedTuple):
 # %% ../nbs/00_core.ipynb #c024
 def pick_device() -> torch.device:
     "CUDA when there is one, else the CPU; under torchrun the device of this local rank."
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda",
+                        int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_precision(device: torch.device, wanted: str = "auto") -> str:
-    "What `wanted` (`auto`, or one of `PRECISIONS`) is on a device. `ValueError` for another word, and for fp16 on a CPU."
+    """What `wanted` (`auto`, or one of `PRECISIONS`) is on a device. `ValueError` for another word, and for fp16 on a
+    CPU."""
     if wanted not in ("auto", *PRECISIONS): raise ValueError(nearest(wanted, ("auto", *PRECISIONS), "precision"))
     if wanted == "fp16" and device.type == "cpu":
         raise ValueError("precision 'fp16' scales its losses on a GPU only: pass -p precision bf16, or no")
@@ -246,13 +254,16 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def check_parameters(declared: Mapping[str, tuple[type, object]],  # name → (type, default)
                      given: Mapping[str, object]                   # name → value
                      ) -> None:
-    "Raise `ValueError` on the first given name that is not declared, or value of another type (an int may stand for a float)."
+    """Raise `ValueError` on the first given name that is not declared, or value of another type (an int may stand for a
+    float)."""
     for name, value in given.items():
         if name not in declared: raise ValueError(nearest(name, declared, "parameter"))
         kind, default = declared[name]
-        fine = isinstance(value, kind) and not (kind is int and isinstance(value, bool)) or (kind is float and type(value) is int)
+        fine = isinstance(value, kind) and not (kind is int and isinstance(value,
+            bool)) or (kind is float and type(value) is int)
         if not fine:
-            raise ValueError(f"parameter '{name}' must be {kind.__name__} (for instance {default!r}), got {type(value).__name__} {value!r}")
+            raise ValueError(f"parameter '{name}' must be {kind.__name__} (for instance {default!r}), got "
+                             f"{type(value).__name__} {value!r}")
 
 
 def declared_in(source: str) -> dict[str, tuple[type, object]]:
@@ -262,15 +273,19 @@ def declared_in(source: str) -> dict[str, tuple[type, object]]:
             for n in ast.parse(source).body if isinstance(n, ast.AnnAssign)}
 
 # %% ../nbs/00_core.ipynb #c030
-def guard(namespace: Mapping[str, object],  # the notebook's `globals()`, which holds IPython's `In`: the cells run so far
+# the notebook's `globals()`, which holds IPython's `In`: the cells run so far
+def guard(namespace: Mapping[str, object],
           ) -> dict[str, object]:           # the parameters and their values
     """Check the values that a run notebook's parameters cell, and papermill after it, have set.
 
     Raises `ValueError` naming the nearest valid parameter, or the right type."""
     cells = [c for c in namespace.get("In", []) if c.strip() and not c.startswith(("%", "!"))]
     source = next((c for c in reversed(cells) if _declares(c)), "")
-    declared = declared_in(source) if source else {k: (t, namespace[k]) for k, t in namespace["__annotations__"].items()}  # nbdev_test keeps no `In`
-    injected = [n for c in cells if c.startswith("# Parameters") for n in ast.parse(c).body if isinstance(n, ast.Assign)]
+    # nbdev_test keeps no `In`
+    declared = declared_in(source) if source else {k: (t, namespace[k]) for k,
+                                                   t in namespace["__annotations__"].items()}
+    injected = [n for c in cells if c.startswith("# Parameters") for n in ast.parse(c).body
+                if isinstance(n, ast.Assign)]
     names = [*declared, *(t.id for n in injected for t in n.targets)]
     check_parameters(declared, {k: namespace[k] for k in names})
     return {k: float(namespace[k]) if declared[k][0] is float else namespace[k] for k in declared}
@@ -284,7 +299,8 @@ def _declares(cell: str) -> bool:
 # %% ../nbs/00_core.ipynb #c033
 @contextlib.contextmanager
 def atomically(path: str | Path) -> typing.Iterator[Path]:
-    "Yield a temporary path beside `path` (write a file or make a folder there); it takes `path`'s name only if the block ends well."
+    """Yield a temporary path beside `path` (write a file or make a folder there); it takes `path`'s name only if the
+    block ends well."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     box = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -298,7 +314,8 @@ def atomically(path: str | Path) -> typing.Iterator[Path]:
 def write_json(path: str | Path, value: object) -> None:
     "Write JSON, indented, atomically."
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    with atomically(path) as p: p.write_bytes(text.encode(errors="backslashreplace"))  # a file's name need not be UTF-8, and JSON can say it
+    # a file's name need not be UTF-8, and JSON can say it
+    with atomically(path) as p: p.write_bytes(text.encode(errors="backslashreplace"))
 
 # %% ../nbs/00_core.ipynb #c036
 def fingerprint(settings: Mapping[str, object]) -> str:
@@ -318,7 +335,8 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
 def _flat(settings: Mapping, prefix: str = "") -> dict[str, object]:
     "Nested settings as one mapping with dotted names."
     return {k: v for name, value in settings.items()
-            for k, v in (_flat(value, f"{prefix}{name}.").items() if isinstance(value, Mapping) else [(f"{prefix}{name}", value)])}
+            for k, v in (_flat(value, f"{prefix}{name}.").items() if isinstance(value, Mapping)
+                         else [(f"{prefix}{name}", value)])}
 
 
 def open_run(runs: str | Path, recipe: str, variant: str, stage: str,
@@ -334,16 +352,21 @@ def open_run(runs: str | Path, recipe: str, variant: str, stage: str,
     mark, settings = folder / "settings.json", json.loads(json.dumps(settings))
     if mark.exists():
         old, new = _flat(json.loads(mark.read_text())), _flat(settings)
-        diff = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        if diff: raise ValueError(f"{folder} holds a run with other settings ({'; '.join(diff)}): pass resume=False to replace it, or another `runs`")
+        diff = [f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in sorted({*old, *new})
+                if old.get(k) != new.get(k)]
+        if diff:
+            raise ValueError(f"{folder} holds a run with other settings ({'; '.join(diff)}): pass resume=False to "
+                             f"replace it, or another `runs`")
     else: write_json(mark, settings)
     return folder
 
 # %% ../nbs/00_core.ipynb #c039
 def runs_folder(runs: str | Path) -> Path:
-    "Where runs go: a relative path counts from the root of the checkout, or from the working directory where the package is not in one."
+    """Where runs go: a relative path counts from the root of the checkout, or from the working directory where the
+    package is not in one."""
     root = Path(__file__).resolve().parent.parent if "__file__" in globals() else Path.cwd().parent
-    return Path(runs) if Path(runs).is_absolute() else ((root if (root / "settings.ini").exists() else Path.cwd()) / runs)
+    return Path(runs) if Path(runs).is_absolute() else ((root if (root / "settings.ini").exists() else Path.cwd())
+                                                        / runs)
 
 # %% ../nbs/00_core.ipynb #c040
 def printable(path: Path) -> str:
@@ -363,7 +386,8 @@ def versions() -> dict[str, str]:
     import esam3
     try: own = version("esam3")
     except PackageNotFoundError: own = esam3.__version__  # a checkout that is not installed
-    return {"esam3": own, **{p: version(p) for p in ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy")}}
+    return {"esam3": own, **{p: version(p)
+                             for p in ("torch", "torchvision", "timm", "transformers", "accelerate", "numpy")}}
 
 def machine() -> str:
     "Processor, cores and accelerator, for the figures measured here."

@@ -31,7 +31,9 @@ class Schedule:
     betas: tuple[float, float] = (0.9, 0.999)
     floor: float = 0.0         # the cosine ends at this fraction of lr
     inherited: float = 1.0     # fraction of lr for what starts from the teacher's weights
-    checkpoint: int = 512      # px: from a canvas of this side on, decoders, Perceiver and losses are computed again in the backward pass and not kept (§4.2); 0: never
+    # px: from a canvas of this side on, decoders, Perceiver and losses are computed again in the backward pass and not
+    # kept (§4.2); 0: never
+    checkpoint: int = 512
     lambda2: float = 1.0       # weight of eq. 4 (masks); 0: left out
     focal: float = 1.0         # weight of Focal beside Dice
     temperature: float = 0.0   # of the teacher's masks in eq. 4; 0: cut at logit 0
@@ -40,15 +42,19 @@ class Schedule:
     refinements: int = _of(1, 3, default=1)    # of prompts: M of the loop (§4.2)
     corrective: str = _of(1, 3, default="uniform")  # of prompts: where in the disagreement a point lies; or "deepest"
     checkpoint_encoder: bool = _of(1, 3, default=False)  # the student's backbone too, stage by stage
-    map_weights: tuple[float, ...] = _of(1, default=())  # of eq. 3's six maps, the detector's and the tracker's, fine to coarse; none: equal
+    # of eq. 3's six maps, the detector's and the tracker's, fine to coarse; none: equal
+    map_weights: tuple[float, ...] = _of(1, default=())
     map_terms: tuple[str, ...] = _of(1, default=())  # feature losses beside eq. 3: relational, attention, contrastive
     lambda_maps: float = _of(1, default=1.0)   # weight of each of these
-    augment: bool = _of(2, 3, default=True)    # the recipe's `augment`; False: images as they are, so that a frozen encoder's maps are kept
+    # the recipe's `augment`; False: images as they are, so that a frozen encoder's maps are kept
+    augment: bool = _of(2, 3, default=True)
     back: float = _of(2, 3, default=0.0)       # fraction of the steps whose clips are played there and back
-    warmup_steps: int = _of(2, 3, default=0)   # steps of a warm-up: single frames with the teacher's memory (stage 2), features (stage 3)
+    # steps of a warm-up: single frames with the teacher's memory (stage 2), features (stage 3)
+    warmup_steps: int = _of(2, 3, default=0)
     warmup_lr: float = _of(2, 3, default=1e-3)  # and its learning rate
     lambda_read: float = _of(2, 3, default=1.0)  # weight of the read-out terms (§4.3), within lambda2; 0: left out
-    read_decay: str = _of(2, default="")       # how the teacher's read-out fades to nothing: linear, cosine; empty: it stays
+    # how the teacher's read-out fades to nothing: linear, cosine; empty: it stays
+    read_decay: str = _of(2, default="")
     detach_every: int = _of(2, 3, default=0)   # gradients through memory end every so many frames; 0: never
     global_latents: int = _of(2, default=64)   # of the K = 128
     local_latents: int = _of(2, default=64)    # a square number: an 8 × 8 grid of windows
@@ -59,7 +65,8 @@ class Schedule:
     lambda_prompts: float = _of(3, default=1.0)  # weight of stage 1's prompt terms on its images; 0: left out
 
     @property
-    def linear_warmup_steps(self) -> int: return round(self.linear_warmup * self.steps) if self.linear_warmup < 1 else int(self.linear_warmup)
+    def linear_warmup_steps(self) -> int:
+        return round(self.linear_warmup * self.steps) if self.linear_warmup < 1 else int(self.linear_warmup)
 
     def factor(self, step: int) -> float:
         "Fraction of `lr` at a step: linear warm-up, then half a cosine down to `floor`."
@@ -69,14 +76,17 @@ class Schedule:
 
     def micro_batches(self, ranks: int) -> int:
         "Micro-batches of one rank in a step. `ValueError` where the batch does not divide into such."
-        count, cut = ranks * (self.micro_batch or 1), f" in micro-batches of {self.micro_batch}" * bool(self.micro_batch)
+        count, cut = ranks * (self.micro_batch
+                              or 1), f" in micro-batches of {self.micro_batch}" * bool(self.micro_batch)
         whole = max(1, self.batch_size // count)
         if self.batch_size and self.batch_size % count:
-            raise ValueError(f"{self.batch_size} samples a step do not divide among {ranks} ranks{cut}: take {whole * count} or {(whole + 1) * count}")
+            raise ValueError(f"{self.batch_size} samples a step do not divide among {ranks} ranks{cut}: take "
+                             f"{whole * count} or {(whole + 1) * count}")
         return whole if self.micro_batch else 1
 
     def recomputes(self, canvas: int) -> bool:
-        "Whether decoders, Perceiver and losses of a student with such a canvas are computed again in the backward pass."
+        """Whether decoders, Perceiver and losses of a student with such a canvas are computed again in the backward
+        pass."""
         return bool(self.checkpoint) and canvas >= self.checkpoint
 
 
@@ -92,26 +102,31 @@ _SOFT = dict(floor=0.02, focal=20.0, temperature=1.0)
 PROVEN: Mapping[int, Schedule] = {
     1: replace(PAPER[1], **_SOFT, max_norm=5.0, inherited=0.1, lambda1=4.0),
     2: replace(PAPER[2], **_SOFT, max_norm=1.0, ema=0.999, lambda2=0.5, back=0.5, warmup_steps=1000),
-    3: replace(PAPER[3], **_SOFT, lambda1=4.0, lambda2=0.5, back=0.5, thaw=("detr", "tracking"), encoder_lr=2e-5, warmup_steps=1000,
+    3: replace(PAPER[3], **_SOFT, lambda1=4.0, lambda2=0.5, back=0.5, thaw=("detr", "tracking"), encoder_lr=2e-5,
+               warmup_steps=1000,
                clip_every=1, alternate=False),
 }
 SCHEDULES: Mapping[str, Mapping[int, Schedule]] = {"paper": PAPER, "proven": PROVEN}
 
 
-RENAMED = {"clip": "max_norm", "warmup": "linear_warmup", "lesson_steps": "warmup_steps", "lesson_lr": "warmup_lr"}  # fields that had other names
+# fields that had other names
+RENAMED = {"clip": "max_norm", "warmup": "linear_warmup", "lesson_steps": "warmup_steps", "lesson_lr": "warmup_lr"}
 
 
-def schedule_for(stage: int, recipe: Mapping, options: Mapping[str, object] | None = None, schedule: str = "", **given: float | str) -> Schedule:
-    """One of `SCHEDULES` (`schedule`, else the recipe's), changed by the recipe's `stages`, by what is given (0: not given), and by
-    `options` (fields of it, where 0 counts).
+def schedule_for(stage: int, recipe: Mapping, options: Mapping[str, object] | None = None, schedule: str = "",
+                 **given: float | str) -> Schedule:
+    """One of `SCHEDULES` (`schedule`, else the recipe's), changed by the recipe's `stages`, by what is given (0: not
+    given), and by `options` (fields of it, where 0 counts).
 
     `ValueError` for an unknown word, a setting of another stage, or a missing number of steps."""
     name = schedule or recipe.get("schedule", "paper")
     if name not in SCHEDULES: raise ValueError(nearest(name, SCHEDULES, "schedule"))
     own, given = recipe.get("stages", {}).get(stage, {}), {k: v for k, v in given.items() if v}
-    for words, where in ((own, f"{recipe['name']}, stage {stage}: "), ({**given, **(options or {})}, "")): _belongs(words, stage, where)
+    for words, where in ((own, f"{recipe['name']}, stage {stage}: "), ({**given, **(options or {})}, "")):
+        _belongs(words, stage, where)
     found = replace(SCHEDULES[name][stage], **{**own, **given, **(options or {})})
-    if found.steps < 1: raise ValueError(f"the recipe {recipe['name']} gives no steps for stage {stage}: pass -p steps N")
+    if found.steps < 1:
+        raise ValueError(f"the recipe {recipe['name']} gives no steps for stage {stage}: pass -p steps N")
     return found
 
 
@@ -120,7 +135,9 @@ def _belongs(words: Mapping[str, object], stage: int, where: str) -> None:
     for k in words:
         if k in RENAMED: raise ValueError(f"{where}'{k}' is called '{RENAMED[k]}' now")
         if k not in STAGES_OF: raise ValueError(where + nearest(k, STAGES_OF, "field of the schedule"))
-        if stage not in STAGES_OF[k]: raise ValueError(f"{where}'{k}' is a setting of stage {' and '.join(map(str, STAGES_OF[k]))}; stage {stage} does not read it")
+        if stage not in STAGES_OF[k]:
+            raise ValueError(f"{where}'{k}' is a setting of stage {' and '.join(map(str, STAGES_OF[k]))}; stage "
+                             f"{stage} does not read it")
 
 # %% ../nbs/00a_schedules.ipynb #c010t
 @dataclass(frozen=True)
@@ -136,35 +153,52 @@ RECIPE: tuple[Departure, ...] = (
     Departure((1,), "batch_size", 64, "as the paper; `micro_batch` reaches it on one GPU"),
     Departure((2,), "batch_size", 16, "clips, as the paper"),
     Departure((3,), "batch_size", 32, "images or a fourth as many clips: 32 or 8, as the paper"),
-    Departure((1,), "lr", 1e-4, "as the paper"), Departure((2,), "lr", 5e-5, "as the paper"), Departure((3,), "lr", 2e-5, "as the paper"),
+    Departure((1,), "lr", 1e-4, "as the paper"), Departure((2,), "lr", 5e-5, "as the paper"),
+    Departure((3,), "lr", 2e-5, "as the paper"),
     Departure((1,), "linear_warmup", 1000, "steps, as the paper"),
     Departure((2,), "linear_warmup", (0.05, 0.1), "the paper says 5–10 %: the middle"),
     Departure((3,), "linear_warmup", None, "the paper says small"),
-    Departure((1, 2), "max_norm", 0.0, "the paper clips in stage 3 alone; proven: 5 and 1, what the toy recipes were made with"),
+    Departure((1, 2), "max_norm", 0.0,
+              "the paper clips in stage 3 alone; proven: 5 and 1, what the toy recipes were made with"),
     Departure((3,), "max_norm", 1.0, "as the paper"),
     Departure((2,), "ema", 0.0, "the paper averages in stage 3 alone; proven: here too, as the toy recipes were made"),
     Departure((3,), "ema", None, "the paper names EMA without its decay"),
-    Departure((1, 2, 3), "floor", 0.0, "the cosine ends at 0; proven: at a fiftieth of lr, as the toy recipes were made"),
+    Departure((1, 2, 3), "floor", 0.0,
+              "the cosine ends at 0; proven: at a fiftieth of lr, as the toy recipes were made"),
     Departure((1, 2, 3), "focal", 1.0, "eq. 4 sums Dice and Focal; proven: SAM's 1 : 20, as the toy recipes were made"),
-    Departure((1, 2, 3), "temperature", 0.0, "§4.2's teacher masks are binary; proven: probabilities, which keep the teacher's doubt"),
-    Departure((1, 2, 3), "checkpoint", (1, 1024), "as the paper on its canvas of 1024 px, the losses too; below 512 px all is kept, which is quicker"),
+    Departure((1, 2, 3), "temperature", 0.0,
+              "§4.2's teacher masks are binary; proven: probabilities, which keep the teacher's doubt"),
+    Departure((1, 2, 3), "checkpoint", (1, 1024),
+              "as the paper on its canvas of 1024 px, the losses too; below 512 px all is kept, which is quicker"),
     Departure((1, 3), "lambda1", None, "λ1 is not given; proven: 4, as the toy recipes were made"),
-    Departure((1, 2, 3), "lambda2", None, "λ2 is not given; proven: half in stages 2 and 3, where truth teaches more than a toy teacher"),
-    Departure((1, 2, 3), "inherited", 1.0, "one rate for all; proven, stage 1: the inherited decoder at a tenth, or its tracking is wrecked (J 51.6 against 72.2)"),
+    Departure((1, 2, 3), "lambda2", None,
+              "λ2 is not given; proven: half in stages 2 and 3, where truth teaches more than a toy teacher"),
+    Departure((1, 2, 3), "inherited", 1.0,
+              "one rate for all; proven, stage 1: the inherited decoder at a tenth, or its tracking is wrecked (J 51.6 "
+              "against 72.2)"),
     Departure((1, 3), "refinements", 1, "M = 1, as the paper"),
-    Departure((2,), "lambda_read", None, "the read-out term is optional there; it teaches more than the masks (29_ablation)"),
-    Departure((2, 3), "back", 0.0, "clips run forward; proven: half of them there and back, more memory steps for one encoding"),
-    Departure((2,), "warmup_steps", 0, "no aid; proven: single frames with the teacher's memory first, on a bounded number of batches"),
+    Departure((2,), "lambda_read", None,
+              "the read-out term is optional there; it teaches more than the masks (29_ablation)"),
+    Departure((2, 3), "back", 0.0,
+              "clips run forward; proven: half of them there and back, more memory steps for one encoding"),
+    Departure((2,), "warmup_steps", 0,
+              "no aid; proven: single frames with the teacher's memory first, on a bounded number of batches"),
     Departure((3,), "warmup_steps", 0, "no aid; proven: maps first, or a frozen coarse map hides how instances differ"),
-    Departure((2,), "global_latents", None, "K = 128 is given, its split is not"), Departure((2,), "local_latents", None, "K = 128 is given, its split is not"),
-    Departure((2, 3), "augment", True, "§4.1's augmentation, one for a whole clip; toy recipes switch it off, so that maps of a frozen encoder are kept"),
+    Departure((2,), "global_latents", None, "K = 128 is given, its split is not"),
+    Departure((2,), "local_latents", None, "K = 128 is given, its split is not"),
+    Departure((2, 3), "augment", True,
+              "§4.1's augmentation, one for a whole clip; toy recipes switch it off, so that maps of a frozen encoder "
+              "are kept"),
     Departure((3,), "thaw", (), "Perceiver, mask decoders, presence and scoring; proven: DETR and tracking too"),
-    Departure((3,), "encoder_lr", 0.0, "frozen by default (§4.4 allows unfreezing); proven: thawed, since a frozen encoder teaches no concepts"),
+    Departure((3,), "encoder_lr", 0.0,
+              "frozen by default (§4.4 allows unfreezing); proven: thawed, since a frozen encoder teaches no concepts"),
     Departure((3,), "alternate", True, "32 images or 8 clips a step (§4.4); proven: both in each step"),
     Departure((3,), "clip_every", None, "how often clips come is not given: every second step; proven: every step"),
     Departure((3,), "lambda_prompts", 1.0, "stage 1's terms go on (§4.4)"),
-    Departure((1, 3), "eq. 3 is over the teacher's variance", "plain squares", "six maps of different scales share one λ1; that of plain squares would follow the largest"),
+    Departure((1, 3), "eq. 3 is over the teacher's variance", "plain squares",
+              "six maps of different scales share one λ1; that of plain squares would follow the largest"),
     Departure((1, 3), "eq. 3 averages six maps", "one map", "our encoders feed three levels of two decoders"),
-    Departure((1, 2, 3), "biases and norms are not decayed", "decay of all", "the usual practice with AdamW: a norm's scale is no weight to be kept small"),
+    Departure((1, 2, 3), "biases and norms are not decayed", "decay of all",
+              "the usual practice with AdamW: a norm's scale is no weight to be kept small"),
     Departure((1, 2, 3), "dropout 0.1 in the Perceiver, 0 elsewhere, drop path 0", "the same", "as the paper"),
 )

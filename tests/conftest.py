@@ -32,10 +32,13 @@ def stage1_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def papermill(tmp_path_factory: pytest.TempPathFactory):
-    "A function that starts papermill on a run notebook, in a folder that is not the checkout: (notebook, parameters, environment) → process."
+    """A function that starts papermill on a run notebook, in a folder that is not the checkout: (notebook, parameters,
+    environment) → process."""
     def start(notebook: str, parameters: dict[str, object], **environment: str) -> subprocess.Popen:
         place = tmp_path_factory.mktemp("elsewhere")
         given = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-        command = [sys.executable, "-m", "papermill", "--cwd", str(place), "--no-progress-bar", str(ROOT / "nbs" / notebook), str(place / "out.ipynb"), *given]
-        return subprocess.Popen(command, cwd=place, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [sys.executable, "-m", "papermill", "--cwd", str(place), "--no-progress-bar",
+                   str(ROOT / "nbs" / notebook), str(place / "out.ipynb"), *given]
+        return subprocess.Popen(command, cwd=place, env={**os.environ, **environment}, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
     return start

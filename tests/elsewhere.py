@@ -1,6 +1,6 @@
 """A second device on a machine that has none: tensors with real values and another device label.
 
-    from elsewhere import elsewhere
+from elsewhere import elsewhere
 
     def test_step_follows_the_model():
         with elsewhere() as device:                  # torch.device("elsewhere", 0)
@@ -11,24 +11,22 @@
 What runs on it is computed by the CPU's kernels, with the CPU's values and its generator; only the rules are CUDA's:
 
 - An operation that mixes the two devices raises. Free to mix are `copy_` and `to`; 0-dim CPU tensors as numbers in
-  element-wise operations; CPU indices into tensors of the device, but not indices of the device into CPU tensors.
-  A CPU generator is refused.
-- `numpy()`, `np.asarray` raise `TypeError`; `numpy(force=True)`, `cpu()`, `item()`, `tolist()`, `bool` copy to the CPU.
-- `torch.autocast("elsewhere", dtype)` casts what CUDA's autocast casts (bf16 and fp16).
-- Inside `elsewhere()`, `pick_device` of every loaded module of esam3 and accelerate's default device are this one;
-  `torch.Generator(device)` and `torch.load(map_location=device)` work. `torch.save` writes what a CPU tensor would:
-  loaded without `map_location` it is on the CPU, unlike CUDA.
+element-wise operations; CPU indices into tensors of the device, but not indices of the device into CPU tensors. A CPU
+generator is refused. - `numpy()`, `np.asarray` raise `TypeError`; `numpy(force=True)`, `cpu()`, `item()`, `tolist()`,
+`bool` copy to the CPU. - `torch.autocast("elsewhere", dtype)` casts what CUDA's autocast casts (bf16 and fp16). -
+Inside `elsewhere()`, `pick_device` of every loaded module of esam3 and accelerate's default device are this one;
+`torch.Generator(device)` and `torch.load(map_location=device)` work. `torch.save` writes what a CPU tensor would:
+loaded without `map_location` it is on the CPU, unlike CUDA.
 
 `with reads() as found:` lists every time that the host reads from the device in the block, each with its place in the
 project. On CUDA it waits there for all that was computed before. So it does at a copy to the device that is not
-`non_blocking`: `with uploads() as found:` lists these, among them `torch.tensor(…, device=…)`, `new_tensor`, and lists or
-CPU tensors as indices.
+`non_blocking`: `with uploads() as found:` lists these, among them `torch.tensor(…, device=…)`, `new_tensor`, and lists
+or CPU tensors as indices.
 
 Not modelled: streams and asynchrony, memory, in-place changes of shape (`resize_`, `unsqueeze_`; they raise), a device
-generator in a CPU operation, fp16 in accelerate (it knows its own list of devices).
-The label is torch's PrivateUse1, renamed; it is registered when this module is imported and cannot be taken back.
-Import it at the top of a test module, before any `backward` of the process: the autograd engine counts devices once.
-"""
+generator in a CPU operation, fp16 in accelerate (it knows its own list of devices). The label is torch's PrivateUse1,
+renamed; it is registered when this module is imported and cannot be taken back. Import it at the top of a test module,
+before any `backward` of the process: the autograd engine counts devices once."""
 import contextlib
 import sys
 import traceback
@@ -162,7 +160,8 @@ def compute(op, args: tuple, kwargs: dict):
 
 
 # what a host cannot do without knowing values of the device: numbers, and shapes that depend on values
-ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "_unique2", "unique_dim", "unique_consecutive",
+ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "_unique2", "unique_dim",
+          "unique_consecutive",
           "unique_dim_consecutive", "bincount", "repeat_interleave", "is_nonzero"}
 READERS: list[list[str]] = []  # lists that `reads` has given out, of the blocks that are open
 
@@ -175,8 +174,10 @@ def host_reads(op, args: tuple, kwargs: dict) -> bool:
         source, target = (args[0], args[1]) if name.startswith("_copy_from") else (args[1], args[0])
         here = lambda x: any(isinstance(t, Elsewhere) for t in tensors(x))
         return here(source) and not here(target)
-    if name in INDEXED: return any(isinstance(t, Elsewhere) and t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
-    if name == "repeat_interleave": return kwargs.get("output_size") is None and op._schema.overload_name in ("Tensor", "self_Tensor")
+    if name in INDEXED:
+        return any(isinstance(t, Elsewhere) and t.dtype in (torch.bool, torch.uint8) for t in tensors(args[1]))
+    if name == "repeat_interleave":
+        return kwargs.get("output_size") is None and op._schema.overload_name in ("Tensor", "self_Tensor")
     return name in ASKING
 
 

@@ -158,4 +158,5 @@ def test_ranks_that_are_asked_to_stop_all_say_so(job):
     run = job("stop")
     assert run.ended(60) not in (0, None), run.printed()
     said = run.printed()
-    assert "Stopped: 0 as asked" in said and "Stopped: 1 as asked" in said and not re.search(r"^rank \d: ", said, re.M), said
+    assert "Stopped: 0 as asked" in said and "Stopped: 1 as asked" in said and not re.search(r"^rank \d: ", said,
+        re.M), said

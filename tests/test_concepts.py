@@ -1,4 +1,5 @@
-"Concepts: the index of confusable phrases, queries for nobody, targets and matching in float32 whatever autocast does, and losses of parts."
+"""Concepts: the index of confusable phrases, queries for nobody, targets and matching in float32 whatever autocast
+does, and losses of parts."""
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -42,7 +43,8 @@ def reader(): return open_dataset(load_recipe("tiny"), "train", "concept_images"
 
 
 @pytest.fixture(scope="module")
-def batch(reader, teacher): return collate_images([reader.read(i) for i in range(4)], teacher.image_size, 128, max_instances=0)
+def batch(reader, teacher):
+    return collate_images([reader.read(i) for i in range(4)], teacher.image_size, 128, max_instances=0)
 
 
 def chance(batch, seed: int = 0) -> list[np.random.Generator]:
@@ -56,7 +58,8 @@ def one_word_apart(phrase: str, words: list[str]) -> list[str]:
     return [p for p in words if len(w := p.split()) == len(own) and sum(a != b for a, b in zip(w, own)) == 1]
 
 
-TOY = sorted({*(f"{c} {s}" for c in COLORS for s in SHAPES), *(f"{p} {c} {s}" for p in PATTERNS for c in COLORS for s in SHAPES),
+TOY = sorted({*(f"{c} {s}" for c in COLORS for s in SHAPES), *(
+    f"{p} {c} {s}" for p in PATTERNS for c in COLORS for s in SHAPES),
               *SHAPES, *(f"{c} thing" for c in COLORS)})
 
 
@@ -66,15 +69,20 @@ def test_the_toy_world_is_asked_as_ever(model, teacher):
     index = Confusables(TOY, teacher if model else None)
     assert all(list(index(p)) == one_word_apart(p, TOY) for p in TOY)
     slow = lambda phrase: one_word_apart(phrase.lower(), TOY)
-    batch = SimpleNamespace(phrases=[[Phrase("Red star", (0,), ""), Phrase("ring", (), "hard-shape"), Phrase("blue thing", (), "easy")]] * 8,
+    batch = SimpleNamespace(phrases=[[Phrase("Red star", (
+        0,), ""), Phrase("ring", (), "hard-shape"), Phrase("blue thing", (), "easy")]] * 8,
                             boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     a, b = (sample_queries(batch, chance(batch, 3), QuerySampling(each=20), kin) for kin in (index, slow))
-    assert a.phrases == b.phrases and a.kinds == b.kinds and torch.equal(a.boxes, b.boxes) and a.kinds.count("proposed") > 3
+    assert a.phrases == b.phrases and a.kinds == b.kinds and torch.equal(a.boxes,
+        b.boxes) and a.kinds.count("proposed") > 3
 
 
-@pytest.mark.parametrize(("phrase", "head"), [("a curtain", "curtain"), ("The white shower curtains", "curtain"), ("woman in a red dress", "woman"),
-                                              ("a person's hair", "hair"), ("a red and white barrier", "barrier"), ("the lower body of the person", "body"),
-                                              ("the glass", "glass"), ("people wearing hats", "people"), ("a small, white machine", "machine"), ("", "")])
+@pytest.mark.parametrize(("phrase", "head"), [("a curtain", "curtain"), ("The white shower curtains", "curtain"),
+                                              ("woman in a red dress", "woman"),
+                                              ("a person's hair", "hair"), ("a red and white barrier", "barrier"),
+                                              ("the lower body of the person", "body"),
+                                              ("the glass", "glass"), ("people wearing hats", "people"),
+                                              ("a small, white machine", "machine"), ("", "")])
 def test_head_nouns(phrase, head): assert head_noun(content_words(phrase)) == head
 
 
@@ -90,7 +98,8 @@ def large_vocabulary(count: int = 51155) -> tuple[str, ...]:
         noun = rng.choice(nouns)
         form = rng.random()
         one, two = rng.sample(adjectives, 2)
-        out.add(f"a {noun}" if form < 0.1 else f"{one} {noun}" if form < 0.5 else f"a {one} {two} {noun}" if form < 0.8 else
+        out.add(f"a {noun}" if form < 0.1 else f"{one} {noun}" if form < 0.5 else f"a {one} {two} {noun}" if form < 0.8
+                else
                 f"{noun} on the {one} {rng.choice(nouns)}")
     return tuple(sorted(out))
 
@@ -102,10 +111,12 @@ def test_a_large_vocabulary_is_not_gone_through(monkeypatch):
     kin = index("a curtain")
     assert 4 <= len(kin) <= 16 and all("curtain" in p for p in kin) and not {*map(content_words, kin)} & {("curtain",)}
     pick = random.Random(1)
-    phrases = [[Phrase(pick.choice(words), (0,) if k < 3 else (), "" if k < 3 else "hard-other") for k in range(6)] for _ in range(32)]
+    phrases = [[Phrase(pick.choice(words), (0,) if k < 3 else (), "" if k < 3 else "hard-other") for k in range(6)]
+               for _ in range(32)]
     batch = SimpleNamespace(phrases=phrases, boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     looked = []
-    monkeypatch.setattr(esam3.training.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
+    monkeypatch.setattr(esam3.training.concepts, "content_words",
+                        lambda phrase: (looked.append(phrase), content_words(phrase))[1])
     start = time.perf_counter()
     queries = sample_queries(batch, chance(batch, 0), QuerySampling(), index)
     assert time.perf_counter() - start < 1 and len(looked) < 10000 and queries.kinds.count("proposed") > 5
@@ -121,7 +132,8 @@ def nearest_first(table: torch.Tensor, words: list[str]) -> SimpleNamespace:
 
 
 def test_the_nearest_of_many_are_taken():
-    "Of 40 instances that a lone noun could be exchanged for, those with the next angles; where nothing is akin, the nearest of all."
+    """Of 40 instances that a lone noun could be exchanged for, those with the next angles; where nothing is akin, the
+    nearest of all."""
     words = [f"w{i:02d}x" for i in range(40)]
     angle = torch.arange(40) / 40
     model = nearest_first(torch.stack([angle.cos(), angle.sin()], 1), words)
@@ -142,12 +154,15 @@ def test_no_phrase_is_proposed_that_is_labelled():
 
 
 def test_vocabulary_of_videos():
-    assert vocabulary(SimpleNamespace(pairs={0: [{"noun_phrase": "The Dog"}], 1: [{"noun_phrase": "a cat"}, {"noun_phrase": "the dog"}]})) == ("a cat", "the dog")
+    assert vocabulary(SimpleNamespace(pairs={0: [{"noun_phrase": "The Dog"}],
+                                             1: [{"noun_phrase": "a cat"}, {"noun_phrase": "the dog"}]})) == ("a cat",
+                                                 "the dog")
     assert vocabulary(SimpleNamespace(pairs={"x.jpg": [{"text_input": "Star"}]})) == ("star",)
 
 
 def test_no_questions_at_all(batch, teacher):
-    "A rank whose images have no phrases: every tensor has its shape and type, and everything up to the losses goes through."
+    """A rank whose images have no phrases: every tensor has its shape and type, and everything up to the losses goes
+    through."""
     some = sample_queries(batch, chance(batch, 0), QuerySampling())
     none = sample_queries(replace(batch, phrases=[[]] * 4), chance(batch, 0), QuerySampling())
     assert none.phrases == none.kinds == none.members == []
@@ -156,14 +171,19 @@ def test_no_questions_at_all(batch, teacher):
         assert a.dtype == b.dtype and b.shape == (0, *a.shape[1:])
     embeddings = PhraseEmbeddings(teacher)
     tokens, counted = embeddings([])
-    assert tokens.shape[::2] == (0, embeddings(["red star"])[0].shape[2]) and counted.dtype == torch.bool and counted.shape == tokens.shape[:2]
+    assert tokens.shape[::2] == (0,
+                                 embeddings(["red star"])[0].shape[
+                                     2]) and counted.dtype == torch.bool and counted.shape == tokens.shape[:2]
     queries = concepts_of(teacher, embeddings, none, batch.spaces)
     assert len(queries.image_index) == len(queries.encoded) == len(queries.attention_mask) == 0
     truth, valid = true_targets(none, batch, "student", 32), batch.spaces.valid("student", 32, none.image_index)
-    assert truth.masks.shape[0] == truth.boxes.shape[0] == 0 and truth.masks.shape[2:] == (32, 32) and truth.union.shape == (0, 32, 32)
+    assert truth.masks.shape[0] == truth.boxes.shape[0] == 0 and truth.masks.shape[2:] == (32,
+        32) and truth.union.shape == (0, 32, 32)
     shape = lambda *size: torch.zeros(2, 0, *size, requires_grad=True)
-    found = Detections(shape(5, 4), shape(5), shape(), shape(5, 32, 32), torch.zeros(0, 1, 32, 32, requires_grad=True), torch.zeros(0, 8, 4, 4))
-    last = Detections(found.boxes[-1], found.logits[-1], found.presence[-1], found.masks[-1], found.semantic, found.read)
+    found = Detections(shape(5, 4), shape(5), shape(), shape(5, 32, 32), torch.zeros(0, 1, 32, 32, requires_grad=True),
+                       torch.zeros(0, 8, 4, 4))
+    last = Detections(found.boxes[-1], found.logits[-1], found.presence[-1], found.masks[-1], found.semantic,
+                      found.read)
     taught = taught_targets(last, none.image_index, batch.spaces, "student", "student", 32)
     assert match(found, truth).shape == match(found, taught).shape == (0, 4)
     good = worth_imitating(taught, truth, none.known).float()
@@ -175,8 +195,10 @@ def test_no_questions_at_all(batch, teacher):
 
 @pytest.mark.parametrize("surer", [0, 1])
 def test_sure_masks_are_told_apart(surer):
-    "Of two candidates that differ only in how sure they are of a mask the surer one is taken; bfloat16 has 1 for both probabilities."
-    logits = torch.tensor([9.0 + 0.125 * (k == surer) for k in range(2)]).bfloat16().view(1, 1, 2, 1, 1).expand(1, 1, 2, 4, 4)
+    """Of two candidates that differ only in how sure they are of a mask the surer one is taken; bfloat16 has 1 for both
+    probabilities."""
+    logits = torch.tensor([9.0 + 0.125 * (k == surer) for k in range(2)]).bfloat16().view(1, 1, 2, 1, 1).expand(1, 1, 2,
+        4, 4)
     found = Detections(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2), torch.zeros(1, 1), logits, logits[0, :, :1])
     goal = Targets(torch.zeros(1, 1, 4), torch.ones(1, 1, 4, 4), torch.ones(1, 1), torch.ones(1), torch.ones(1, 4, 4))
     assert match(found, goal).tolist() == [[0, 0, surer, 0]]
@@ -197,8 +219,8 @@ def last_layer(found: Detections) -> Detections:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_targets_and_matching_in_float32(dtype, batch):
-    """What a step of stage 3 computes is under autocast the same as without, to the bit, and from bfloat16 answers the same
-    as from the same numbers in float32."""
+    """What a step of stage 3 computes is under autocast the same as without, to the bit, and from bfloat16 answers the
+    same as from the same numbers in float32."""
     queries = sample_queries(batch, chance(batch, 0), QuerySampling(easy=0.0, hard=0.2))
     found, valid = some_answers(len(queries.image_index), dtype), batch.spaces.valid("student", 32, queries.image_index)
     frames = replace(batch.spaces, teacher=99)  # a side whose multiples bfloat16 rounds
@@ -206,8 +228,10 @@ def test_targets_and_matching_in_float32(dtype, batch):
     def all_of(found: Detections) -> list[torch.Tensor]:
         truth = true_targets(queries, batch, "student", 32)
         taught = taught_targets(last_layer(found), queries.image_index, frames, "teacher", "student", 32)
-        said = [x for goal in (truth, taught) for x in (*vars(goal).values(), match(found, goal), *concept_losses(found, goal, valid).values())]
-        return [*said, match_cost(found.logits[0, 0], found.boxes[0, 0], found.masks[0, 0], found.boxes[1, 0], found.masks[1, 0])]
+        said = [x for goal in (truth, taught) for x in (*vars(goal).values(), match(found, goal),
+                                                        *concept_losses(found, goal, valid).values())]
+        return [*said, match_cost(found.logits[0, 0], found.boxes[0, 0], found.masks[0, 0], found.boxes[1, 0],
+                                  found.masks[1, 0])]
     plain = all_of(teacher_features)
     with torch.autocast("cpu", torch.bfloat16): mixed = all_of(found)
     for a, b in zip(plain, mixed, strict=True): assert b.dtype in (torch.float32, torch.long) and torch.equal(a, b)
@@ -352,7 +376,8 @@ def part_of(queries: ConceptQueries, batch, images: range) -> ConceptQueries:
     first = int((batch.image_index < images.start).sum())
     some = {k: [getattr(queries, k)[i] for i in rows] for k in ("phrases", "kinds")}
     members = [tuple(m - first for m in queries.members[i]) for i in rows]
-    return ConceptQueries(queries.image_index[rows] - images.start, some["phrases"], some["kinds"], members, queries.known[rows],
+    return ConceptQueries(queries.image_index[rows] - images.start, some["phrases"], some["kinds"], members,
+                          queries.known[rows],
                      queries.boxes[rows], queries.labels[rows])
 
 
@@ -372,9 +397,11 @@ def test_parts_of_a_step_add_up(reader, teacher, student):
         own = collated(images)
         with torch.no_grad(): teacher_features = teacher.encode(own.teacher_pixels)
         student_features = student.encode(own.student_pixels)
-        maps = {"features": map_losses(teacher_features, student_features, own, s, whole)["features"]}  # instances are compared part by part
+        # instances are compared part by part
+        maps = {"features": map_losses(teacher_features, student_features, own, s, whole)["features"]}
         some = part_of(queries, batch, images)
-        return maps | concept_terms(teacher, student, teacher_features, student_features, own, some, embeddings, s, whole)
+        return maps | concept_terms(teacher, student, teacher_features, student_features, own, some, embeddings, s,
+                                    whole)
     step, again = terms(range(4)), terms(range(4), replace(s, checkpoint=1))
     parts = [terms(range(1)), terms(range(1, 4))]
     assert {"features", "distill read", "task mask", "distill mask"} <= step.keys() == again.keys()
@@ -410,13 +437,16 @@ def test_nobody_looks(batch, reader, teacher, student):
     "Queries are asked, matched and judged without a look at values on the way; the library's own call does look."
     from esam3.training.stage3 import concept_terms
     from esam3.schedules import Schedule
-    queries = sample_queries(batch, chance(batch), QuerySampling(exemplar=1.0), Confusables(vocabulary(reader), teacher))
+    queries = sample_queries(batch, chance(batch), QuerySampling(exemplar=1.0),
+                             Confusables(vocabulary(reader), teacher))
     whole, embeddings, s = query_counts(queries), PhraseEmbeddings(teacher), Schedule(temperature=1.0)
     embeddings(queries.phrases)  # a phrase is encoded once
     assert (queries.labels == 1).any() and (queries.labels[:, 0] == -10).any()
     with torch.no_grad():
         teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
-        with Looks() as ours: terms = concept_terms(teacher, student, teacher_features, student_features, batch, queries, embeddings, s, whole)
+        with Looks() as ours:
+            terms = concept_terms(teacher, student, teacher_features, student_features, batch, queries, embeddings, s,
+                                  whole)
         words = teacher.concepts(["red star"], torch.zeros(1, dtype=torch.long))
         pixels = batch.teacher_pixels[:1]
         with Looks() as theirs: teacher.detector_model(pixels, None, words.input_ids, words.attention_mask)

@@ -168,7 +168,8 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     return (both / one)[one > 0]
 
 
-# Of maps the relative distance, of masks 1 - mean IoU and of the worst, of the others the largest difference. A click goes where a
+# Of maps the relative distance, of masks 1 - mean IoU and of the worst, of the others the largest difference. A click
+# goes where a
 # mask is most wrong, so that after one more even fp16 may answer otherwise.
 TOLERANCE = {torch.float16: {"map": 0.005, "masks": (0.05, 0.15), "scores": 0.03, "chances": 0.005, "boxes": 0.002},
              torch.bfloat16: {"map": 0.03, "masks": (0.1, 0.2), "scores": 0.05, "chances": 0.05, "boxes": 0.01}}
@@ -206,7 +207,8 @@ def test_call(who: str, name: str, dtype: torch.dtype) -> None:
     assert {p.dtype for p in model(who, dtype).parameters()} == {dtype}
 
 
-@pytest.mark.parametrize(("who", "inner", "outer"), [("teacher", a, b) for a in HALF for b in HALF] + [("pooling", *HALF)], ids=str)
+@pytest.mark.parametrize(("who", "inner", "outer"), [("teacher", a, b) for a in HALF for b in HALF]
+                         + [("pooling", *HALF)], ids=str)
 @torch.no_grad()
 def test_autocast_over_a_half_model(who: str, inner: torch.dtype, outer: torch.dtype) -> None:
     m, prompts = model(who, inner), images(who).prompts["box"]
@@ -217,7 +219,8 @@ def test_autocast_over_a_half_model(who: str, inner: torch.dtype, outer: torch.d
     with torch.autocast("cpu", outer):
         seen = look(m, images(who).batch)
         out = m.decode(seen, prompts)
-        kept = m.remember(seen, prompts.image_index, gate(out.best()[0], out.object_logits), out.object_logits, out.best()[2])
+        kept = m.remember(seen, prompts.image_index, gate(out.best()[0], out.object_logits), out.object_logits,
+                          out.best()[2])
         again = m.decode(seen, replace(prompts, points=prompts.points[:, :0], labels=prompts.labels[:, :0]),
                          m.recall(seen, prompts.image_index, Bank([(0, kept)], [(1, kept.pointer)])))
         shown = images(who).boxes, torch.ones(len(prompts.image_index), 1)
@@ -319,7 +322,8 @@ def test_gradients_reach_every_weight() -> None:
     assert {g.dtype for g in grads.values()} == {torch.bfloat16}
     reached = {n for n, g in grads.items() if g.abs().sum() > 0}
     for name in ("detr_decoder.reference_points", "geometry_encoder.boxes_direct_project", "prompt_encoder.point_embed",
-                 "detr_decoder.box_head.layer1", "temporal_positional_encoding_projection", "perceiver.layer_norm", "text_projection"):
+                 "detr_decoder.box_head.layer1", "temporal_positional_encoding_projection", "perceiver.layer_norm",
+                 "text_projection"):
         assert any(name in n for n in reached), name
 
 
@@ -343,7 +347,8 @@ def test_pooled_places_are_not_rounded() -> None:
     "Windows of a grid of 3 × 3 hold four, six or nine cells: a third is no bf16 number."
     pool, at = AveragePooling((3, 3)), torch.Generator().manual_seed(0)
     x, pos = torch.rand(1, 64, 8, 8, generator=at), torch.rand(1, 64, 8, 8, generator=at)
-    assert torch.equal(pool(x.bfloat16(), pos)[1], pool(x, pos)[1]) and pool(x.bfloat16(), pos)[0].dtype == torch.bfloat16
+    assert torch.equal(pool(x.bfloat16(), pos)[1], pool(x, pos)[1]) and pool(x.bfloat16(),
+        pos)[0].dtype == torch.bfloat16
 
 
 def test_phrase_book_of_a_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

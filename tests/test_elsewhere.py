@@ -289,21 +289,27 @@ def test_the_block_ends(device):
 
 
 READS = {  # what the host has to wait for on CUDA, and what it has not
-    "number": (lambda x: x[0, 0].item(), 1), "bool": (lambda x: bool((x > 1).any()), 1), "if": (lambda x: 1 if x.sum() else 2, 1),
+    "number": (lambda x: x[0, 0].item(), 1), "bool": (lambda x: bool((x > 1).any()), 1),
+    "if": (lambda x: 1 if x.sum() else 2, 1),
     "list": (lambda x: x.tolist(), 1), "cpu": (lambda x: x.cpu(), 1), "to": (lambda x: x.to("cpu", torch.float64), 1),
     "copy": (lambda x: torch.empty(2, 3).copy_(x), 1), "numpy": (lambda x: x.numpy(force=True), 1),
-    "print": (lambda x: f"{x[0, 0]:.2f}", 1), "mask": (lambda x: x[x > 1], 1), "put": (lambda x: x.index_put((x > 1,), x[0, 0]), 1),
+    "print": (lambda x: f"{x[0, 0]:.2f}", 1), "mask": (lambda x: x[x > 1], 1),
+    "put": (lambda x: x.index_put((x > 1,), x[0, 0]), 1),
     "nonzero": (lambda x: (x > 1).nonzero(), 1), "select": (lambda x: x.masked_select(x > 1), 1),
     "unique": (lambda x: x.unique(), 1), "inverse": (lambda x: x.unique(return_inverse=True), 1),
     "equal": (lambda x: torch.equal(x, x), 1), "counts": (lambda x: x[0].long().bincount(), 1),
-    "repeat": (lambda x: x.repeat_interleave(x[:, 0].long() * 0 + 1, 0), 1), "index as int": (lambda x: [1, 2, 3][x[0, 1].long()], 1),
+    "repeat": (lambda x: x.repeat_interleave(x[:, 0].long() * 0 + 1, 0), 1),
+    "index as int": (lambda x: [1, 2, 3][x[0, 1].long()], 1),
     "two": (lambda x: float(x.sum()) + float(x.mean()), 2),
     "computed": (lambda x: (x @ x.mT).softmax(-1).sum(), 0), "where": (lambda x: torch.where(x > 1, x, 0.0), 0),
     "fill": (lambda x: x.masked_fill(x > 1, 0.0), 0), "rows": (lambda x: x[torch.tensor([0, 1], device=x.device)], 0),
-    "rows of the host": (lambda x: x[[1, 0]], 0), "list to device": (lambda x: torch.tensor([1.0, 2.0]).to(x.device), 0),
-    "made there": (lambda x: torch.tensor([1.0, 2.0], device=x.device), 0), "copied there": (lambda x: x.clone().copy_(torch.ones(2, 3)), 0),
+    "rows of the host": (lambda x: x[[1, 0]], 0), "list to device": (lambda x: torch.tensor([1.0, 2.0]).to(x.device),
+        0),
+    "made there": (lambda x: torch.tensor([1.0, 2.0], device=x.device), 0),
+    "copied there": (lambda x: x.clone().copy_(torch.ones(2, 3)), 0),
     "known size": (lambda x: x.repeat_interleave(x[:, 0].long() * 0 + 1, 0, output_size=2), 0),
-    "every row twice": (lambda x: x.repeat_interleave(2, 0), 0), "type": (lambda x: x.to(torch.float64), 0), "len": (lambda x: len(x), 0)}
+    "every row twice": (lambda x: x.repeat_interleave(2, 0), 0), "type": (lambda x: x.to(torch.float64), 0),
+    "len": (lambda x: len(x), 0)}
 
 
 @pytest.mark.parametrize("case", READS)
@@ -325,7 +331,9 @@ def test_host_reads_name_their_place():
         def backward(ctx, g: Tensor) -> Tensor: return g * g.sum().item()
     x = there(2, 3).requires_grad_()
     with reads() as found, reads() as again: Asks.apply(x).sum().backward()
-    assert len(found) == 1 and "in backward: def backward(ctx, g: Tensor) -> Tensor: return g * g.sum().item()" in found[0] and again == found
+    assert (len(found) == 1
+            and "in backward: def backward(ctx, g: Tensor) -> Tensor: return g * g.sum().item()" in found[0]
+            and again == found)
     with reads() as found: esam3.core.weights_digest({"x": there(2, 3)})
     assert found and all("core.py" in place and "weights_digest" in place for place in found)
 

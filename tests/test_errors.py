@@ -41,7 +41,8 @@ def test_starting_anew_takes_the_damaged_run_away(damaged):
 
 
 def test_missing_student_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.*stage 1"): run_stage2(**RUN, student=str(tmp_path / "nowhere"), runs=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="nowhere.*stage 1"):
+        run_stage2(**RUN, student=str(tmp_path / "nowhere"), runs=str(tmp_path))
 
 
 def test_real_data_without_stage_1(tmp_path):

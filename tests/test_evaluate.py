@@ -1,4 +1,5 @@
-"Evaluation from end to end: submissions read back, killed runs, broken samples, errors, and agreement with the held-out evaluation."
+"""Evaluation from end to end: submissions read back, killed runs, broken samples, errors, and agreement with the
+held-out evaluation."""
 import json
 import shutil
 import time
@@ -32,7 +33,8 @@ def teacher():
 @pytest.fixture(autouse=True)
 def quick_costs(monkeypatch):
     "Latency needs a process of its own; here it is not what is tested."
-    fixed = {"latency": {"encode": 0.1}, "params": dict.fromkeys(("encoder", "memory", "decoder", "text", "total"), 1), "peak_memory": 1, "threads": 1, "size": 144}
+    fixed = {"latency": {"encode": 0.1}, "params": dict.fromkeys(("encoder", "memory", "decoder", "text", "total"), 1),
+             "peak_memory": 1, "threads": 1, "size": 144}
     monkeypatch.setattr("esam3.evaluate.costs", lambda *_: fixed)
 
 
@@ -74,7 +76,8 @@ def test_coco_and_gold_json_are_read_back(disks, tmp_path):
 def test_veval_json_is_read_back(disks):
     codes = [rle(m) if m.any() else None for m in (*(disks[0] > 0), np.zeros((24, 32), bool))]
     answer = json.loads(json.dumps(masklet_answer(3, 8, 0.75, codes)))
-    assert answer["segmentations"][-1] is None and answer["bboxes"][-1] is None and (answer["video_id"], answer["category_id"], answer["score"]) == (3, 8, 0.75)
+    assert answer["segmentations"][-1] is None and answer["bboxes"][-1] is None and (answer["video_id"],
+        answer["category_id"], answer["score"]) == (3, 8, 0.75)
     assert all((decode_rle(c, (24, 32)) == m).all() for c, m in zip(answer["segmentations"], disks[0] > 0))
 
 
@@ -91,14 +94,18 @@ def public(tmp_path) -> Path:
                 Image.fromarray(image).save(tmp_path / folder / sample.name / f"{t:05d}.jpg", quality=95)
             ids = [k + 1 for k in range(len(sample.masks))]
             write_labels(tmp_path / "Annotations" / sample.name, f"{t:05d}", sample.masks[:, t] - 0.5, ids)
-            if t % 2 == 0: write_objects(tmp_path / "Annotations_6fps" / sample.name, f"{t:05d}", sample.masks[:, t] - 0.5, ids)
+            if t % 2 == 0:
+                write_objects(tmp_path / "Annotations_6fps" / sample.name, f"{t:05d}", sample.masks[:, t] - 0.5, ids)
     truth = {"images": [], "annotations": [], "categories": []}
     for i in range(3):
         sample = images.read(i)
         Image.fromarray(sample.image).save(tmp_path / f"{sample.name}.jpg", quality=95)
-        for k, some in instances(i, [100 * i + n for n in range(len(sample.masks))], f"{sample.name}.jpg", sample.masks).items(): truth[k] += some
+        for k, some in instances(i, [100 * i + n for n in range(len(sample.masks))], f"{sample.name}.jpg",
+                                 sample.masks).items():
+            truth[k] += some
     (tmp_path / "instances.json").write_text(json.dumps(truth))
-    recipe = {"root": str(tmp_path), "teacher": "toy", "splits": {"held_out": {"images": {"format": "coco", "annotations": "instances.json", "media": "."},
+    recipe = {"root": str(tmp_path), "teacher": "toy",
+              "splits": {"held_out": {"images": {"format": "coco", "annotations": "instances.json", "media": "."},
               "clips": {"format": "vos", "path": "."}}, "sav": {"clips": {"format": "sav_folders", "path": "."}}}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path
@@ -111,7 +118,9 @@ def test_public_layouts_are_evaluated(public, tmp_path):
     scores = {(r["kind"], r["protocol"]): r["scores"] for r in rows}
     assert scores["images", "box"]["mIoU"] > 0.6 and scores["clips", "mask"]["J"] > 0.4
     said = json.loads((folder / "images" / "box" / "predictions.json").read_text())
-    assert {a["annotation_id"] for a in said} == {a["id"] for a in json.loads((public / "instances.json").read_text())["annotations"]}
+    assert {a["annotation_id"] for a in said} == {a["id"]
+                                                  for a in json.loads((public
+                                                      / "instances.json").read_text())["annotations"]}
     found = davis(public / "Annotations", folder / "clips" / "mask" / "masks")
     assert found["J&F"] == scores["clips", "mask"]["J&F"], "others get the same from the files"
     folder, rows = evaluate("toy", str(public / "mine.yaml"), "mask", split="sav", runs=str(tmp_path / "runs"))
@@ -126,13 +135,15 @@ def test_hidden_truth_leaves_a_submission(public, tmp_path):
         if png.stem != "00000": png.unlink()
     folder, rows = evaluate("toy", str(public / "mine.yaml"), "mask", runs=str(tmp_path / "runs"))
     clips = next(r for r in rows if r["kind"] == "clips")
-    assert clips["scores"] == {} and clips["samples"] == 2 and len(list((folder / "clips" / "mask" / "masks").glob("*/*.png"))) == 16
+    assert clips["scores"] == {} and clips["samples"] == 2 and len(list((folder / "clips" / "mask" / "masks").glob(
+        "*/*.png"))) == 16
 
 
 # ---- agreement, broken samples, errors, the table
 
 def test_visible_frames_and_files_agree(teacher, tmp_path):
-    """The files' J, counted over frames that show the object, without the first, of tracks that begin there, is that of `visible`.
+    """The files' J, counted over frames that show the object, without the first, of tracks that begin there, is that of
+    `visible`.
 
     The benchmark's rules give another figure: they count hidden frames too, and leave out the last."""
     reader = open_dataset("tiny", "held_out", "clips")
@@ -158,7 +169,8 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
     movie.write_bytes(movie.read_bytes()[:200])
     image = sorted((data / "saco" / "pictures").glob("*.jpg"))[1]
     image.write_bytes(b"no image")
-    recipe = yaml.safe_load(Path(load_recipe.__globals__["RECIPES"] / "tiny.yaml").read_text()) | {"name": "broken", "root": str(data)}
+    recipe = yaml.safe_load(Path(load_recipe.__globals__["RECIPES"] / "tiny.yaml").read_text()) | {"name": "broken",
+        "root": str(data)}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(recipe))
     folder, rows = evaluate("toy", str(tmp_path / "broken.yaml"), "mask, phrase", limit=2, runs=str(tmp_path / "runs"))
     found = {r["kind"]: r for r in rows}
@@ -172,13 +184,17 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
 
 def test_errors_name_the_nearest(tmp_path, monkeypatch):
     runs = str(tmp_path)
-    for given, said in (({"model": "tyo"}, "did you mean 'toy'"), ({"recipe": "davs17"}, "did you mean"), ({"protocols": "bx"}, "did you mean 'box'"),
-                        ({"split": "heldout"}, "did you mean 'held_out'"), ({"model": "runs/toy/es-tv-s/stage9/student"}, "config.json")):
-        with pytest.raises(ValueError, match=said): evaluate(**{"model": "toy", "recipe": "tiny", "runs": runs, **given})
+    for given, said in (({"model": "tyo"}, "did you mean 'toy'"), ({"recipe": "davs17"}, "did you mean"),
+                        ({"protocols": "bx"}, "did you mean 'box'"),
+                        ({"split": "heldout"}, "did you mean 'held_out'"),
+                        ({"model": "runs/toy/es-tv-s/stage9/student"}, "config.json")):
+        with pytest.raises(ValueError, match=said):
+            evaluate(**{"model": "toy", "recipe": "tiny", "runs": runs, **given})
     monkeypatch.setenv("ESAM3_DATA", str(tmp_path))
     for name in ("davis17", "coco", "lvis", "mose", "lvos", "ytvos", "sav", "sav_test", "saco"):
         with pytest.raises(FileNotFoundError, match="https://"): evaluate("toy", name, runs=runs)
-    with pytest.raises(ValueError, match="concept_images or concept_clips"): evaluate("toy", "coco", "phrase", runs=runs)
+    with pytest.raises(ValueError, match="concept_images or concept_clips"):
+        evaluate("toy", "coco", "phrase", runs=runs)
     assert not (tmp_path / "results.jsonl").exists()
 
 
@@ -189,9 +205,11 @@ def test_protocols_of_all_data():
 
 
 def test_table_says_a_run_once(tmp_path):
-    row = {"run": "a", "data": "tiny", "split": "held_out", "kind": "clips", "protocol": "mask", "samples": 2, "skipped": 0, "scores": {"J": 0.5}}
+    row = {"run": "a", "data": "tiny", "split": "held_out", "kind": "clips", "protocol": "mask", "samples": 2,
+           "skipped": 0, "scores": {"J": 0.5}}
     table = tmp_path / "results.jsonl"
-    assert [append_rows(table, [row]), append_rows(table, [row]), append_rows(table, [row | {"samples": 3}])] == [1, 0, 1]
+    assert [append_rows(table, [row]), append_rows(table, [row]), append_rows(table, [row | {"samples": 3}])] == [1, 0,
+        1]
     table.write_text(table.read_text()[:-20])
     assert append_rows(table, [row | {"run": "b"}]) == 1 and [r["run"] for r in read_rows(table)] == ["a", "b"]
 
@@ -201,15 +219,19 @@ def test_figures_move_as_they_should(real_files, tmp_path):
     path = real_files / "sa_co_veval" / "saco_veval_sav_test_sample_gt.json"
     gt, start = json.loads(path.read_text()), time.monotonic()
     good, found = as_answers(gt), {}
-    for name, answers in {"truth": good, "dropped": without_masklets(good), "jittered": jittered(good, 12), "invented": with_invention(gt, good)}.items():
+    for name, answers in {"truth": good, "dropped": without_masklets(good), "jittered": jittered(good, 12),
+                          "invented": with_invention(gt, good)}.items():
         (tmp_path / "said.json").write_text(json.dumps(answers))
         found[name] = pcs_video(path, tmp_path / "said.json")
         print(name, {k: round(v, 4) for k, v in found[name].items()})
     whole = found.pop("truth")
     assert min(v for k, v in whole.items() if k not in ("IL_MCC", "cgF1")) > 0.999
-    assert found["dropped"]["pmF1"] < whole["pmF1"] - 0.05 and found["dropped"]["DetA"] < whole["DetA"] - 0.05 and found["dropped"]["AssA"] > 0.999
-    assert found["jittered"]["pmF1"] < whole["pmF1"] - 0.05 and found["jittered"]["pHOTA"] < whole["pHOTA"] - 0.05 and found["jittered"]["IL_MCC"] == whole["IL_MCC"]
-    assert found["invented"]["pmF1"] == whole["pmF1"] and found["invented"]["IL_MCC"] <= whole["IL_MCC"] and found["invented"]["pHOTA"] < whole["pHOTA"]
+    assert (found["dropped"]["pmF1"] < whole["pmF1"] - 0.05 and found["dropped"]["DetA"] < whole["DetA"] - 0.05
+            and found["dropped"]["AssA"] > 0.999)
+    assert (found["jittered"]["pmF1"] < whole["pmF1"] - 0.05 and found["jittered"]["pHOTA"] < whole["pHOTA"] - 0.05
+            and found["jittered"]["IL_MCC"] == whole["IL_MCC"])
+    assert (found["invented"]["pmF1"] == whole["pmF1"] and found["invented"]["IL_MCC"] <= whole["IL_MCC"]
+            and found["invented"]["pHOTA"] < whole["pHOTA"])
     assert time.monotonic() - start < 60
 
 
@@ -223,18 +245,22 @@ def test_killed_evaluation_goes_on(papermill, tmp_path):
     while not parts():
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0][-3000:]
         time.sleep(0.01)
-    for one in (*psutil.Process(process.pid).children(recursive=True), process): one.kill()  # SIGKILL; the kernel is papermill's child
+    # SIGKILL; the kernel is papermill's child
+    for one in (*psutil.Process(process.pid).children(recursive=True), process): one.kill()
     process.communicate()
     before = {p: p.stat().st_mtime_ns for p in parts()}
     assert 0 < len(before) < 4 and not (tmp_path / "results.jsonl").exists()
     folder, rows = evaluate("toy", "tiny", "mask", limit=4, runs=str(tmp_path))
-    assert len(parts()) == 4 and all(p.stat().st_mtime_ns == t for p, t in before.items()), "only what was missing is made"
+    assert len(parts()) == 4 and all(p.stat().st_mtime_ns == t for p,
+                                     t in before.items()), "only what was missing is made"
     whole, other = evaluate("toy", "tiny", "mask", limit=4, runs=str(tmp_path / "whole"))
     assert other[0]["scores"] == rows[0]["scores"]
-    for png in (whole / "clips" / "mask" / "masks").rglob("*.png"): assert png.read_bytes() == (folder / png.relative_to(whole)).read_bytes()
+    for png in (whole / "clips" / "mask" / "masks").rglob("*.png"):
+        assert png.read_bytes() == (folder / png.relative_to(whole)).read_bytes()
     evaluate("toy", "tiny", "mask", limit=4, runs=str(tmp_path))
     assert [r["protocol"] for r in read_rows(tmp_path / "results.jsonl")] == ["mask"]
-    link_sequences(folder / "clips" / "mask" / "masks", [p.name for p in (folder / "clips" / "truth").iterdir()], tmp_path / "links")
+    link_sequences(folder / "clips" / "mask" / "masks", [p.name for p in (folder / "clips" / "truth").iterdir()],
+                   tmp_path / "links")
     assert len(list((tmp_path / "links").iterdir())) == len(list((folder / "clips" / "truth").glob("*/*")))
 
 
@@ -242,8 +268,11 @@ def test_gold_takes_the_best_annotator(tmp_path):
     "A recipe may name several annotators' files; the score is that of `pcs_image` with all of them."
     data = toyworld("tiny")
     truth = json.loads((data / "saco" / "images.json").read_text())
-    for name, marks in (("a", truth["annotations"]), ("b", truth["annotations"][::2])): (tmp_path / f"{name}.json").write_text(json.dumps({**truth, "annotations": marks}))
-    recipe = {"root": str(tmp_path), "splits": {"held_out": {"concept_images": {"format": "saco_images", "annotations": ["a.json", "b.json"], "media": str(data / "saco")}}}}
+    for name, marks in (("a", truth["annotations"]), ("b", truth["annotations"][::2])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({**truth, "annotations": marks}))
+    recipe = {"root": str(tmp_path),
+              "splits": {"held_out": {"concept_images": {"format": "saco_images", "annotations": ["a.json", "b.json"],
+                                                         "media": str(data / "saco")}}}}
     (tmp_path / "gold.yaml").write_text(yaml.safe_dump(recipe))
     folder, rows = evaluate("toy", str(tmp_path / "gold.yaml"), "phrase", limit=6, runs=str(tmp_path / "runs"))
     place = folder / "concept_images" / "phrase"

@@ -1,4 +1,5 @@
-"A cache of features that is killed, cut, damaged, full or somebody else's goes on, or says what is wrong; it never hands over wrong ones."
+"""A cache of features that is killed, cut, damaged, full or somebody else's goes on, or says what is wrong; it never
+hands over wrong ones."""
 import os
 import resource
 import shutil
@@ -61,7 +62,8 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 # What happens to a writer happens in a process of its own, which forks once for each case.
 
 KILLS = {"in the header": 100, "in the first record": HEADER + SIZE // 2, "in the second": HEADER + SIZE + 9,
-         "before the marks": HEADER + 2 * SIZE, "in a mark": HEADER + 2 * SIZE + 2, "in the second file": 2 * HEADER + 6 * SIZE + SIZE // 3}
+         "before the marks": HEADER + 2 * SIZE, "in a mark": HEADER + 2 * SIZE + 2,
+         "in the second file": 2 * HEADER + 6 * SIZE + SIZE // 3}
 
 
 def killed_at(byte: int) -> None:
@@ -84,7 +86,8 @@ def full_after(byte: int) -> None:
 def in_forks(place: Path) -> None:
     "Write a cache for each case, and print how each fork ended."
     toy()
-    cases = {name: partial(killed_at, byte) for name, byte in KILLS.items()} | {"full disk": partial(full_after, HEADER + 3 * SIZE + 1000)}
+    cases = {name: partial(killed_at, byte) for name, byte in KILLS.items()} | {"full disk": partial(full_after,
+        HEADER + 3 * SIZE + 1000)}
     for name, prepare in cases.items():
         pid = os.fork()
         if not pid:
@@ -99,7 +102,8 @@ def struck(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     "The folder of the cases, and what was printed."
     place = tmp_path_factory.mktemp("struck")
     command = "import sys, pathlib, test_feature_cache; test_feature_cache.in_forks(pathlib.Path(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", command, place], cwd=Path(__file__).parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    done = subprocess.run([sys.executable, "-c", command, place], cwd=Path(__file__).parent,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=200)
     assert done.returncode == 0, done.stdout[-3000:]
     return place, done.stdout
@@ -120,8 +124,11 @@ def test_full_disk(struck, whole):
     place, printed = struck
     folder = place / "full disk"
     said = next(line for line in printed.splitlines() if "cannot write" in line)
-    assert str(folder / FILES[0]) in said and "make room" in said and len(said) < 400 + len(str(folder)) and "full disk 3\n" in printed
-    assert [i for i in range(12) if opened(folder).holds(i)] == [0, 1], "of the batch of items 2 and 3 one fitted, but neither counts"
+    assert str(folder
+               / FILES[0]) in said and "make room" in said and len(said) < 400 + len(
+                   str(folder)) and "full disk 3\n" in printed
+    assert [i for i in range(12) if opened(folder).holds(i)] == [0,
+        1], "of the batch of items 2 and 3 one fitted, but neither counts"
     assert write(folder)["written"] == 10 and content(folder) == content(whole)
 
 
@@ -155,7 +162,8 @@ def flip(path: Path, byte: int) -> None:
 def test_flipped_bit_is_found_and_mended(copy, whole, part):
     record = record_type(81, 192, "int8")
     flip(copy / FILES[1], HEADER + SIZE + record.fields[part][1] + 3)  # in item 6
-    with pytest.raises((ValueError, LookupError), match="image 0 in replay 1.*call write_cache") as e: opened(copy).read([6])
+    with pytest.raises((ValueError, LookupError), match="image 0 in replay 1.*call write_cache") as e:
+        opened(copy).read([6])
     assert str(copy / FILES[1]) in str(e.value)
     torch.testing.assert_close(opened(copy).read([5, 7]).unpack(), opened(whole).read([5, 7]).unpack(), rtol=0, atol=0)
     if part in ("item", "done"): assert isinstance(e.value, LookupError)
@@ -173,12 +181,14 @@ def test_flipped_bit_in_a_header(copy, whole):
     assert write(copy)["written"] == 5 and content(copy) == content(whole)
 
 
-OTHER = [{"dtype": "fp16"}, {"image_size": 1008}, {"tokens": 5184}, {"seed": 7}, {"augment": None}, {"names": "x"}, {"teacher": "x"}]
+OTHER = [{"dtype": "fp16"}, {"image_size": 1008}, {"tokens": 5184}, {"seed": 7}, {"augment": None}, {"names": "x"},
+         {"teacher": "x"}]
 
 
 @pytest.mark.parametrize("change", OTHER, ids=lambda c: next(iter(c)))
 def test_reader_refuses_other_features(whole, change):
-    with pytest.raises(ValueError, match="other settings") as e: FeatureCache(whole, cache_settings(toy(), images(), records=5) | change)
+    with pytest.raises(ValueError, match="other settings") as e:
+        FeatureCache(whole, cache_settings(toy(), images(), records=5) | change)
     (key, value), said = next(iter(change.items())), str(e.value)
     assert f"{key}: " in said and f"{value!r} now" in said and said.count(" now") == 1 and str(whole) in said
 
@@ -192,7 +202,8 @@ def test_writer_refuses_another_teacher(copy, whole):
 
 
 def test_writer_refuses_another_preprocessing(copy, monkeypatch):
-    monkeypatch.setattr(feature_cache, "teacher_pixels", lambda images, size: (torch.zeros(len(images), 3, size, size) - 0.449) / 0.226)
+    monkeypatch.setattr(feature_cache, "teacher_pixels", lambda images,
+                        size: (torch.zeros(len(images), 3, size, size) - 0.449) / 0.226)
     with pytest.raises(ValueError, match="preprocessing: .*'black': .* there"): write(copy)
 
 
@@ -216,7 +227,8 @@ def test_ranks_write_their_own_files(whole, tmp_path):
 def test_more_replays_are_added(whole, tmp_path):
     write_cache(tmp_path, toy(), images(replays=1), batch=2, records=5)
     assert write(tmp_path)["there"] == 6
-    assert [opened(tmp_path).holds(i, verify=True) for i in range(12)] == [True] * 12 and content(tmp_path).keys() == content(whole).keys()
+    assert ([opened(tmp_path).holds(i, verify=True) for i in range(12)] == [True] * 12
+            and content(tmp_path).keys() == content(whole).keys())
 
 
 def test_decoding_in_other_processes_is_the_same(whole, tmp_path):

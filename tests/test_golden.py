@@ -1,4 +1,5 @@
-"""Golden miniatures: every published format, written as its own repository describes it, is read back equal through the recipes.
+"""Golden miniatures: every published format, written as its own repository describes it, is read back equal through the
+recipes.
 
 What each layout was read from stands in `esam3.data.golden.FORMATS`."""
 import json
@@ -23,7 +24,8 @@ def data(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_read_back_equal(data, name):
-    "Names, ids, frames, annotated frames, phrases, negatives and masks exactly; pixels as near as JPEG and H.264 keep them."
+    """Names, ids, frames, annotated frames, phrases, negatives and masks exactly; pixels as near as JPEG and H.264 keep
+    them."""
     assert unlike(name, data) == []
 
 
@@ -32,7 +34,8 @@ def test_every_recipe_of_public_data_has_a_golden_file():
     own = {"toy", "toy_hour", "tiny", "videos", "folder"}
     assert {f.recipe for f in FORMATS.values()} == {p.stem for p in RECIPES.glob("*.yaml")} - own
     for name, form in FORMATS.items():
-        for part in form.source.split("; "): assert name == "saco_veval_videos" or ":" not in part or part.split(":")[0] in READ_IN
+        for part in form.source.split("; "):
+            assert name == "saco_veval_videos" or ":" not in part or part.split(":")[0] in READ_IN
 
 
 def test_every_split_of_the_recipes_is_read(data):
@@ -54,9 +57,12 @@ def test_equal_bytes_twice(tmp_path):
     assert a.keys() == b.keys() and [n for n in a if a[n] != b[n] and not n.endswith(".mp4")] == []
 
 
-@pytest.mark.parametrize("change", [lambda s: {"name": "other"}, lambda s: {"ids": s.ids[::-1]}, lambda s: {"annotated": ~s.annotated},
-                                    lambda s: {"masks": np.asarray(s.masks)[::-1]}, lambda s: {"frames": s.frames[::-1]}, lambda s: {"public": False},
-                                    lambda s: {"frames": s.frames[:, ::-1]}, lambda s: {"phrases": s.phrases[:-1]}, lambda s: {"numbers": s.numbers[1:]}])
+@pytest.mark.parametrize("change", [lambda s: {"name": "other"}, lambda s: {"ids": s.ids[::-1]},
+                                    lambda s: {"annotated": ~s.annotated},
+                                    lambda s: {"masks": np.asarray(s.masks)[::-1]},
+                                    lambda s: {"frames": s.frames[::-1]}, lambda s: {"public": False},
+                                    lambda s: {"frames": s.frames[:, ::-1]}, lambda s: {"phrases": s.phrases[:-1]},
+                                    lambda s: {"numbers": s.numbers[1:]}])
 def test_a_difference_is_noticed(data, change):
     truth = write_veval(data)["held_out", "concept_clips"][0]
     found = reader_of("saco_veval", data, "held_out", "concept_clips").read(0)
@@ -74,7 +80,8 @@ def gold(data) -> tuple[list[Path], dict[str, dict]]:
 
 
 def said(path: Path, marks: list[dict], score: float = 0.9) -> Path:
-    path.write_text(json.dumps([{"image_id": m["image_id"], "category_id": 1, "score": score, "segmentation": m["segmentation"]} for m in marks]))
+    path.write_text(json.dumps([{"image_id": m["image_id"], "category_id": 1, "score": score,
+                                 "segmentation": m["segmentation"]} for m in marks]))
     return path
 
 
@@ -89,7 +96,8 @@ def test_gold_takes_the_annotator_who_agrees_most(gold, data):
 
 
 def test_gold_scores_what_all_three_call_exhaustive(gold, data):
-    "Of eight pairs, two are not exhaustive to the first annotator and one to the second: what is said of them does not count."
+    """Of eight pairs, two are not exhaustive to the first annotator and one to the second: what is said of them does
+    not count."""
     files, truth = gold
     pred = [m for m in truth["a"]["annotations"] if not m["iscrowd"]]
     exhaustive = {i["id"] for i in truth["a"]["images"]} - {10000003, 10000007, 10000005}
@@ -111,7 +119,9 @@ def test_veval_truth_scores_one(data):
     write_veval(data)
     path = data / "saco/annotations/saco_veval_sav_test.json"
     (data / "pred.json").write_text(json.dumps(as_answers(json.loads(path.read_text()))))
-    assert pcs_video(path, data / "pred.json") == pytest.approx(dict.fromkeys(("cgF1", "IL_MCC", "pmF1", "pHOTA", "DetA", "AssA"), 1), abs=2e-4)
+    assert pcs_video(path, data
+                     / "pred.json") == pytest.approx(dict.fromkeys(("cgF1", "IL_MCC", "pmF1", "pHOTA", "DetA", "AssA"),
+                         1), abs=2e-4)
 
 
 def test_crowds_in_video_by_hand(data):
@@ -125,12 +135,15 @@ def test_crowds_in_video_by_hand(data):
     score = lambda marks: pcs_video(path, said_in_video(data / "pred.json", marks))
     frames = [sum(s is not None for s in a["segmentations"]) for a in gt["annotations"]]
     without, followed = score([first, second]), score([first, second, crowd])
-    assert without["cgF1"] == pytest.approx(1, abs=2e-4) and without["DetA"] == pytest.approx(sum(frames[:2]) / sum(frames))
-    assert followed["pmF1"] == pytest.approx(2 * 2 / (2 * 2 + 1), abs=1e-4) and followed["DetA"] == followed["AssA"] == 1
+    assert without["cgF1"] == pytest.approx(1, abs=2e-4) and without["DetA"] == pytest.approx(sum(frames[:2])
+        / sum(frames))
+    assert followed["pmF1"] == pytest.approx(2 * 2 / (2 * 2 + 1),
+                                             abs=1e-4) and followed["DetA"] == followed["AssA"] == 1
 
 
 def said_in_video(path: Path, marks: list[dict]) -> Path:
-    path.write_text(json.dumps([{**{k: m[k] for k in ("video_id", "category_id", "segmentations")}, "score": 0.9} for m in marks]))
+    path.write_text(json.dumps([{**{k: m[k] for k in (
+        "video_id", "category_id", "segmentations")}, "score": 0.9} for m in marks]))
     return path
 
 
@@ -140,7 +153,9 @@ def test_a_crowd_beside_instances_is_left_out_alone(gold, data):
     marks = [{**m, "iscrowd": int(k == 0)} for k, m in enumerate(truth["a"]["annotations"])]
     files[0].write_text(json.dumps({**truth["a"], "annotations": marks}))
     phrases = reader_of("saco_gold", data, "held_out", "concept_images").read(0).phrases
-    assert [p.pair for p in phrases] == [10000000, 10000001, 10000002] and len(phrases[0].instances) == len(truth_of_pair(marks, 10000000))
+    assert [p.pair for p in phrases] == [10000000, 10000001,
+                                         10000002] and len(phrases[0].instances) == len(truth_of_pair(marks, 10000000))
 
 
-def truth_of_pair(marks: list[dict], pair: int) -> list[dict]: return [m for m in marks if m["image_id"] == pair and not m["iscrowd"]]
+def truth_of_pair(marks: list[dict], pair: int) -> list[dict]:
+    return [m for m in marks if m["image_id"] == pair and not m["iscrowd"]]

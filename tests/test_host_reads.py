@@ -19,22 +19,28 @@ COMMON = {"batch_size": 2, "augment": True}  # images come never again, as on re
 def stage1(steps: int) -> tuple:
     s = schedule_for(1, RECIPE, steps=steps, batch_size=2)
     teacher, student = load_teacher("toy"), build_student("es-ev-s", load_teacher("toy"))
-    return s, image_source(RECIPE, s, SIDES, 7), lambda: (Stage1(teacher, student, s), parameter_groups(student, TRAINS[1], 1e-4)), (teacher, student)
+    return s, image_source(RECIPE, s, SIDES, 7), lambda: (Stage1(teacher, student, s),
+                                                          parameter_groups(student, TRAINS[1], 1e-4)), (teacher,
+                                                              student)
 
 
 def stage2(steps: int) -> tuple:
     s = schedule_for(2, RECIPE, {"back": 0.5}, steps=steps, **COMMON)
     teacher = load_teacher("toy")
     student = give_memory(build_student("es-ev-s", teacher), "perceiver", s)
-    return s, clip_source(RECIPE, s, SIDES, 7), lambda: (Stage2(teacher, student, s), parameter_groups(student, TRAINS[2], 1e-4)), (teacher, student)
+    return s, clip_source(RECIPE, s, SIDES, 7), lambda: (Stage2(teacher, student, s),
+                                                         parameter_groups(student, TRAINS[2], 1e-4)), (teacher, student)
 
 
 def stage3(steps: int) -> tuple:
-    recipe = {**RECIPE, "splits": {**RECIPE["splits"], "train": {**RECIPE["splits"]["train"], "concept_clips": RECIPE["splits"]["held_out"]["concept_clips"]}}}
+    recipe = {**RECIPE, "splits": {**RECIPE["splits"],
+                                   "train": {**RECIPE["splits"]["train"],
+                                             "concept_clips": RECIPE["splits"]["held_out"]["concept_clips"]}}}
     s = stage3_schedule(recipe, 1e-4, options={"clip_every": 1, "alternate": False, "back": 0.5}, steps=steps, **COMMON)
     teacher = load_teacher("toy")
     student = give_memory(build_student("es-ev-s", teacher), "perceiver", s)
-    return s, MixedSteps(recipe, s, SIDES, 7, QuerySampling(4), teacher), lambda: (Stage3(teacher, student, s), stage3_groups(student, s)), (teacher, student)
+    return s, MixedSteps(recipe, s, SIDES, 7, QuerySampling(4), teacher), lambda: (Stage3(teacher, student, s),
+        stage3_groups(student, s)), (teacher, student)
 
 
 def waited(make, steps: int, folder) -> tuple[list[str], list[str]]:

@@ -1,7 +1,9 @@
-"""`kill -9` at random moments: what is there afterwards is whole, and given again the same command ends as if nothing had been.
+"""`kill -9` at random moments: what is there afterwards is whole, and given again the same command ends as if nothing
+had been.
 
-Three stages, the feature cache, and the indexes of videos, tars and surveys. In a plain run seven kills; `ESAM3_FULL=1` has fifty-three, and writes a line for each to `runs/kills.jsonl`.
-A process that has loaded everything forks those that are killed, so that kills fall on the work and not on imports."""
+Three stages, the feature cache, and the indexes of videos, tars and surveys. In a plain run seven kills; `ESAM3_FULL=1`
+has fifty-three, and writes a line for each to `runs/kills.jsonl`. A process that has loaded everything forks those that
+are killed, so that kills fall on the work and not on imports."""
 import json
 import multiprocessing
 import os
@@ -62,9 +64,11 @@ def ended(process: multiprocessing.Process) -> float:
 
 
 def whole(folder: Path) -> int:
-    "How many files of a folder were read. Fails where one with a name of its own is half-written; a log's last line may be."
+    """How many files of a folder were read. Fails where one with a name of its own is half-written; a log's last line
+    may be."""
     count = 0
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(folder).parts)):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()
+                       and not any(part.startswith(".") for part in p.relative_to(folder).parts)):
         if path.suffix == ".json": json.loads(path.read_text())
         elif path.suffix == ".jsonl": [json.loads(line) for line in path.read_text().split("\n")[:-1]]
         elif path.suffix == ".pt":
@@ -89,7 +93,8 @@ def note(what: str, after: float, **more: object) -> None:
 
 
 def kill(process: multiprocessing.Process, after: float, file: Path | None = None) -> bool:
-    "Kill a process after some seconds, counted from when it writes a file where one is given; False where it has ended before, well."
+    """Kill a process after some seconds, counted from when it writes a file where one is given; False where it has
+    ended before, well."""
     time_of = lambda: file.stat().st_mtime_ns if file.exists() else 0
     before = file and time_of()
     while file and process.exitcode is None and time_of() in (before, 0): time.sleep(0.001)
@@ -104,7 +109,8 @@ def kill(process: multiprocessing.Process, after: float, file: Path | None = Non
 # ---- the three stages
 
 FEW = {"eval_images": 1, "eval_instances": 1}
-STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2, "options": {"warmup_steps": 3}},
+STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2,
+                                                               "options": {"warmup_steps": 3}},
           3: {"steps": 4, "batch_size": 4, "options": {"warmup_steps": 2}, "brief": True, **FEW}}
 
 
@@ -130,14 +136,18 @@ def perceiver(tmp_path_factory) -> Path:
     from esam3.schedules import Schedule
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("perceiver") / "student"
-    give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver", Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
+    give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver",
+                Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("stage, kills", [(1, 10 if FULL else 2), pytest.param(2, 10, marks=full), pytest.param(3, 10, marks=full)])
+@pytest.mark.parametrize("stage, kills", [(1, 10 if FULL else 2), pytest.param(2, 10, marks=full),
+                                          pytest.param(3, 10, marks=full)])
 def test_a_stage_killed_anywhere(stage, kills, begin, tmp_path, request):
-    "Again and again, at a random moment of a whole run or of the first few checkpoints in turn; one run takes as many kills as it gets before it ends."
-    student = {} if stage == 1 else {"student": str(request.getfixturevalue({2: "stage1_student", 3: "perceiver"}[stage]))}
+    """Again and again, at a random moment of a whole run or of the first few checkpoints in turn; one run takes as many
+    kills as it gets before it ends."""
+    student = {} if stage == 1 else {"student": str(request.getfixturevalue(
+        {2: "stage1_student", 3: "perceiver"}[stage]))}
     place = lambda name: tmp_path / name / "tiny" / "es-ev-s" / f"stage{stage}"
     begin_run = lambda name: begin(run, stage=stage, runs=str(tmp_path / name), **student)
     length = ended(begin_run("whole"))
@@ -146,20 +156,24 @@ def test_a_stage_killed_anywhere(stage, kills, begin, tmp_path, request):
         number += 1
         folder, over = place(f"cut {number}"), False
         while not over and done < kills:
-            after, file = (chance.uniform(0.0, 0.1) * length, folder / "state" / "last.pt") if done % 2 else (chance.uniform(0.02, 1.0) * length, None)
+            after, file = (chance.uniform(0.0, 0.1) * length,
+                           folder / "state" / "last.pt") if done % 2 else (chance.uniform(0.02, 1.0) * length, None)
             over = not kill(begin_run(f"cut {number}"), after, file)
             whole(folder)
             if not over: done += 1; note(f"stage {stage}", after, run=number, reached=reached(folder))
         if not over: ended(begin_run(f"cut {number}"))
         assert told(folder) == expected, f"run {number}"
-        assert not list((folder / "state").glob(".*")) and not list(folder.glob(".*.jsonl.*")), "nothing half-written stays"
+        assert not list((folder / "state").glob(".*")) and not list(folder.glob(
+            ".*.jsonl.*")), "nothing half-written stays"
 
 
 def told(folder: Path) -> dict[str, object]:
     "What a run leaves behind, but for times."
     report = {k: v for k, v in json.loads((folder / "report.json").read_text()).items() if k != "timing"}
-    files = [p for p in ("metrics.jsonl", "warmup/metrics.jsonl", "student/model.safetensors", "student/config.json") if (folder / p).exists()]
-    return {"report": report, "state": {k: v for k, v in read_state(folder).items() if k in ("step", "more")}, **{p: content(folder / p) for p in files}}
+    files = [p for p in ("metrics.jsonl", "warmup/metrics.jsonl", "student/model.safetensors", "student/config.json")
+             if (folder / p).exists()]
+    return {"report": report, "state": {k: v for k, v in read_state(folder).items() if k in ("step", "more")},
+            **{p: content(folder / p) for p in files}}
 
 
 # ---- the feature cache
@@ -171,7 +185,8 @@ def write_features(folder: str, replays: int) -> None:
 
 
 def test_a_feature_cache_killed_anywhere(begin, tmp_path):
-    "After each kill a record says that it is complete, or it is not read; in the end all bytes are those of a cache that was written at once."
+    """After each kill a record says that it is complete, or it is not read; in the end all bytes are those of a cache
+    that was written at once."""
     replays, kills = (12, 8) if FULL else (4, 2)
     length = ended(begin(write_features, folder=str(tmp_path / "whole"), replays=replays))
     images = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
@@ -181,21 +196,27 @@ def test_a_feature_cache_killed_anywhere(begin, tmp_path):
         number += 1
         folder, over = tmp_path / f"cut {number}", False
         while not over and done < kills:
-            after, file = (chance.uniform(0.0, 0.6) * length, folder / "000000.trunk") if done % 2 == 0 else (chance.uniform(0.1, 0.9) * length, None)
+            after, file = (chance.uniform(0.0, 0.6) * length,
+                           folder / "000000.trunk") if done % 2 == 0 else (chance.uniform(0.1, 0.9) * length, None)
             over = not kill(begin(write_features, folder=str(folder), replays=replays), after, file)
             kept = FeatureCache(folder, settings)
             there = [i for i in range(len(images)) if kept.holds(i)]
             for i in there: kept.read([i])  # checks the checksum
-            if not over: done += 1; note("feature cache", after, run=number, reached=f"{len(there)} of {len(images)} records")
+            if not over:
+                done += 1; note("feature cache", after, run=number, reached=f"{len(there)} of {len(images)} records")
         if not over: ended(begin(write_features, folder=str(folder), replays=replays))
-        assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes()
+            for p in (tmp_path / "whole").iterdir()}
 
 
 # ---- the indexes
 
 def tar(data: Path) -> dict: return {k: v.tolist() for k, v in readers.tar_index(data / "images.tar").items()}
-def videos(data: Path) -> list: return [json.loads(json.dumps(asdict(samples.video_index(p)))) for p in sorted((data / "clip").glob("*.mp4"))]
-def surveyed(data: Path) -> str: return str(survey.survey({**load_recipe("tiny"), "root": str(data), "splits": {"train": {"images": load_recipe("tiny")["splits"]["train"]["images"]}}}))
+def videos(data: Path) -> list:
+    return [json.loads(json.dumps(asdict(samples.video_index(p)))) for p in sorted((data / "clip").glob("*.mp4"))]
+def surveyed(data: Path) -> str:
+    return str(survey.survey({**load_recipe("tiny"), "root": str(data), "splits": {"train": {"images": load_recipe(
+        "tiny")["splits"]["train"]["images"]}}}))
 
 
 INDEXES = {"tars": tar, "videos": videos, "surveys": surveyed}

@@ -27,12 +27,14 @@ def of(weights: Weights, group: str) -> Weights:
     return {n: w for n, w in weights.items() if next(iter(plain({n: w}))).startswith(group)}
 
 
-def removed(weights: Weights, group: str) -> Weights: return {n: w for n, w in weights.items() if n not in of(weights, group)}
+def removed(weights: Weights, group: str) -> Weights:
+    return {n: w for n, w in weights.items() if n not in of(weights, group)}
 
 
 def renamed(weights: Weights, group: str) -> Weights:
     first, second = group.split(".")
-    return {n.replace(f"{first}.{second}", f"{first}.{second}_old") if n in of(weights, group) else n: w for n, w in weights.items()}
+    return {n.replace(f"{first}.{second}", f"{first}.{second}_old") if n in of(weights, group) else n: w for n,
+            w in weights.items()}
 
 
 def doubled(weights: Weights, group: str) -> Weights:
@@ -77,7 +79,8 @@ def saved(toy: Sam3, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_both_layouts_are_there(weights: Weights) -> None:
     "Otherwise the tests below compare one layout with itself."
-    assert any(n.startswith("tracker_model.tracker_model.") for n in weights) and plain(weights).keys() != weights.keys()
+    assert any(n.startswith("tracker_model.tracker_model.")
+               for n in weights) and plain(weights).keys() != weights.keys()
 
 
 def test_plain_layout_loads(toy: Sam3, weights: Weights, tmp_path: Path) -> None:
@@ -107,14 +110,16 @@ def test_names_that_older_versions_saved_are_no_fault(toy: Sam3, weights: Weight
 @pytest.mark.parametrize("spoil", SAID)
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("layout", [dict, plain])
-def test_spoilt_teacher_is_refused(weights: Weights, tmp_path: Path, layout: Callable, group: str, spoil: Callable) -> None:
+def test_spoilt_teacher_is_refused(weights: Weights, tmp_path: Path, layout: Callable, group: str,
+                                   spoil: Callable) -> None:
     bad = write(tmp_path, spoil(layout(weights), group), TOY)
     with pytest.raises(ValueError, match=re.escape(group)) as caught: load_teacher(str(bad))
     assert SAID[spoil] in str(caught.value)
 
 
 @pytest.mark.parametrize("spoil", SAID)
-@pytest.mark.parametrize("group", ["tracker_model.memory_attention", "perceiver.layers", "detector_model.vision_encoder"])
+@pytest.mark.parametrize("group", ["tracker_model.memory_attention", "perceiver.layers",
+                                   "detector_model.vision_encoder"])
 def test_spoilt_student_is_refused(saved: Path, tmp_path: Path, group: str, spoil: Callable) -> None:
     weights = load_file(saved / "model.safetensors")
     assert of(weights, group), f"no {group} among {sorted({'.'.join(n.split('.')[:2]) for n in weights})}"

@@ -24,7 +24,8 @@ SIDES, RECIPE = (144, 128), load_recipe("tiny")
 SOURCES = {
     "stage 1": lambda: image_source(RECIPE, Schedule(batch_size=4), SIDES, 7),
     "stage 2": lambda: clip_source(RECIPE, Schedule(batch_size=2, augment=True, back=0.5), SIDES, 7),
-    "stage 3": lambda: MixedSteps(RECIPE, Schedule(batch_size=8, clip_every=2, alternate=False), SIDES, 7, QuerySampling(2))}
+    "stage 3": lambda: MixedSteps(RECIPE, Schedule(batch_size=8, clip_every=2, alternate=False), SIDES, 7,
+                                  QuerySampling(2))}
 
 
 def content(batch: object) -> tuple:
@@ -32,7 +33,8 @@ def content(batch: object) -> tuple:
 
 
 def same(a: tuple, b: tuple) -> bool:
-    return a[:2] == b[:2] and a[2].keys() == b[2].keys() and all(torch.equal(t, b[2][k]) or t.isnan().any() and torch.allclose(t, b[2][k], 0, 0, equal_nan=True) for k, t in a[2].items())
+    return a[:2] == b[:2] and a[2].keys() == b[2].keys() and all(torch.equal(t, b[2][k]) or t.isnan().any()
+        and torch.allclose(t, b[2][k], 0, 0, equal_nan=True) for k, t in a[2].items())
 
 
 @pytest.mark.parametrize("stage", SOURCES)
@@ -57,12 +59,16 @@ def test_a_step_is_the_same_step_in_any_number_of_parts(stage):
     for step in range(3):
         whole, parts = source[Part(step)], [source[Part(step, k, 4)] for k in range(4)]
         for kind in ("images", "clips", "clip_frames") if stage == "stage 3" else ("",):
-            one, many = ([b for x in bs if (b := getattr(x, kind) if kind else x) is not None] for bs in ([whole], parts))
+            one, many = ([b for x in bs if (b := getattr(x, kind) if kind else x) is not None]
+                         for bs in ([whole], parts))
             assert bool(one) == bool(many)
-            for name in ("names", "seeds", "notes", "ids" if kind == "clips" else "names"): assert joined(one, name) == joined(many, name)
+            for name in ("names", "seeds", "notes", "ids" if kind == "clips" else "names"):
+                assert joined(one, name) == joined(many, name)
             for name in ("teacher_bytes", "student_bytes", "boxes", "points"):
-                assert torch.equal(*(torch.cat([getattr(b, name) for b in bs] or [torch.zeros(0)]).nan_to_num(-1) for bs in (one, many))), name
-            assert all(map(torch.equal, joined(one, "masks"), joined(many, "masks"))) and len({b.seed for b in (*one, *many)}) <= 1
+                assert torch.equal(*(torch.cat([getattr(b, name) for b in bs] or [torch.zeros(
+                    0)]).nan_to_num(-1) for bs in (one, many))), name
+            assert all(map(torch.equal, joined(one, "masks"), joined(many, "masks"))) and len({b.seed for b in (
+                *one, *many)}) <= 1
         if stage == "stage 3":
             for queries in ("queries", "clip_queries"):
                 some = [getattr(x, queries) for x in (whole, *parts)]
@@ -92,7 +98,8 @@ def test_chance_is_not_touched():
 def test_an_error_names_its_file(tmp_path):
     for name in ("a.jpg", "a.json"): (tmp_path / name).write_bytes(b"<html>")
     reader = Sa1b(tmp_path)
-    with pytest.raises(BadSample, match=r"a\.json: not a readable annotation"): list(loader(Made(lambda part: reader.read(0)), Parts(range(2)), 1))
+    with pytest.raises(BadSample, match=r"a\.json: not a readable annotation"):
+        list(loader(Made(lambda part: reader.read(0)), Parts(range(2)), 1))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -106,7 +113,8 @@ def test_a_dead_worker_ends_the_run():
 def test_a_run_with_workers_is_the_run_without(tmp_path):
     weights = {}
     for workers in (0, 2):
-        folder = run_stage1("es-ev-s", "tiny", steps=3, runs=str(tmp_path / str(workers)), workers=workers, eval_images=1)
+        folder = run_stage1("es-ev-s", "tiny", steps=3, runs=str(tmp_path / str(workers)), workers=workers,
+                            eval_images=1)
         weights[workers] = (folder / "student/model.safetensors").read_bytes(), rows(folder / "metrics.jsonl")
         shutil.rmtree(folder)
     assert weights[0] == weights[2]
@@ -124,9 +132,11 @@ def test_waiting_is_measured():
     import time
     def slow(part: Part) -> int: time.sleep(0.05); return part.step
     clock = Clock(4, 10)
-    assert list(clock.waiting(iter(loader(Made(slow), Parts(range(4)))))) == [0, 1, 2, 3] and 0.2 <= clock.waited and clock.share > 0.8
+    assert list(clock.waiting(iter(loader(Made(slow), Parts(range(4)))))) == [0, 1, 2,
+        3] and 0.2 <= clock.waited and clock.share > 0.8
     told = clock.step()
-    assert 0.2 <= told["seconds"] < 2 and told["waits"] > 0.8 and told["per_second"] == pytest.approx(10 / told["seconds"], rel=1e-3)
+    assert 0.2 <= told["seconds"] < 2 and told["waits"] > 0.8 and told["per_second"] == pytest.approx(10
+        / told["seconds"], rel=1e-3)
     assert told["left"] == pytest.approx(3 * told["seconds"], rel=1e-3) and told["memory_gb"] > 0.1
 
 
@@ -140,4 +150,5 @@ def test_a_cache_written_by_workers_is_the_cache(tmp_path, monkeypatch, capsys):
         images, kept, _ = keep_features(RECIPE, teacher, "int8", 1, workers=workers)
         contents[workers] = [f.read_bytes() for f in sorted(Path(kept.folder).glob("*.trunk"))]
     assert contents[0] == contents[2] and contents[0] and "features to write: 24 images" in capsys.readouterr().out
-    assert decode_rate(images, 144, 4) > 2 * decode_rate(images, 144, 0) and together_rate(6.0, 3.0, 0) == 2 and together_rate(6.0, 3.0, 4) == 3
+    assert decode_rate(images, 144, 4) > 2 * decode_rate(images, 144, 0) and together_rate(6.0, 3.0,
+        0) == 2 and together_rate(6.0, 3.0, 4) == 3

@@ -23,7 +23,8 @@ softplus = lambda x: math.log1p(math.exp(-abs(x))) + max(x, 0)
 
 def slow_mask_loss(logits: np.ndarray, target: np.ndarray, valid: np.ndarray) -> float:
     "Dice + 20 focal of one mask, cell by cell in plain Python."
-    cells = [(sigmoid(x), t, softplus(x) - x * t) for x, t, v in zip(logits.ravel().tolist(), target.ravel().tolist(), valid.ravel()) if v]
+    cells = [(sigmoid(x), t, softplus(x) - x * t) for x, t, v in zip(logits.ravel().tolist(), target.ravel().tolist(),
+        valid.ravel()) if v]
     dice = sum(abs(p - t) for p, t, _ in cells) / (sum(p + t for p, t, _ in cells) + 1)
     focal = sum((0.25 * t + 0.75 * (1 - t)) * (p - t) ** 2 * ce for p, t, ce in cells) / len(cells)
     return dice + 20 * focal
@@ -36,7 +37,8 @@ def test_mask_loss_cell_by_cell(seed):
     valid = torch.rand(3, 5, 7, generator=g) > 0.3
     slow = [slow_mask_loss(*(x.numpy() for x in m)) for m in zip(logits, target, valid)]
     torch.testing.assert_close(mask_loss(logits, target, valid), torch.tensor(slow), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(mask_loss(logits, target, valid), dice_loss(logits, target, valid) + 20 * focal_loss(logits, target, valid))
+    torch.testing.assert_close(mask_loss(logits, target, valid),
+                               dice_loss(logits, target, valid) + 20 * focal_loss(logits, target, valid))
 
 
 def test_mask_terms_by_hand():
@@ -58,7 +60,8 @@ def test_matching_is_the_best_of_all_permutations(masks, padded):
     orders = list(itertools.permutations(range(masks)))
     for n in range(6):
         v = np.ones((6, 5), bool) if valid is None else valid[n].numpy()
-        cost = [[slow_mask_loss(student[n, s].numpy(), target[n, t].numpy(), v) for s in range(masks)] for t in range(masks)]
+        cost = [[slow_mask_loss(student[n, s].numpy(), target[n, t].numpy(), v) for s in range(masks)]
+                for t in range(masks)]
         least = min(orders, key=lambda order: sum(cost[t][s] for t, s in enumerate(order)))
         assert found[n].tolist() == list(least)
 
@@ -90,7 +93,8 @@ def test_each_pair_is_paid_for_once():
     student = torch.tensor([[[-1.0, 3]], [[2.0, -2]]])[None]
     for temperature in (1.0, 2.0):
         pairs = [(student[0, 1], teacher[0, 0]), (student[0, 0], teacher[0, 1])]
-        by_hand = sum(slow_mask_loss((s / temperature).numpy(), (t / temperature).sigmoid().numpy(), np.ones((1, 2), bool)) for s, t in pairs) / 2
+        by_hand = sum(slow_mask_loss((s / temperature).numpy(), (t / temperature).sigmoid().numpy(), np.ones((
+            1, 2), bool)) for s, t in pairs) / 2
         assert math.isclose(distill_loss(student, teacher, temperature=temperature), by_hand, rel_tol=1e-5)
     hard = sum(slow_mask_loss(s.numpy(), (t > 0).float().numpy(), np.ones((1, 2), bool)) for s, t in pairs) / 2
     assert math.isclose(distill_loss(student, teacher, temperature=0), hard, rel_tol=1e-5)
@@ -109,26 +113,33 @@ def test_feature_errors_by_hand():
 def test_a_pictures_error_is_its_own():
     "Images of different scales and paddings, alone or together; parts add up to the whole."
     g = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(3, 4, 6, 6, generator=g) * torch.tensor([1.0, 100, 0.01]).view(3, 1, 1, 1) for _ in range(2))
+    student, teacher = (torch.randn(3, 4, 6, 6, generator=g) * torch.tensor([1.0, 100, 0.01]).view(3, 1, 1, 1)
+                        for _ in range(2))
     valid = torch.arange(6).expand(3, 6, 6) < torch.tensor([6, 3, 1]).view(3, 1, 1)
     together = image_errors([student, teacher], [teacher, teacher], [valid, valid])
     for b, cells in enumerate(valid):
         s, t = (m[b][:, cells].double() for m in (student, teacher))
-        assert together[0, b].item() == pytest.approx((((s - t) ** 2).mean() / ((t - t.mean(1, keepdim=True)) ** 2).mean()).item(), rel=1e-4)
+        assert together[0, b].item() == pytest.approx((((s - t) ** 2).mean() / ((t - t.mean(
+            1, keepdim=True)) ** 2).mean()).item(), rel=1e-4)
     assert together[1].tolist() == [0, 0, 0]
-    loss = lambda rows, whole=None: feature_loss([student[rows], teacher[rows]], [teacher[rows], student[rows]], [valid[rows], valid[rows]], (3, 1), whole)
+    loss = lambda rows, whole=None: feature_loss([student[rows], teacher[rows]], [teacher[rows], student[rows]],
+                                                 [valid[rows], valid[rows]], (3, 1), whole)
     whole = loss(slice(None))
     assert sum(loss(slice(k, k + 1), 3) for k in range(3)).item() == pytest.approx(whole.item(), rel=1e-5)
-    assert loss(slice(None), torch.tensor(6.0)).item() == pytest.approx(whole.item() / 2, rel=1e-5) and loss(slice(0, 0), 3) == 0 == loss(slice(0, 0))
-    attention = lambda rows, whole=None: map_terms(["attention"], [student[rows]], [teacher[rows]], [valid[rows]], whole)["attention"]
-    assert sum(attention(slice(k, k + 1), 3) for k in range(3)).item() == pytest.approx(attention(slice(None)).item(), rel=1e-5)
+    assert loss(slice(None), torch.tensor(6.0)).item() == pytest.approx(whole.item() / 2,
+        rel=1e-5) and loss(slice(0, 0), 3) == 0 == loss(slice(0, 0))
+    attention = lambda rows, whole=None: map_terms(["attention"], [student[rows]], [teacher[rows]], [valid[rows]],
+                                                   whole)["attention"]
+    assert sum(attention(slice(k, k + 1), 3) for k in range(3)).item() == pytest.approx(attention(slice(None)).item(),
+        rel=1e-5)
 
 
 def slow_relations(x: np.ndarray) -> tuple[np.ndarray, list[float]]:
     "Distances of all ordered pairs over their mean, and cosines of all ordered triples, of points [K, C]."
     k = len(x)
     far = np.array([np.linalg.norm(x[i] - x[j]) for i in range(k) for j in range(k) if i != j])
-    cosines = [(x[i] - x[j]) @ (x[m] - x[j]) / np.linalg.norm(x[i] - x[j]) / np.linalg.norm(x[m] - x[j]) for j, i, m in itertools.permutations(range(k), 3)]
+    cosines = [(x[i] - x[j]) @ (x[m] - x[j]) / np.linalg.norm(x[i] - x[j]) / np.linalg.norm(x[m] - x[j]) for j, i,
+               m in itertools.permutations(range(k), 3)]
     return far / far.mean(), cosines
 
 
@@ -139,7 +150,8 @@ def test_relations_point_by_point():
     huber = lambda a, b: np.mean([d * d / 2 if d < 1 else d - 0.5 for d in np.abs(np.subtract(a, b))])
     for n, v in enumerate(valid):
         (ds, cs), (dt, ct) = (slow_relations(m[n][:, v].T.double().numpy()) for m in (student, teacher))
-        got = relational_loss(student, teacher, valid)[n].item(), relational_loss(student, teacher, valid, distance=2, angle=0)[n].item()
+        got = relational_loss(student, teacher, valid)[n].item(), relational_loss(student, teacher, valid, distance=2,
+            angle=0)[n].item()
         assert got == pytest.approx((huber(ds, dt) + 2 * huber(cs, ct), 2 * huber(ds, dt)), rel=1e-4)
 
 
@@ -151,7 +163,8 @@ def test_relations_of_a_flat_map_keep_a_finite_gradient():
 
 
 def test_attention_by_hand():
-    "Student: squares (1 + 3)/2 = 2 and (2 + 2)/2 = 2, so √½ twice; teacher: 3 and 4 of 5. Squared distance 2 − 2 · (3 + 4)/(5√2)."
+    """Student: squares (1 + 3)/2 = 2 and (2 + 2)/2 = 2, so √½ twice; teacher: 3 and 4 of 5. Squared distance 2 − 2 · (3
+    + 4)/(5√2)."""
     student = torch.tensor([[[[1.0, 2**0.5]], [[3**0.5, 2**0.5]]]])
     teacher = torch.tensor([3.0, 4.0]).sqrt().view(1, 1, 1, 2)
     assert attention_loss(student, teacher).item() == pytest.approx(2 - 2 * 7 / (5 * 2**0.5), rel=1e-5)
@@ -165,7 +178,8 @@ def test_contrast_candidate_by_candidate():
     s, t = ([m[0, :, 0, 0], m[0, :, 0, 1], m[1, :, 0, 1]] for m in (student, teacher))
     cosine = lambda a, b: (a @ b / a.norm() / b.norm()).item()
     costs = [-cosine(s[i], t[i]) / 0.5 + math.log(sum(math.exp(cosine(s[i], x) / 0.5) for x in t)) for i in range(3)]
-    assert contrastive_loss(student, teacher, valid, temperature=0.5).tolist() == pytest.approx([(costs[0] + costs[1]) / 2, costs[2]], rel=1e-4)
+    assert contrastive_loss(student, teacher, valid, temperature=0.5).tolist() == pytest.approx([(costs[0] + costs[1])
+        / 2, costs[2]], rel=1e-4)
 
 
 def test_picked_cells_are_valid_different_and_even():
@@ -186,52 +200,66 @@ def test_iou_and_scores_by_hand():
     masks = torch.tensor([[[[1.0, 1, -1, 9]], [[-1.0, -1, -1, 9]]]])
     target, valid = torch.tensor([[[1.0, 0.6, 0.7, 0]]]), torch.tensor([[[True, True, True, False]]])
     assert mask_iou(masks, target[:, None], valid[:, None]).tolist()[0] == pytest.approx([2 / 3, 0])
-    assert iou_head_loss(torch.tensor([[0.5, 0.25]]), masks, target, valid).item() == pytest.approx((1 / 6 + 1 / 4) / 2, rel=1e-5)
-    assert score_loss(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.3])).tolist() == pytest.approx([softplus(-2), softplus(-1) + 0.3])
+    assert iou_head_loss(torch.tensor([[0.5, 0.25]]), masks, target, valid).item() == pytest.approx((1 / 6 + 1 / 4) / 2,
+        rel=1e-5)
+    assert score_loss(torch.tensor([2.0, -1.0]), torch.tensor([1.0, 0.3])).tolist() == pytest.approx([softplus(-2),
+        softplus(-1) + 0.3])
 
 
 def test_task_teaches_the_best_mask_and_every_iou():
     g = torch.Generator().manual_seed(0)
-    masks, target, iou = torch.randn(4, 3, 6, 6, generator=g), torch.rand(4, 6, 6, generator=g).round(), torch.rand(4, 3, generator=g)
+    masks, target, iou = torch.randn(4, 3, 6, 6, generator=g), torch.rand(4, 6, 6, generator=g).round(), torch.rand(4,
+        3, generator=g)
     scores, here = torch.tensor([1.0, -2, 0.5, 3]), torch.tensor([True, True, False, True])
     terms = task_terms(masks, iou, scores, target, present=here)
     whole = np.ones((6, 6), bool)
     best = [min(slow_mask_loss(m.numpy(), t.numpy(), whole) for m in ms) for ms, t, h in zip(masks, target, here) if h]
-    real = [[((m > 0) & (t > 0)).sum() / ((m > 0) | (t > 0)).sum() for m in ms] for ms, t, h in zip(masks, target, here) if h]
+    real = [[((m > 0) & (t > 0)).sum() / ((m > 0) | (t > 0)).sum() for m in ms] for ms, t,
+            h in zip(masks, target, here) if h]
     assert terms["mask"].item() == pytest.approx(np.mean(best), rel=1e-4)
     assert terms["iou"].item() == pytest.approx(np.abs(iou[here].numpy() - np.array(real)).mean(), rel=1e-4)
-    assert terms["score"].item() == pytest.approx(np.mean([softplus(-1.0), softplus(2.0), softplus(0.5), softplus(-3.0)]), rel=1e-4)
+    assert terms["score"].item() == pytest.approx(np.mean([softplus(-1.0), softplus(2.0), softplus(0.5), softplus(
+        -3.0)]), rel=1e-4)
 
 
 def test_task_terms_of_parts_add_up():
-    "Objects that are not known teach nothing, whatever is said of them; those that are absent their score; None: all are known and there."
+    """Objects that are not known teach nothing, whatever is said of them; those that are absent their score; None: all
+    are known and there."""
     g = torch.Generator().manual_seed(0)
-    masks, target, iou, scores = torch.randn(6, 3, 6, 6, generator=g), torch.rand(6, 6, 6, generator=g), torch.rand(6, 3, generator=g), torch.randn(6, generator=g)
+    masks, target, iou, scores = torch.randn(6, 3, 6, 6, generator=g), torch.rand(6, 6, 6, generator=g), torch.rand(6,
+        3, generator=g), torch.randn(6, generator=g)
     known, there = torch.tensor([1, 1, 0, 1, 1, 0]).bool(), torch.tensor([1, 0, 0, 1, 1, 0]).bool()
-    told = lambda rows, **more: task_terms(masks[rows], iou[rows], scores[rows], target[rows], present=there[rows], known=known[rows], **more)
+    told = lambda rows, **more: task_terms(masks[rows], iou[rows], scores[rows], target[rows], present=there[rows],
+                                           known=known[rows], **more)
     whole = {"there": 3, "known": 4}
-    all_, alone = told(slice(None)), task_terms(masks[known], iou[known], scores[known], target[known], present=there[known])
+    all_, alone = told(slice(None)), task_terms(masks[known], iou[known], scores[known], target[known],
+                                                present=there[known])
     for k in all_: torch.testing.assert_close(all_[k], alone[k])
     for counts in (whole, {k: torch.tensor(float(v)) for k, v in whole.items()}):
         parts = [told(rows, whole=counts) for rows in (slice(0, 2), slice(2, 3), slice(3, 6))]
         for k in all_: torch.testing.assert_close(sum(p[k] for p in parts), all_[k])
-    assert all(v == 0 for v in told(slice(2, 3), whole={"there": 0, "known": 0}).values()), "of nothing there is nothing"
+    assert all(v == 0 for v in told(slice(2, 3),
+                                    whole={"there": 0, "known": 0}).values()), "of nothing there is nothing"
     masks[2], iou[2], scores[2] = 50, 0, 50
     assert all(torch.equal(told(slice(None))[k], all_[k]) for k in all_)
     plain = task_terms(masks, iou, scores, target)
-    for k, v in task_terms(masks, iou, scores, target, whole={"there": 6, "known": 6}).items(): torch.testing.assert_close(v, plain[k])
+    for k, v in task_terms(masks, iou, scores, target, whole={"there": 6, "known": 6}).items():
+        torch.testing.assert_close(v, plain[k])
 
 
 MAPS = {"features": lambda s, t, v: feature_errors([s], [t], [v])[0], "attention": attention_loss,
         **{name: loss for name, loss in MAP_LOSSES.items() if name != "attention"}}
-MASKS = {"dice": lambda s, t, v: dice_loss(s, soft_target(t), v[:, None]), "focal": lambda s, t, v: focal_loss(s, soft_target(t), v[:, None]),
+MASKS = {"dice": lambda s, t, v: dice_loss(s, soft_target(t), v[:, None]), "focal": lambda s, t,
+         v: focal_loss(s, soft_target(t), v[:, None]),
          "set": distill_loss,
-         "task": lambda s, t, v: task_terms(s, s.mean((2, 3)) * 0 + 0.5, torch.zeros(2), soft_target(t)[:, 0], v)["mask"]}
+         "task": lambda s, t, v: task_terms(s, s.mean((2, 3)) * 0 + 0.5, torch.zeros(2), soft_target(t)[:, 0],
+                                            v)["mask"]}
 
 
 @pytest.mark.parametrize("name", [*MAPS, *MASKS])
 def test_padding_and_teacher_stay_out(name):
-    "Junk in the padding changes no value and gets no gradient; the teacher gets none anywhere; the student's image does."
+    """Junk in the padding changes no value and gets no gradient; the teacher gets none anywhere; the student's image
+    does."""
     loss, g = {**MAPS, **MASKS}[name], torch.Generator().manual_seed(1)
     student, teacher = (torch.randn(2, 3, 6, 6, generator=g) for _ in range(2))
     valid = (torch.arange(6) < 4).expand(2, 6, 6).clone()
@@ -253,7 +281,8 @@ def test_padding_and_teacher_stay_out(name):
 def test_map_losses_fall_with_the_distance_to_the_teacher(name):
     g = torch.Generator().manual_seed(2)
     teacher, noise = torch.randn(4, 16, 8, 8, generator=g), torch.randn(4, 16, 8, 8, generator=g)
-    costs = [MAP_LOSSES[name](F.normalize(teacher + k * noise, dim=(1, 2, 3)), teacher).mean().item() for k in (0, 0.5, 2)]
+    costs = [MAP_LOSSES[name](F.normalize(teacher + k * noise, dim=(1, 2, 3)), teacher).mean().item()
+             for k in (0, 0.5, 2)]
     assert costs[0] < costs[1] < costs[2]
 
 
@@ -285,9 +314,11 @@ def terms_of(c: Case, there: float) -> dict[str, Tensor]:
     "`concept_losses` of N concepts with three candidates and three targets; `there` 0: nothing is to be found."
     w, goal = c.iou, torch.tensor([0.03, 0.1, 0.61, 0.77]).bfloat16().to(c.target)
     boxes = torch.stack([w * 0, w * 0, w, w / 2], -1)
-    found = Detections(boxes[None], c.masks.amax((2, 3))[None], c.score[None], c.masks[None], c.masks.amax(1, keepdim=True))
+    found = Detections(boxes[None], c.masks.amax((2, 3))[None], c.score[None], c.masks[None],
+                       c.masks.amax(1, keepdim=True))
     scores = c.target.new_full((len(w), 3), there)
-    return concept_losses(found, Targets(goal.expand(len(w), 3, 4), c.target, scores, scores[:, 0], c.target.amax(1)), c.valid)
+    return concept_losses(found, Targets(goal.expand(len(w), 3, 4), c.target, scores, scores[:, 0], c.target.amax(1)),
+                          c.valid)
 
 
 LOSSES = {  # name → f(case) → a tensor, or a dictionary of them
@@ -303,7 +334,8 @@ LOSSES = {  # name → f(case) → a tensor, or a dictionary of them
     "score": lambda c: score_loss(c.score, c.target.amax((1, 2, 3))),
     "concepts": lambda c: terms_of(c, 1.0), "no concepts": lambda c: terms_of(c, 0.0),
     **{name: lambda c, name=name: map_terms([name], [c.masks], [c.teacher], [c.valid]) for name in MAP_LOSSES}}
-CASES = ["any", "empty masks", "full masks", "100", "-100", "sure and right", "sure and wrong", "right", "constant", "no valid cell", "empty batch"]
+CASES = ["any", "empty masks", "full masks", "100", "-100", "sure and right", "sure and wrong", "right", "constant",
+         "no valid cell", "empty batch"]
 
 
 def case(word: str) -> Case:
@@ -361,7 +393,8 @@ def test_autocast_changes_no_loss(name, word):
     assert all(torch.equal(a, b) for a, b in zip(slopes(plain, c), slopes(mixed, c), strict=True))
     half = case(word).to(torch.bfloat16)
     wide = values(name, half.to(torch.float32))
-    for mixed in (True, False): assert all(torch.equal(a, b) for a, b in zip(values(name, half, mixed), wide, strict=True))
+    for mixed in (True, False):
+        assert all(torch.equal(a, b) for a, b in zip(values(name, half, mixed), wide, strict=True))
 
 
 @pytest.mark.parametrize("gamma", [0, 0.5, 0.9, 1, 1.5, 2])
@@ -384,6 +417,7 @@ def test_a_broken_network_shows_in_the_loss(name):
 def test_many_prompts_in_half_precision():
     "Sums over prompts are taken in float32: 514 prompts are more than bfloat16 can count."
     c = case("any").to(torch.bfloat16)
-    many = lambda c: task_terms(*(x.repeat(257, *[1] * (x.ndim - 1)) for x in (c.masks, c.iou, c.score, c.target[:, 0])))
+    many = lambda c: task_terms(*(x.repeat(257, *[1] * (
+        x.ndim - 1)) for x in (c.masks, c.iou, c.score, c.target[:, 0])))
     half, full = many(c), many(c.to(torch.float32))
     assert all(torch.equal(half[k], full[k]) for k in full)

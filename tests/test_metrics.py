@@ -1,4 +1,5 @@
-"Scores on files: hand-computed cases, what must and must not change them, and slow or foreign referees that they agree with to 1e-6."
+"""Scores on files: hand-computed cases, what must and must not change them, and slow or foreign referees that they
+agree with to 1e-6."""
 import contextlib
 import io
 import itertools
@@ -54,7 +55,8 @@ def blobs(rng: np.random.Generator, frames: int, h: int, w: int, objects: int) -
 # ---- tracks: DAVIS and YouTube-VOS
 
 def plain_outline(mask: np.ndarray) -> np.ndarray:
-    "Pixels that differ from the one to the right, below, or right below; the last row looks right only, the last column down only."
+    """Pixels that differ from the one to the right, below, or right below; the last row looks right only, the last
+    column down only."""
     h, w = mask.shape
     out = np.zeros((h, w), bool)
     for y, x in np.argwhere(ndimage.binary_dilation(mask, np.ones((3, 3)))):
@@ -64,7 +66,8 @@ def plain_outline(mask: np.ndarray) -> np.ndarray:
 
 
 def plain_davis(gt_dir: Path, pred_dir: Path) -> dict[str, list[float]]:
-    "J and F of every object (ids 1 … highest of the first frame), frame by frame, as the DAVIS-2017 evaluator goes about it."
+    """J and F of every object (ids 1 … highest of the first frame), frame by frame, as the DAVIS-2017 evaluator goes
+    about it."""
     out = {}
     for sequence in sorted(gt_dir.iterdir()):
         files = sorted(sequence.glob("*.png"))
@@ -77,7 +80,9 @@ def plain_davis(gt_dir: Path, pred_dir: Path) -> dict[str, list[float]]:
                 reach = math.ceil(0.008 * np.linalg.norm(true.shape))
                 disk = np.hypot(*np.mgrid[-reach:reach + 1, -reach:reach + 1]) <= reach
                 if not t.any() or not p.any(): precision, recall = (1, 1) if t.any() == p.any() else (0, 1)
-                else: precision, recall = (a[ndimage.binary_dilation(b, disk)].sum() / a.sum() for a, b in ((p, t), (t, p)))
+                else:
+                    precision, recall = (a[ndimage.binary_dilation(b, disk)].sum() / a.sum() for a,
+                                         b in ((p, t), (t, p)))
                 f = 2 * precision * recall / (precision + recall) if precision + recall else 0
                 scores.append(((true & pred).sum() / union if union else 1, f))
             out[f"{sequence.name}_{k}"] = np.mean(scores, 0).tolist()
@@ -103,14 +108,16 @@ def test_davis_agrees_with_the_plain_way(tmp_path, objects):
 
 
 def test_davis_by_hand(tmp_path):
-    "Two squares of 10 × 10; of the second, half is found in frame 1 and nothing in frame 2. Frames 0 and 3 do not count."
+    """Two squares of 10 × 10; of the second, half is found in frame 1 and nothing in frame 2. Frames 0 and 3 do not
+    count."""
     true = np.zeros((4, 40, 60)); true[:, 5:15, 5:15], true[:, 20:30, 30:40] = 1, 2
     pred = true.copy(); pred[1, 20:30, 35:40], pred[2, 20:30, 30:40] = 0, 0
     pred[[0, 3]] = 2 - pred[[0, 3]]
     write_maps(tmp_path / "true/a", true); write_maps(tmp_path / "pred/a", pred)
     found = davis(tmp_path / "true", tmp_path / "pred")
     assert found["per_object"]["a_1"] == {"J": 1, "F": 1} and found["per_object"]["a_2"]["J"] == 0.25
-    assert found["J"] == 0.625 and found["F"] == pytest.approx((1 + boundary_accuracy(pred[1] == 2, true[1] == 2) / 2) / 2)
+    assert found["J"] == 0.625 and found["F"] == pytest.approx((1 + boundary_accuracy(pred[1] == 2, true[1] == 2) / 2)
+                                                               / 2)
 
 
 def test_davis_properties(tmp_path):
@@ -127,14 +134,16 @@ def test_davis_properties(tmp_path):
     before, swapped = score(shifted), score(other[shifted])
     write_maps(tmp_path / "twin/a", other[true])
     after = davis(tmp_path / "twin", tmp_path / "pred")
-    assert swapped["J"] < before["J"] / 2 and after["J"] == pytest.approx(before["J"]) and after["F"] == pytest.approx(before["F"])
+    assert (swapped["J"] < before["J"] / 2 and after["J"] == pytest.approx(before["J"])
+            and after["F"] == pytest.approx(before["F"]))
     cores = [true > 0] + [ndimage.binary_erosion(true > 0, np.ones((1, 3, 3)), iterations=n) for n in (1, 2, 3)]
     worn = [score(np.where(core, true, 0))["J"] for core in cores]
     assert (np.diff(worn) < 0).all()
 
 
 def test_an_object_counts_from_the_frame_after_its_first(tmp_path):
-    "The second object appears in frame 2, is given there, and is scored in frame 3 only; the third appears too late to be scored."
+    """The second object appears in frame 2, is given there, and is scored in frame 3 only; the third appears too late
+    to be scored."""
     true = np.zeros((5, 40, 60)); true[:, 5:15, 5:15], true[2:, 20:30, 30:40], true[4:, 0:3] = 1, 9, 4
     pred = true.copy(); pred[1, 20:25, 30:40], pred[2, 20:30, 30:40], pred[3, 20:30, 30:35] = 9, 0, 0
     write_maps(tmp_path / "true/a", true); write_maps(tmp_path / "pred/a", pred)
@@ -154,7 +163,9 @@ def test_davis_says_what_is_amiss(tmp_path):
     Image.fromarray(true[2]).convert("RGB").save(tmp_path / "pred/b/00002.png")
     with fails(BadSample, "00002.png"): davis(tmp_path / "true", tmp_path / "pred")
     with fails(FileNotFoundError, "SEQUENCE"): davis(tmp_path / "true/a", tmp_path / "pred")
-    shutil.rmtree(tmp_path / "true/b"); (tmp_path / "true/a/00003.png").unlink(); (tmp_path / "true/a/00002.png").unlink()
+    shutil.rmtree(tmp_path / "true/b")
+    (tmp_path / "true/a/00003.png").unlink()
+    (tmp_path / "true/a/00002.png").unlink()
     with fails(ValueError, "true.a: 2 masks"): davis(tmp_path / "true", tmp_path / "pred")
 
 
@@ -195,7 +206,8 @@ def test_prompt_miou_agrees_with_drawn_masks(tmp_path):
     masks = [blobs(rng, 1, 150, 200, 1)[0] > 0 for _ in range(12)]
     guess = [np.roll(m, rng.integers(-4, 5, 2), (0, 1)) for m in masks]
     plain = lambda m: {"size": [150, 200], "counts": rle_runs(rle(m)["counts"]).tolist()}
-    marks = [{"id": k, "image_id": 1, "iscrowd": int(k == 5), "segmentation": (rle if k % 2 else plain)(m)} for k, m in enumerate(masks)]
+    marks = [{"id": k, "image_id": 1, "iscrowd": int(k == 5), "segmentation": (rle if k % 2 else plain)(m)} for k,
+             m in enumerate(masks)]
     gt = {"images": [{"id": 1, "height": 150, "width": 200}], "annotations": marks}
     answers = [{"annotation_id": k, "segmentation": rle(m)} for k, m in enumerate(guess) if k != 5][::-1]
     found = prompt_miou(write_json(tmp_path / "gt.json", gt), write_json(tmp_path / "pred.json", answers))
@@ -204,7 +216,8 @@ def test_prompt_miou_agrees_with_drawn_masks(tmp_path):
     small = [v for k, v in ious.items() if masks[k].sum() < 32 ** 2]
     assert small and found["mIoU_small"] == pytest.approx(np.mean(small), **SAME)
     write_json(tmp_path / "pred.json", answers[1:])
-    with pytest.raises(ValueError, match="1 of 11 instances.*not answered"): prompt_miou(tmp_path / "gt.json", tmp_path / "pred.json")
+    with pytest.raises(ValueError, match="1 of 11 instances.*not answered"):
+        prompt_miou(tmp_path / "gt.json", tmp_path / "pred.json")
 
 
 # ---- phrases in images
@@ -224,10 +237,12 @@ def answers(path: Path, said: list[tuple[int, float, np.ndarray]]) -> Path:
 
 def plain_counts(preds: list[np.ndarray], truths: list[np.ndarray]) -> list[tuple[int, int, int]]:
     "TP, FP, FN at each τ by trying every assignment of drawn masks."
-    iou = np.array([[(p & t).sum() / max((p | t).sum(), 1) for t in truths] for p in preds]).reshape(len(preds), len(truths))
+    iou = np.array([[(p & t).sum() / max((p | t).sum(), 1) for t in truths] for p in preds]).reshape(len(preds),
+        len(truths))
     few, many = sorted(iou.shape)
     pairs = lambda order: [(i, j) if len(preds) <= len(truths) else (j, i) for i, j in zip(range(few), order)]
-    best = max((pairs(o) for o in itertools.permutations(range(many), few)), key=lambda pairs: sum(iou[p] for p in pairs))
+    best = max((pairs(o) for o in itertools.permutations(range(many), few)),
+               key=lambda pairs: sum(iou[p] for p in pairs))
     tp = [sum(iou[p] >= tau for p in best) for tau in np.linspace(0.5, 0.95, 10)]
     return [(n, len(preds) - n, len(truths) - n) for n in tp]
 
@@ -267,7 +282,8 @@ def test_pcs_image_agrees_with_the_plain_way(tmp_path):
     found = pcs_image(saco(tmp_path / "gt.json", truths), answers(tmp_path / "pred.json", said))
     assert found == pytest.approx(expected, **SAME) and 0.05 < found["cgF1"] < 0.9
     answers(tmp_path / "pred.json", said[::-1])
-    assert pcs_image([str(tmp_path / "gt.json")], str(tmp_path / "pred.json")) == pytest.approx(found, **SAME), "order does not matter"
+    assert pcs_image([str(tmp_path / "gt.json")], str(tmp_path / "pred.json")) == pytest.approx(found,
+        **SAME), "order does not matter"
 
 
 def test_best_of_three_annotators(tmp_path):
@@ -291,7 +307,8 @@ def test_best_of_three_annotators(tmp_path):
 
 
 def test_pcs_image_by_hand(tmp_path):
-    "An instance at IoU .6 (right at 3 of 10 τ), one missed, one invented, one rightly not seen. A score of ½ counts, .499 does not."
+    """An instance at IoU .6 (right at 3 of 10 τ), one missed, one invented, one rightly not seen. A score of ½ counts,
+    .499 does not."""
     a, b = np.zeros((2, 40, 60), bool); a[:10, :10], b[:10, :6] = True, True
     gt = saco(tmp_path / "gt.json", [a[None], a[None], a[None][:0], a[None][:0]])
     found = pcs_image(gt, answers(tmp_path / "pred.json", [(0, 0.5, b), (1, 0.499, a), (2, 0.9, a)]))
@@ -336,7 +353,8 @@ def test_pcs_image_says_what_is_amiss(tmp_path):
     one = {"image_id": 0, "score": 0.9, "segmentation": rle(a)}
     fails("prediction 0 has no score", [{k: v for k, v in one.items() if k != "score"}])
     fails("prediction 1: size .30, 60", [one, one | {"segmentation": rle(a[:30])}])
-    fails("prediction 1 do not add up", [one, one | {"segmentation": {"size": [40, 60], "counts": rle(a)["counts"][:3]}}])
+    fails("prediction 1 do not add up", [one,
+                                         one | {"segmentation": {"size": [40, 60], "counts": rle(a)["counts"][:3]}}])
     fails("prediction 1 has no mask", [one, one | {"segmentation": None}])
     fails("none of its image_ids", [one | {"image_id": 70}])
     fails("not a list", {"annotations": []})
@@ -356,7 +374,8 @@ def tracks(rng: np.random.Generator, frames: int, objects: int) -> np.ndarray:
 def whole(record: dict) -> dict:
     "A prediction with the boxes and areas that TrackEval asks for."
     codes = record["segmentations"]
-    return record | {"bboxes": [c and coco.toBbox(c).tolist() for c in codes], "areas": [c and float(coco.area(c)) for c in codes]}
+    return record | {"bboxes": [c and coco.toBbox(c).tolist() for c in codes],
+                     "areas": [c and float(coco.area(c)) for c in codes]}
 
 
 def masklet(video: int, phrase: int, score: float, masks: np.ndarray) -> dict:
@@ -385,7 +404,8 @@ def clips(tmp_path_factory) -> tuple[Path, Path, dict, list]:
                 if kept.any() and rng.random() < 0.9: said.append((v, c, float(rng.choice([0.3, 0.5, 0.7, 0.9])), kept))
         if rng.random() < 0.4: said.append((v, c, 0.8, tracks(rng, masks.shape[1] if len(masks) else 9 + v, 1)[0]))
     assert any(s == 0.5 for *_, s, _ in said) and any(not len(truths[v, c]) for v, c, *_ in said)
-    return write_json(folder / "gt.json", gt), write_json(folder / "pred.json", [masklet(*row) for row in said]), truths, said
+    return write_json(folder / "gt.json", gt), write_json(folder / "pred.json",
+                                                          [masklet(*row) for row in said]), truths, said
 
 
 def plain_hota(truths: dict, said: list) -> dict[str, float]:
@@ -395,10 +415,12 @@ def plain_hota(truths: dict, said: list) -> dict[str, float]:
         pred = [m for v, c, s, m in said if (v, c) == key and s > 0.5]
         frames, shared = range(true.shape[1]), np.zeros((len(true), len(pred)))
         seen = [[[k for k, m in enumerate(some) if m[t].any()] for some in (true, pred)] for t in frames]
-        iou = [{(g, p): (true[g][t] & pred[p][t]).sum() / (true[g][t] | pred[p][t]).sum() for g, p in itertools.product(*seen[t])} for t in frames]
+        iou = [{(g, p): (true[g][t] & pred[p][t]).sum() / (true[g][t] | pred[p][t]).sum() for g, p in itertools.product(
+            *seen[t])} for t in frames]
         for t in frames:
             for (g, p), s in iou[t].items():
-                rivals = sum(v for (a, _), v in iou[t].items() if a == g) + sum(v for (_, b), v in iou[t].items() if b == p) - s
+                rivals = sum(v for (a, _), v in iou[t].items() if a == g) + sum(v for (_, b),
+                    v in iou[t].items() if b == p) - s
                 if rivals > 0: shared[g, p] += s / rivals
         life = [[sum(k in s[side] for s in seen) for k in range(len(some))] for side, some in enumerate((true, pred))]
         together = np.zeros((19, len(true), len(pred)))
@@ -430,12 +452,14 @@ def test_pcs_video_agrees_with_the_plain_way(clips):
         some = [m for v, c, s, m in said if (v, c) == key and s >= 0.5]
         units.append(plain_counts([m.reshape(-1) for m in some], [m.reshape(-1) for m in true]))
     assert found == pytest.approx(plain_cgf1(units) | plain_hota(truths, said), **SAME)
-    assert 0.05 < found["cgF1"] < 0.9 and 0.2 < found["pHOTA"] < 0.95 and found["DetA"] != pytest.approx(found["AssA"], abs=0.01)
+    assert 0.05 < found["cgF1"] < 0.9 and 0.2 < found["pHOTA"] < 0.95 and found["DetA"] != pytest.approx(found["AssA"],
+        abs=0.01)
 
 
 def trackeval_hota(gt_json: Path, pred_json: Path, folder: Path) -> dict[str, float]:
     "HOTA by TrackEval's YouTube-VIS evaluator, every (video, phrase) a video of its own with one class."
-    trackeval = pytest.importorskip("trackeval", reason="TrackEval, the referee of HOTA, is not installed (pip install trackeval)")
+    trackeval = pytest.importorskip("trackeval",
+                                    reason="TrackEval, the referee of HOTA, is not installed (pip install trackeval)")
     gt, pred = json.loads(gt_json.read_text()), [p for p in json.loads(pred_json.read_text()) if p["score"] > 0.5]
     plain = lambda masks: [m and {"size": m["size"], "counts": rle_runs(m["counts"]).tolist()} for m in masks]
     videos, number = {v["id"]: v for v in gt["videos"]}, {}
@@ -448,12 +472,15 @@ def trackeval_hota(gt_json: Path, pred_json: Path, folder: Path) -> dict[str, fl
     for place, content in zip(places, (remapped, [own(p) for p in pred])):
         place.mkdir(parents=True)
         write_json(place / "all.json", content)
-    outputs = ("PRINT_CONFIG", "PRINT_RESULTS", "OUTPUT_SUMMARY", "OUTPUT_DETAILED", "OUTPUT_EMPTY_CLASSES", "PLOT_CURVES", "TIME_PROGRESS")
-    quiet, where = dict.fromkeys(outputs, False), {"GT_FOLDER": f"{folder}/gt/", "TRACKERS_FOLDER": f"{folder}/trackers/"}
+    outputs = ("PRINT_CONFIG", "PRINT_RESULTS", "OUTPUT_SUMMARY", "OUTPUT_DETAILED", "OUTPUT_EMPTY_CLASSES",
+               "PLOT_CURVES", "TIME_PROGRESS")
+    quiet, where = dict.fromkeys(outputs, False), {"GT_FOLDER": f"{folder}/gt/",
+                                                   "TRACKERS_FOLDER": f"{folder}/trackers/"}
     with contextlib.redirect_stdout(io.StringIO()):
         data = trackeval.datasets.YouTubeVIS({**where, "SPLIT_TO_EVAL": "all", "PRINT_CONFIG": False})
         judge = trackeval.Evaluator({**quiet, "LOG_ON_ERROR": None})
-        found = judge.evaluate([data], [trackeval.metrics.HOTA()])[0]["YouTubeVIS"]["one"]["COMBINED_SEQ"]["object"]["HOTA"]
+        found = judge.evaluate([data],
+                               [trackeval.metrics.HOTA()])[0]["YouTubeVIS"]["one"]["COMBINED_SEQ"]["object"]["HOTA"]
     return {"pHOTA": found["HOTA"].mean(), "DetA": found["DetA"].mean(), "AssA": found["AssA"].mean()}
 
 
@@ -475,22 +502,32 @@ def test_pcs_video_properties(clips, tmp_path):
     assert score(bare) == before
     assert score([r for r in rows if r["score"] >= 0.5]) == before
     invented = score([*rows, rows[0] | {"category_id": 999, "score": 0.9}])
-    assert invented["IL_MCC"] < before["IL_MCC"] and invented["pmF1"] == before["pmF1"] and invented["DetA"] < before["DetA"]
-    assert score([*rows, rows[0] | {"category_id": 999, "score": 0.1}])["IL_MCC"] > before["IL_MCC"], "one more unit that is rightly quiet"
+    assert (invented["IL_MCC"] < before["IL_MCC"] and invented["pmF1"] == before["pmF1"]
+            and invented["DetA"] < before["DetA"])
+    assert score([*rows, rows[0] | {"category_id": 999,
+                                    "score": 0.1}])["IL_MCC"] > before["IL_MCC"], "one more unit that is rightly quiet"
     assert score([]) == dict.fromkeys(before, 0)
 
 
 def test_swapped_objects_by_hand(tmp_path):
-    "Two objects that never touch, exchanged after two of four frames: every frame is right, and each match is together for 2 of 6 frames."
+    """Two objects that never touch, exchanged after two of four frames: every frame is right, and each match is
+    together for 2 of 6 frames."""
     masks = np.zeros((2, 4, 40, 60), bool); masks[0, :, :10, :10], masks[1, :, 20:30, 20:30] = True, True
     swapped = masks.copy(); swapped[:, 2:] = masks[::-1, 2:]
-    gt = write_json(tmp_path / "gt.json", veval_file([("a", masks, [("square", [0, 1]), ("star", [])], [f"a/{t}.jpg" for t in range(4)])]))
+    gt = write_json(tmp_path / "gt.json",
+                    veval_file([("a", masks, [("square", [0, 1]), ("star", [])], [f"a/{t}.jpg" for t in range(4)])]))
     number = json.loads(gt.read_text())["annotations"][0]["category_id"]
     found = pcs_video(gt, write_json(tmp_path / "pred.json", [masklet(0, number, 0.51, m) for m in swapped]))
-    assert found["DetA"] == 1 and found["AssA"] == pytest.approx(2 / 6) and found["pHOTA"] == pytest.approx((2 / 6) ** 0.5)
-    assert found["IL_MCC"] == pytest.approx(1, abs=1e-5) and found["pmF1"] == 0, "over space and time each masklet has an IoU of 1/3"
+    assert found["DetA"] == 1 and found["AssA"] == pytest.approx(2 / 6) and found["pHOTA"] == pytest.approx((2 / 6)
+        ** 0.5)
+    assert found["IL_MCC"] == pytest.approx(1,
+                                            abs=1e-5) and found["pmF1"] == 0, ("over space and time each masklet has "
+                                                "an "
+                                                "IoU of 1/3")
     half = pcs_video(gt, write_json(tmp_path / "pred.json", [masklet(0, number, 0.5, m) for m in masks]))
-    assert half["pmF1"] == pytest.approx(1, abs=2e-4) and half["pHOTA"] == 0, "a score of ½ counts for cgF1 and not for pHOTA"
+    assert half["pmF1"] == pytest.approx(1,
+                                         abs=2e-4) and half["pHOTA"] == 0, ("a score of ½ counts for cgF1 and not for "
+                                             "pHOTA")
 
 
 def test_pcs_video_says_what_is_amiss(clips, tmp_path):
@@ -515,14 +552,16 @@ def shifted(code: dict | None, by: int) -> dict | None:
     runs = code and rle_runs(code["counts"])
     if code is None or len(runs) % 2 == 0 or runs[-1] < by or runs[0] + by < 0: return code
     runs[0] += by; runs[-1] -= by
-    return code | {"counts": coco.frPyObjects({"size": code["size"], "counts": runs.tolist()}, *code["size"])["counts"].decode()}
+    return code | {"counts": coco.frPyObjects(
+        {"size": code["size"], "counts": runs.tolist()}, *code["size"])["counts"].decode()}
 
 
 @pytest.fixture(scope="module")
 def veval(real_files):
     path = real_files / "sa_co_veval" / "saco_veval_sav_test_sample_gt.json"
     gt = json.loads(path.read_text())
-    return path, gt, [{k: a[k] for k in ("video_id", "category_id", "segmentations")} | {"score": 0.9} for a in gt["annotations"]]
+    return path, gt, [{k: a[k] for k in ("video_id", "category_id", "segmentations")} | {"score": 0.9}
+                      for a in gt["annotations"]]
 
 
 def test_real_veval_sample_against_perturbed_copies(veval, tmp_path):
@@ -534,8 +573,10 @@ def test_real_veval_sample_against_perturbed_copies(veval, tmp_path):
     assert perfect == pytest.approx(dict.fromkeys(perfect, 1), abs=2e-4)
     dropped = score(copy[::2])
     assert dropped["AssA"] == 1 and dropped["DetA"] < 0.75 and dropped["pmF1"] < 0.75
-    jittered = [score([row | {"segmentations": [shifted(m, n * 1280) for m in row["segmentations"]]} for row in copy]) for n in (2, 6)]
-    for k in ("cgF1", "pmF1", "pHOTA", "DetA", "AssA"): assert perfect[k] > jittered[0][k] + 0.02 > jittered[1][k] + 0.04, k
+    jittered = [score([row | {"segmentations": [shifted(m, n * 1280) for m in row["segmentations"]]} for row in copy])
+                for n in (2, 6)]
+    for k in ("cgF1", "pmF1", "pHOTA", "DetA", "AssA"):
+        assert perfect[k] > jittered[0][k] + 0.02 > jittered[1][k] + 0.04, k
     assert all(j["IL_MCC"] == perfect["IL_MCC"] for j in jittered)
     chain, = (p["category_id"] for p in gt["video_np_pairs"] if p["num_masklets"] == 0)  # the sample's one negative
     invented = score([*copy, copy[0] | {"category_id": chain}])
@@ -549,7 +590,8 @@ def test_real_veval_sample_agrees_with_trackeval(veval, tmp_path):
     rng, rows = np.random.default_rng(0), []
     for row in copy:
         masks, cut = [shifted(m, int(rng.integers(-3, 4)) * 1280) for m in row["segmentations"]], int(rng.integers(146))
-        rows += [whole(row | {"segmentations": part}) for part in (masks[:cut] + [None] * (146 - cut), [None] * cut + masks[cut:])]
+        rows += [whole(row | {"segmentations": part}) for part in (masks[:cut] + [None] * (146 - cut),
+            [None] * cut + masks[cut:])]
     expected = trackeval_hota(path, write_json(tmp_path / "pred.json", rows), tmp_path)
     found = pcs_video(path, tmp_path / "pred.json")
     assert {k: found[k] for k in expected} == pytest.approx(expected, **SAME) and 0.2 < found["pHOTA"] < 0.9

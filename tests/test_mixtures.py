@@ -1,4 +1,5 @@
-"Several data sets in one training: shares of the steps, epochs of each part, images among clips, and images that nobody has annotated."
+"""Several data sets in one training: shares of the steps, epochs of each part, images among clips, and images that
+nobody has annotated."""
 import itertools
 import json
 from functools import lru_cache
@@ -23,7 +24,8 @@ from esam3.training.stage2 import SingleFrameWarmup, Stage2, clip_source, give_m
 
 SIDES = (144, 128)  # the toy's frames, px
 TINY = Schedule(steps=4, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
-MIXED = "extends: tiny\nsplits: {train: {clips: {format: mixture, parts: [{share: %s, format: sav, path: clip}, {share: 3, recipe: tiny, kind: images}]}}}\n"
+MIXED = ("extends: tiny\nsplits: {train: {clips: {format: mixture, parts: [{share: %s, format: sav, path: clip}, "
+         "{share: 3, recipe: tiny, kind: images}]}}}\n")
 
 
 class Numbers:
@@ -34,7 +36,8 @@ class Numbers:
     def __len__(self) -> int: return len(self.names)
     def read(self, i, rng=None, frames=0, limit=0, start=None, most=0):
         assert 0 <= i < len(self)
-        return ClipSample(self.names[i], np.zeros((frames or 1, 2, 2, 3), np.uint8), np.zeros((0, frames or 1, 2, 2), bool), np.zeros((0, frames or 1), bool), [], [])
+        return ClipSample(self.names[i], np.zeros((frames or 1, 2, 2, 3), np.uint8),
+                          np.zeros((0, frames or 1, 2, 2), bool), np.zeros((0, frames or 1), bool), [], [])
 
 
 @pytest.fixture
@@ -55,7 +58,8 @@ def test_shares_hold_over_a_thousand_steps(shares, seed):
     normal = [s / sum(shares) for s in shares]
     told = [turn(seed, step, normal) for step in range(2000)]
     for first in (0, 311, 1000):
-        for part, share in enumerate(normal): assert abs(sum(p == part for p, _ in told[first:first + 1000]) / 1000 - share) < 0.01
+        for part, share in enumerate(normal):
+            assert abs(sum(p == part for p, _ in told[first:first + 1000]) / 1000 - share) < 0.01
     for part in range(len(shares)): assert (own := [k for p, k in told if p == part]) == list(range(len(own)))
 
 
@@ -77,8 +81,10 @@ def test_a_step_is_of_one_part_and_each_part_is_read_once_an_epoch(world):
 
 def test_the_same_step_is_the_same_batch():
     "Whatever was drawn before, so that a run goes on where it stopped; another seed mixes in another order."
-    make = lambda: Mixture({"a": Numbers(12), "b": Numbers(30), "c": Mixture({"d": Numbers(5), "e": Numbers(7)}, (1, 1))}, (3, 5, 2))
-    names = lambda mixture, seed, steps: [[s.name for s in draw(mixture, seed, k, batch=4, frames=(1, 3))] for k in steps]
+    make = lambda: Mixture({"a": Numbers(12), "b": Numbers(30), "c": Mixture({"d": Numbers(5), "e": Numbers(
+        7)}, (1, 1))}, (3, 5, 2))
+    names = lambda mixture, seed, steps: [[s.name for s in draw(mixture, seed, k, batch=4, frames=(1, 3))]
+                                          for k in steps]
     whole = names(make(), 1, range(30))
     assert names(make(), 1, range(20, 30)) == whole[20:]
     order = lambda seed: [make().part_at(seed, k)[0] for k in range(30)]
@@ -115,14 +121,17 @@ def test_recipes_are_mixed_by_name(tmp_path, monkeypatch):
     "In any place where a recipe is named; the first one gives all but the training data."
     both, toy = load_recipe("tiny:3+toy_hour:1"), load_recipe("tiny")
     assert both["name"] == "tiny-0.75+toy_hour-0.25" and load_recipe(both["name"])["name"] == both["name"]
-    assert {k: v for k, v in both.items() if k not in ("name", "splits")} == {k: v for k, v in toy.items() if k not in ("name", "splits")}
-    assert both["splits"]["held_out"] == toy["splits"]["held_out"] and set(both["splits"]["train"]) == set(toy["splits"]["train"])
+    assert {k: v for k, v in both.items() if k not in ("name", "splits")} == {k: v for k,
+        v in toy.items() if k not in ("name", "splits")}
+    assert (both["splits"]["held_out"] == toy["splits"]["held_out"]
+            and set(both["splits"]["train"]) == set(toy["splits"]["train"]))
     (tmp_path / "far+away.yaml").write_text("extends: tiny\nname: far\n")
     assert load_recipe(tmp_path / "far+away.yaml")["name"] == "far", "a file that is there is no mixture"
     (tmp_path / "far.yaml").write_text("extends: tiny\nname: far\n")
     monkeypatch.chdir(tmp_path)
     assert load_recipe("far.yaml:1+tiny:1")["name"] == "far-0.5+tiny-0.5"
-    parts = {k: open_dataset(load_recipe("tiny:1+far.yaml:1"), "train", k) for k in ("images", "clips", "concept_images")}
+    parts = {k: open_dataset(load_recipe("tiny:1+far.yaml:1"), "train", k)
+             for k in ("images", "clips", "concept_images")}
     assert all(isinstance(r, Mixture) and len(r.readers) == 2 for r in parts.values())
     from esam3.training.concepts import vocabulary
     assert vocabulary(parts["concept_images"]) == vocabulary(parts["concept_images"].readers[0])
@@ -130,9 +139,13 @@ def test_recipes_are_mixed_by_name(tmp_path, monkeypatch):
 
 def test_a_part_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("ESAM3_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="(?s)part 2 of the mixture, davis: .*https://davischallenge"): open_dataset("tiny:0.9+davis:0.1", "train", "clips")
-    (tmp_path / "gone.yaml").write_text("extends: tiny\nsplits: {train: {images: {format: mixture, parts: [{share: 1, format: sa1b, path: images.tar}, {share: 1, format: coco, annotations: no.json, media: m}]}}}")
-    with pytest.raises(FileNotFoundError, match="part 2 of the mixture, coco: .*no.json"): open_dataset(tmp_path / "gone.yaml", "train", "images")
+    with pytest.raises(FileNotFoundError, match="(?s)part 2 of the mixture, davis: .*https://davischallenge"):
+        open_dataset("tiny:0.9+davis:0.1", "train", "clips")
+    (tmp_path / "gone.yaml").write_text("extends: tiny\nsplits: {train: {images: {format: mixture, parts: [{share: 1, "
+                                        "format: sa1b, path: images.tar}, {share: 1, format: coco, annotations: "
+                                        "no.json, media: m}]}}}")
+    with pytest.raises(FileNotFoundError, match="part 2 of the mixture, coco: .*no.json"):
+        open_dataset(tmp_path / "gone.yaml", "train", "images")
 
 
 def test_images_of_two_formats_are_mixed(tmp_path):
@@ -140,10 +153,15 @@ def test_images_of_two_formats_are_mixed(tmp_path):
     sample = open_dataset("tiny", "train", "images").read(0)
     Image.fromarray(sample.image).save(tmp_path / "one.png")
     h, w = sample.image.shape[:2]
-    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "one.png", "height": h, "width": w}], "categories": [{"id": 1, "name": "thing"}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 400, "bbox": [5, 5, 20, 20], "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]]}]}))
-    (tmp_path / "both.yaml").write_text("extends: tiny\nsplits: {train: {images: {format: mixture, parts: [{share: 1, format: sa1b, path: images.tar}, "
-        f"{{share: 1, format: coco, annotations: coco.json, media: ., root: {tmp_path}}}, {{share: 1, format: folder, path: one.png, root: .}}]}}}}}}")
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "one.png", "height": h,
+                                                                "width": w}],
+                                                    "categories": [{"id": 1, "name": "thing"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 400, "bbox": [5, 5, 20, 20],
+                         "segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]]}]}))
+    (tmp_path / "both.yaml").write_text("extends: tiny\nsplits: {train: {images: {format: mixture, parts: [{share: 1, "
+                                        "format: sa1b, path: images.tar}, "
+        f"{{share: 1, format: coco, annotations: coco.json, media: ., root: {tmp_path}}}, {{share: 1, format: folder, "
+        f"path: one.png, root: .}}]}}}}}}")
     reader = open_dataset(tmp_path / "both.yaml", "train", "images")
     assert [len(r) for r in reader.readers] == [24, 1, 1] and not reader.labelled
     counts = {name: set() for name in ("sa1b", "coco", "folder")}
@@ -180,28 +198,34 @@ def task_of(sampled: int = 0) -> Stage2:
 
 def test_images_come_as_batches_of_clips_of_one_frame(mixed):
     "All of a batch, whatever its clips were to be; augmented as they are; and played back they stay one frame."
-    source, reader = clip_source(mixed, Schedule(batch_size=2, back=1.0), SIDES, 42), open_dataset(mixed, "train", "clips")
+    source, reader = clip_source(mixed, Schedule(batch_size=2, back=1.0), SIDES, 42), open_dataset(mixed, "train",
+        "clips")
     lengths = [source[Part(step)].frame_index.shape[1] for step in range(10)]
     still = [reader.part_at(42, step)[0] > 0 for step in range(10)]
     assert [n == 1 for n in lengths] == still and 2 <= sum(still) <= 4 and all(n == 1 or n >= 7 for n in lengths)
     sample = Stills(open_dataset("tiny", "train", "images")).read(2, frames=8)
-    assert len(there_and_back(sample).frames) == 1 and augment(sample, np.random.default_rng(0), **mixed["augment"]).frames.shape[0] == 1
+    assert len(there_and_back(sample).frames) == 1 and augment(sample, np.random.default_rng(0),
+                                                               **mixed["augment"]).frames.shape[0] == 1
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_stage_2_learns_from_an_image(labelled):
-    "One frame, asked by box or point, never by a mask: losses are finite, the decoder learns, and the memory is left alone."
+    """One frame, asked by box or point, never by a mask: losses are finite, the decoder learns, and the memory is left
+    alone."""
     reader, task = Stills(open_dataset("tiny", "train", "images")), task_of(0 if labelled else 4)
     samples = [reader.read(i) for i in (3, 5)]
-    if not labelled: samples = [ClipSample(s.name, s.frames, s.masks[:0], s.annotated[:0], [], s.numbers) for s in samples]
+    if not labelled:
+        samples = [ClipSample(s.name, s.frames, s.masks[:0], s.annotated[:0], [], s.numbers) for s in samples]
     batch = collate_clips(samples, *SIDES)
     for seed in range(3):
         seed_everything(seed)
         terms = task(batch)
-        assert terms and all(v.isfinite() for v in terms.values()) and ("task mask" in terms) == labelled and terms["distill"] > 0
+        assert terms and all(v.isfinite()
+                             for v in terms.values()) and ("task mask" in terms) == labelled and terms["distill"] > 0
     sum(terms.values()).backward()
     grads = {n: p.grad for n, p in task.student.named_parameters() if p.requires_grad and p.grad is not None}
-    assert any(g.abs().max() > 0 for n, g in grads.items() if "mask_decoder" in n) and all(g.isfinite().all() for g in grads.values())
+    assert any(g.abs().max() > 0 for n, g in grads.items() if "mask_decoder" in n) and all(g.isfinite().all()
+        for g in grads.values())
     assert not any(g.abs().max() > 0 for n, g in grads.items() if n.startswith("perceiver"))
     warmup = SingleFrameWarmup(task, networks()[1])(batch)
     assert all(v == 0 for v in warmup.values()), "an image has no memory to read"
@@ -222,10 +246,14 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_stage_1_from_a_folder_of_pictures(folder, tmp_path):
     "Two steps with the toy teacher, which finds the instances; no held-out data, no scores."
-    (tmp_path / "mine.yaml").write_text("extends: folder\nteacher: toy\nweights: null\nsplits: {train: {clips: null}}\nsampling: {tracks: null, frames: null}\naugment: {short: [96, 128], crop: 128}\n")
-    done = run_stage1("es-ev-s", str(tmp_path / "mine.yaml"), steps=2, batch_size=2, runs=str(tmp_path / "runs"), every=1)
+    (tmp_path / "mine.yaml").write_text("extends: folder\nteacher: toy\nweights: null\nsplits: {train: {clips: "
+                                        "null}}\nsampling: {tracks: null, frames: null}\naugment: {short: [96, 128], "
+                                        "crop: 128}\n")
+    done = run_stage1("es-ev-s", str(tmp_path / "mine.yaml"), steps=2, batch_size=2, runs=str(tmp_path / "runs"),
+                      every=1)
     rows = [json.loads(line) for line in (done / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows][-1] >= 1 and all(np.isfinite(v) for r in rows for v in r.values() if isinstance(v, float))
+    assert [r["step"] for r in rows][-1] >= 1 and all(np.isfinite(v) for r in rows for v in r.values()
+                                                      if isinstance(v, float))
     assert all(r["distill"] > 0 and r["task mask"] > 0 for r in rows), "there were instances"
     assert (done / "student/config.json").exists()
 
@@ -234,8 +262,10 @@ def test_stage_3_of_a_folder_is_refused(folder):
     from esam3.training.concepts import QuerySampling
     from esam3.training.stage3 import MixedSteps, run_stage3
     said = "folder: stage 3 learns from concept_images or concept_clips, and its training split holds images, clips"
-    with pytest.raises(ValueError, match=said): MixedSteps(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, QuerySampling())
-    with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)  # before it asks for a student of stage 2
+    with pytest.raises(ValueError, match=said):
+        MixedSteps(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, QuerySampling())
+    # before it asks for a student of stage 2
+    with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)
 
 
 def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
@@ -249,7 +279,8 @@ def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
     assert all(v.isfinite() for v in terms.values()) and terms["features"] > 0
     bare = collate_images([Stills(open_dataset("folder", "train", "images")).reader.read(0)], *SIDES)
     monkeypatch.setattr(tracks, "choose_masks", lambda masks, *rest: torch.tensor([0, 1]))
-    monkeypatch.setattr(Spaces, "to_source", lambda self, maps, *rest: torch.stack([torch.full((96, 128), -1.0), torch.ones(96, 128)]))
+    monkeypatch.setattr(Spaces, "to_source", lambda self, maps,
+                        *rest: torch.stack([torch.full((96, 128), -1.0), torch.ones(96, 128)]))
     teacher = networks()[0]
     with torch.no_grad(): found = tracks.propose(teacher, teacher.encode(bare.teacher_pixels), bare, 4)
     assert [len(m) for m in found] == [1]
@@ -259,11 +290,15 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
     "And with their phrases."
     from esam3.training.concepts import QuerySampling
     from esam3.training.stage3 import MixedSteps
-    (tmp_path / "talk.yaml").write_text("extends: tiny\nsplits: {train: {clips: null, concept_images: null, concept_clips: {format: mixture, parts: ["
-        "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: images}]}}}\nstages: {2: null}\n")
-    source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, QuerySampling())
+    (tmp_path / "talk.yaml").write_text("extends: tiny\nsplits: {train: {clips: null, concept_images: null, "
+                                        "concept_clips: {format: mixture, parts: ["
+        "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: "
+        "images}]}}}\nstages: {2: null}\n")
+    source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0,
+                        QuerySampling())
     batches = [source[Part(step)] for step in range(4)]
-    assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.clip_frames.phrases and len(b.clip_queries.image_index) for b in batches)
+    assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True,
+        False} and all(b.clip_frames.phrases and len(b.clip_queries.image_index) for b in batches)
 
 
 @pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])

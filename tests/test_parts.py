@@ -1,4 +1,5 @@
-"A step is the same step whoever works it off: by two processes, or in micro-batches, its losses are those of one process with the whole batch."
+"""A step is the same step whoever works it off: by two processes, or in micro-batches, its losses are those of one
+process with the whole batch."""
 import json
 import math
 import os
@@ -20,14 +21,19 @@ FULL = bool(os.environ.get("ESAM3_FULL"))
 STEPS = 20 if FULL else 2
 RUN = {1: run_stage1, 2: run_stage2, 3: run_stage3}
 COMMON = dict(variant="es-ev-s", recipe="tiny", steps=STEPS, batch_size=4, every=100)
-OWN = {1: {"eval_images": 1}, 2: {"brief": True, "eval_clips": 1, "eval_frames": 2, "warmup_steps": 2, "options": {"back": 0.5}},
-       3: {"brief": True, "eval_images": 1, "warmup_steps": 0, "options": {"clip_every": 1, "alternate": False, "lambda1": 0.0}}}
-PARTS = {"both": {"ranks": 2, "micro_batch": 1}} | ({"two processes": {"ranks": 2}, "micro-batches": {"micro_batch": 2}} if FULL else {})
-APART = {"instances", "instance contrast"}  # how the instances of a part differ from one another: of the parts by themselves
+OWN = {1: {"eval_images": 1}, 2: {"brief": True, "eval_clips": 1, "eval_frames": 2, "warmup_steps": 2,
+                                  "options": {"back": 0.5}},
+       3: {"brief": True, "eval_images": 1, "warmup_steps": 0,
+           "options": {"clip_every": 1, "alternate": False, "lambda1": 0.0}}}
+PARTS = {"both": {"ranks": 2, "micro_batch": 1}} | (
+    {"two processes": {"ranks": 2}, "micro-batches": {"micro_batch": 2}} if FULL else {})
+# how the instances of a part differ from one another: of the parts by themselves
+APART = {"instances", "instance contrast"}
 
 
 def still(stage_run: Callable[..., Path], live: bool = False, **given) -> Path:
-    "A run whose batch norms keep their statistics, and whose Perceiver drops nothing out: what is left to chance is of the slots."
+    """A run whose batch norms keep their statistics, and whose Perceiver drops nothing out: what is left to chance is
+    of the slots."""
     train_mode = training.train_mode
     def frozen(task: nn.Module, parent: bool = True) -> None:
         train_mode(task, parent)
@@ -46,7 +52,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     "A stage by one process with the whole batch, from the one before; run when it is first asked for."
     done: dict[int, Path] = {}
     def of(stage: int) -> Path:
-        if stage not in done: done[stage] = trained(stage, tmp_path_factory.mktemp("whole"), of(stage - 1) if stage > 1 else None)
+        if stage not in done:
+            done[stage] = trained(stage, tmp_path_factory.mktemp("whole"), of(stage - 1) if stage > 1 else None)
         return done[stage]
     return of
 
@@ -61,8 +68,11 @@ def apart(one: Path, other: Path, log: str = "metrics.jsonl") -> dict[tuple[int,
     a, b = rows(one / log), rows(other / log)
     assert len(a) == len(b) and a[0].keys() == b[0].keys()
     told = lambda row: row.keys() - APART - ({"loss", "gradient"} if APART & row.keys() else set())
-    close = lambda x, y, step: math.isclose(x, y, rel_tol=1e-3 if step else 1e-5, abs_tol=2e-5)  # they are written with 5 digits
-    return {(k, name): (x[name], y[name]) for k, (x, y) in enumerate(zip(a, b)) for name in told(x) if not close(x[name], y[name], k)}
+    # they are written with 5 digits
+    close = lambda x, y, step: math.isclose(x, y, rel_tol=1e-3 if step else 1e-5, abs_tol=2e-5)
+    return {(k, name): (x[name], y[name]) for k, (x,
+                                                  y) in enumerate(zip(a, b)) for name in told(x)
+            if not close(x[name], y[name], k)}
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -72,11 +82,13 @@ def test_losses_are_those_of_the_whole_batch(stage, parts, whole, tmp_path):
     one, folder = whole(stage), trained(stage, tmp_path, whole(stage - 1) if stage > 1 else None, **PARTS[parts])
     assert not apart(one, folder) and (stage != 2 or not apart(one, folder, "warmup/metrics.jsonl"))
     settings = json.loads((folder / "report.json").read_text())["settings"]
-    assert (settings["ranks"], settings["schedule"]["micro_batch"]) == (PARTS[parts].get("ranks", 1), PARTS[parts].get("micro_batch", 0))
+    assert (settings["ranks"], settings["schedule"]["micro_batch"]) == (PARTS[parts].get("ranks", 1),
+        PARTS[parts].get("micro_batch", 0))
 
 
 def test_maps_of_a_thawed_encoder(whole, tmp_path):
-    "At the first step of stage 3's warm-up: from then on a term that contrasts the instances of a part makes the weights others."
+    """At the first step of stage 3's warm-up: from then on a term that contrasts the instances of a part makes the
+    weights others."""
     more = {"options": OWN[3]["options"] | {"lambda1": 4.0, "encoder_lr": 1e-4}, "steps": 1, "warmup_steps": 1}
     one, cut = (trained(3, tmp_path / str(micro), whole(2), micro_batch=micro, **more) for micro in (0, 1))
     assert not apart(one, cut, "warmup/metrics.jsonl") and APART < rows(one / "warmup/metrics.jsonl")[0].keys()
@@ -84,7 +96,8 @@ def test_maps_of_a_thawed_encoder(whole, tmp_path):
 
 def test_live_statistics_are_of_each_part(tmp_path):
     "With them a part is normalised by itself: the gap is small and it is there."
-    a, b = (rows(in_ranks(still, 1, stage_run=run_stage1, live=True, runs=str(tmp_path / str(m)), micro_batch=m, **COMMON, **OWN[1]) / "metrics.jsonl")[0] for m in (0, 2))
+    a, b = (rows(in_ranks(still, 1, stage_run=run_stage1, live=True, runs=str(tmp_path / str(
+        m)), micro_batch=m, **COMMON, **OWN[1]) / "metrics.jsonl")[0] for m in (0, 2))
     assert 1e-4 < abs(a["loss"] - b["loss"]) / a["loss"] < 0.3
 
 
@@ -93,4 +106,5 @@ def test_synchronised_batch_norm_on_cuda():
     norms = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     weight = norms[1].weight
     same = training.convert_sync_batchnorm(norms)
-    assert isinstance(same[1], torch.nn.SyncBatchNorm) and same[1].weight is weight and isinstance(same[1], nn.modules.batchnorm._BatchNorm)
+    assert isinstance(same[1], torch.nn.SyncBatchNorm) and same[1].weight is weight and isinstance(same[1],
+        nn.modules.batchnorm._BatchNorm)

@@ -100,14 +100,16 @@ def test_empty_phrase_is_refused(phrase, teacher, clip):
 
 
 @pytest.mark.parametrize("phrase", ["красная звезда", "עיגול אדום", "نجمة حمراء", "红色的星", "赤い星", "🌟", "👩‍👩‍👧‍👦",
-                                    "e\u0301toile", "ÉTOILE", "İ", "\u200b", "\x00", "red\nstar", "\ud83d", "red star\ud83d",
+                                    "e\u0301toile", "ÉTOILE", "İ", "\u200b", "\x00", "red\nstar", "\ud83d",
+                                    "red star\ud83d",
                                     "x" * 10_000, "...", "<bos>", "'; --"])
 @torch.no_grad()
 def test_any_text_is_asked(phrase, teacher, seen):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = teacher.detect(seen, teacher.concepts([phrase, "red star"], rows(2)))
-    assert found.scores().isfinite().all() and token_bags(teacher, [esam3.models.teacher.wording(phrase)]).isfinite().all()
+    assert found.scores().isfinite().all() and token_bags(teacher,
+                                                          [esam3.models.teacher.wording(phrase)]).isfinite().all()
 
 
 def test_training_passes_over_empty_phrases():
@@ -116,7 +118,8 @@ def test_training_passes_over_empty_phrases():
     batch = SimpleNamespace(boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     images = lambda *phrases: SimpleNamespace(phrases=[*phrases], **vars(batch))
     kin = Confusables(["red star", "blue disk", ""])
-    asked = lambda *phrases: sample_queries(images(*phrases), [np.random.default_rng(0) for _ in phrases], QuerySampling(each=20), kin)
+    asked = lambda *phrases: sample_queries(images(*phrases), [np.random.default_rng(0) for _ in phrases],
+                                            QuerySampling(each=20), kin)
     assert asked([Phrase("", (0,)), *words, Phrase(" ", ())]).phrases == asked(words).phrases
     assert asked([Phrase("", (0,))]).phrases == [] and set(asked([Phrase(" ", ())], words).image_index.tolist()) == {1}
 
@@ -124,7 +127,8 @@ def test_training_passes_over_empty_phrases():
 def test_a_run_counts_cut_phrases(teacher, tmp_path, monkeypatch):
     "As notes on the batch, from which the tally of a run makes `counts` of its report."
     phrases = ["red star", LONG, None, LONG]
-    monkeypatch.setattr("esam3.training.stage3.sample_queries", lambda batch, *rest: replace(sample_queries(batch, *rest), phrases=phrases))
+    monkeypatch.setattr("esam3.training.stage3.sample_queries", lambda batch,
+                        *rest: replace(sample_queries(batch, *rest), phrases=phrases))
     schedule, sides = Schedule(steps=4, batch_size=2, lr=1e-4, clip_every=1, alternate=False), (teacher.image_size, 128)
     recipe = load_recipe("tiny")
     recipe["splits"]["train"]["concept_clips"] = recipe["splits"]["held_out"]["concept_clips"]

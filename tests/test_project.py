@@ -1,4 +1,5 @@
-"The project as a whole: notebooks and modules belong together, parameters explain themselves, nothing of one machine is left in the files."
+"""The project as a whole: notebooks and modules belong together, parameters explain themselves, nothing of one machine
+is left in the files."""
 import ast
 import importlib
 import json
@@ -28,18 +29,22 @@ def tagged(path: Path) -> list[str]:
 
 def project_files() -> list[Path]:
     "Files that belong to the project: known to git, or new and not ignored."
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True,
+                            text=True)
     if listed.returncode: pytest.skip("not a git checkout")
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
 FLOORS = ("core", "schedules", "data", "models", "evaluation", "training", "show")  # from below
-DOORS = {"teacher": "models", "student": "models", "perceiver": "models", "samples": "data", "evaluate": "evaluation", "metrics": "evaluation"}  # other names of modules
+# other names of modules
+DOORS = {"teacher": "models", "student": "models", "perceiver": "models", "samples": "data", "evaluate": "evaluation",
+         "metrics": "evaluation"}
 
 
 def modules() -> list[Path]:
     "Modules that notebooks write: all but `__init__.py`, nbdev's index and the doors."
-    return [p for p in (ROOT / "esam3").rglob("*.py") if not p.name.startswith("_") and not (p.parent.name == "esam3" and p.stem in DOORS)]
+    return [p for p in (ROOT / "esam3").rglob("*.py") if not p.name.startswith("_")
+            and not (p.parent.name == "esam3" and p.stem in DOORS)]
 
 
 def test_every_module_has_its_notebook():
@@ -51,7 +56,8 @@ def test_every_module_has_its_notebook():
         notebook = module.parent / made[1]
         assert notebook.exists(), f"{module.name} is left of {notebook.name}, which is gone"
         name = ".".join(module.relative_to(ROOT / "esam3").with_suffix("").parts)
-        assert any("".join(c["source"]).strip() == f"#| default_exp {name}" for c in cells(notebook)), f"{notebook.name} writes another module"
+        assert any("".join(c["source"]).strip() == f"#| default_exp {name}"
+                   for c in cells(notebook)), f"{notebook.name} writes another module"
 
 
 def test_floors_rest_on_those_below():
@@ -61,7 +67,8 @@ def test_floors_rest_on_those_below():
         for node in ast.walk(ast.parse(module.read_text())):
             if not (isinstance(node, ast.ImportFrom) and node.level): continue
             floor = ([*place[:len(place) - node.level], *(node.module or node.names[0].name).split(".")])[0]
-            assert FLOORS.index(floor) <= FLOORS.index(place[0]), f"{'.'.join(place)} imports from {floor}, a floor above it"
+            assert FLOORS.index(floor) <= FLOORS.index(place[0]), (f"{'.'.join(place)} imports from {floor}, a floor "
+                                                                   f"above it")
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -73,8 +80,10 @@ def test_doors_lead_to_their_modules(door):
 
 
 def test_names_import_from_where_they_are_promised():
-    for place, names in {"core": "VARIANTS", "teacher": "load_teacher", "student": "EfficientSam3 build_student", "perceiver": "SpatialPerceiver", "samples": "Video BadSample",
-                         "data": "load_recipe open_dataset", "evaluate": "evaluate", "metrics": "davis ytvos pcs_image pcs_video prompt_miou"}.items():
+    for place, names in {"core": "VARIANTS", "teacher": "load_teacher", "student": "EfficientSam3 build_student",
+                         "perceiver": "SpatialPerceiver", "samples": "Video BadSample",
+                         "data": "load_recipe open_dataset", "evaluate": "evaluate",
+                         "metrics": "davis ytvos pcs_image pcs_video prompt_miou"}.items():
         for name in names.split(): assert getattr(importlib.import_module(f"esam3.{place}"), name)
 
 
@@ -98,11 +107,13 @@ def test_parameters_explain_themselves(path):
 
 def test_run_notebooks_take_parameters_and_check_them():
     assert {"10_stage1", "20_stage2", "30_stage3"} <= {p.stem for p in RUNS}
-    common = {"variant": "es-tv-s", "recipe": "toy", "teacher": "", "steps": 0, "batch_size": 0, "micro_batch": 0, "lr": 0.0,
+    common = {"variant": "es-tv-s", "recipe": "toy", "teacher": "", "steps": 0, "batch_size": 0, "micro_batch": 0,
+              "lr": 0.0,
               "schedule": "", "precision": "auto", "sampling": "", "seed": 42, "runs": "runs", "resume": True}
     for path in RUNS:
         declared = declared_in(tagged(path)[0])
-        own = common if path.name[0] in "123" else {k: common[k] for k in ("seed", "runs") if k in declared}  # only stages train a variant; a benchmark's chance is fixed
+        # only stages train a variant; a benchmark's chance is fixed
+        own = common if path.name[0] in "123" else {k: common[k] for k in ("seed", "runs") if k in declared}
         assert "runs" in own, path.name
         assert {k: declared[k][1] for k in own} == own, path.name
         sources = ["".join(c["source"]) for c in cells(path)]
@@ -121,13 +132,15 @@ def test_notebooks_show_what_they_do(path):
     bars = [o for o in outputs if re.search(r"\d+%\|.*\| \d+/\d+ \[", "".join(o.get("data", {}).get("text/plain", "")))]
     assert not bars, f"progress bars are no outputs: {[''.join(o['data']['text/plain']) for o in bars]}"
     for o in outputs:
-        for kind, data in o.get("data", {}).items(): assert len("".join(data)) < 140_000, f"a {kind} of {len(''.join(data))} characters"
+        for kind, data in o.get("data", {}).items():
+            assert len("".join(data)) < 140_000, f"a {kind} of {len(''.join(data))} characters"
 
 
 def test_readme_holds_what_index_shows():
     "The tables of README.md are those that nbs/index.ipynb keeps: `bash .ci/readme > README.md` after running it."
     readme = (ROOT / "README.md").read_text()
-    tables = ["".join(o["data"]["text/markdown"]) for c in cells(ROOT / "nbs" / "index.ipynb") for o in c["outputs"] if "text/markdown" in o.get("data", {})]
+    tables = ["".join(o["data"]["text/markdown"]) for c in cells(ROOT / "nbs" / "index.ipynb") for o in c["outputs"]
+              if "text/markdown" in o.get("data", {})]
     assert len(tables) == 11
     for table in tables: assert re.sub(r"\]\((\d\w+\.ipynb)\)", r"](nbs/\1)", table).strip() in readme
     for link in re.findall(r"\]\(([^)#:]+)\)", readme): assert (ROOT / link).exists(), f"README.md points to {link}"
@@ -141,7 +154,8 @@ def test_readme_is_short():
 
 def test_no_path_of_one_machine():
     "No file holds an absolute path of somebody's home or work folder."
-    home = re.compile(rb"(?<![\w.~$}/-])/(?:" + b"|".join([b"root", b"home", b"Users", b"work", b"mnt", b"tmp"]) + rb")/\w")
+    home = re.compile(rb"(?<![\w.~$}/-])/(?:" + b"|".join([b"root", b"home", b"Users", b"work", b"mnt", b"tmp"])
+                      + rb")/\w")
     for path in project_files():
         if path.suffix in (".safetensors", ".png"): continue
         found = home.search(path.read_bytes())

@@ -22,7 +22,8 @@ SIDES = ((144, 128), (1008, 1024))  # teacher's and student's squares: the toy's
 
 def blobs(g: Generator, n: int, size: int) -> Tensor:
     "[n, size, size] smooth random logits, some all ground, some all object."
-    return F.interpolate(torch.randn(1, n, 5, 5, generator=g), (size, size), mode="bicubic")[0] + torch.linspace(-2.5, 2.5, n).view(n, 1, 1)
+    return F.interpolate(torch.randn(1, n, 5, 5, generator=g), (size, size), mode="bicubic")[0] + torch.linspace(-2.5,
+        2.5, n).view(n, 1, 1)
 
 
 def scene(seed: int) -> tuple[Generator, Spaces, Prompts, Tensor, Tensor]:
@@ -31,7 +32,8 @@ def scene(seed: int) -> tuple[Generator, Spaces, Prompts, Tensor, Tensor]:
     sizes = torch.randint(1, (40, 400, 3000)[seed % 3], (5, 2), generator=g)
     spaces, image_index = Spaces(sizes, *SIDES[seed % 2]), torch.randint(0, 5, (12,), generator=g)
     corners = torch.rand(12, 2, 2, generator=g) * spaces.extent("student")[image_index][:, None]
-    prompts = Prompts(image_index, corners.sort(1).values, torch.tensor([CORNERS] * 12, dtype=torch.int32), multimask=False)
+    prompts = Prompts(image_index, corners.sort(1).values, torch.tensor([CORNERS] * 12, dtype=torch.int32),
+                      multimask=False)
     return g, spaces, prompts, *blobs(g, 24, (32, 64)[seed % 2])[torch.randperm(24, generator=g)].chunk(2)
 
 
@@ -67,7 +69,8 @@ def test_corrective_points(seed, how):
         there = to_space(answered, spaces, "student", space).points[:, -1]
         assert ((there > 0) & (there < spaces.extent(space)[prompts.image_index]))[enough].all()
     again = refine(prompts, teacher, student, spaces, how, least, chance=drawn(seed, 12))
-    assert torch.equal(again.points, answered.points) and torch.equal(again.labels, answered.labels), "same seed, same points"
+    assert torch.equal(again.points, answered.points) and torch.equal(again.labels,
+        answered.labels), "same seed, same points"
     assert torch.equal(answered.points[:, :-1], prompts.points) and torch.equal(answered.labels[:, :-1], prompts.labels)
 
 
@@ -77,7 +80,8 @@ def test_chance_is_a_pictures_own():
     whole = chances(seeds, counts, 3)
     assert whole.shape == (9, 3) and whole.dtype == torch.float32 and whole.device.type == "cpu"
     parts = [chances(seeds[k:k + 1], counts[k:k + 1], 3) for k in range(4)]
-    assert torch.equal(torch.cat(parts), whole) and torch.equal(whole[:3], whole[3:6]) and not torch.equal(whole[:2], whole[7:])
+    assert torch.equal(torch.cat(parts), whole) and torch.equal(whole[:3], whole[3:6]) and not torch.equal(whole[:2],
+        whole[7:])
     many = chances(range(200), [50] * 200, 2)
     assert 0 <= many.min() and many.max() < 1 and (many.mean(0) - 0.5).abs().max() < 0.01
     with pytest.raises(ValueError): chances([1, 2], [1], 1)
@@ -110,7 +114,8 @@ def test_ten_pixels_of_a_256_mask_make_a_point(size, least):
 def test_uniform_points_are_even_over_both_errors():
     missed, surplus = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     missed[0, 1:3, 2:4], surplus[0, 6, :] = True, True       # 4 and 8 cells
-    points, labels = corrective_points(missed.expand(6000, -1, -1), surplus.expand(6000, -1, -1), 80, min_pixels=0, chance=drawn(0, 6000))
+    points, labels = corrective_points(missed.expand(6000, -1, -1), surplus.expand(6000, -1, -1), 80, min_pixels=0,
+                                       chance=drawn(0, 6000))
     y, x = cell_of(points, 80, 8)
     share = (8 * y + x).bincount(minlength=64) / 6000
     assert ((share > 0).view(8, 8) == (missed | surplus)[0]).all() and (share[share > 0] - 1 / 12).abs().max() < 0.015
@@ -121,13 +126,15 @@ def test_uniform_points_are_even_over_both_errors():
 def test_deepest_is_the_distance_transform(seed):
     "Against scipy's chessboard distance, the border counting as outside."
     regions = blobs(Generator().manual_seed(seed), 12, (17, 32)[seed % 2]).view(6, 2, *[(17, 32)[seed % 2]] * 2) > 0
-    depth = np.array([[ndimage.distance_transform_cdt(np.pad(r.numpy(), 1), "chessboard")[1:-1, 1:-1] for r in pair] for pair in regions])
+    depth = np.array([[ndimage.distance_transform_cdt(np.pad(
+        r.numpy(), 1), "chessboard")[1:-1, 1:-1] for r in pair] for pair in regions])
     most = depth.max((1, 2, 3), keepdims=True)
     assert (deepest(regions).numpy() == ((depth == most) & (most > 0))).all()
 
 
 def test_an_empty_region_gives_the_first_cell():
-    assert draw_cell(torch.zeros(3, 5, 5, dtype=torch.bool), torch.rand(3)).tolist() == [0, 0, 0] and draw_cell(torch.zeros(0, 5, 5, dtype=torch.bool), torch.rand(0)).shape == (0,)
+    assert draw_cell(torch.zeros(3, 5, 5, dtype=torch.bool), torch.rand(3)).tolist() == [0, 0,
+        0] and draw_cell(torch.zeros(0, 5, 5, dtype=torch.bool), torch.rand(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2, 5])
@@ -138,7 +145,8 @@ def test_any_number_of_refinements(rounds):
     for _ in range(rounds):
         answered = refine(answered, teacher, student, frames, chance=torch.rand(12, generator=g))
         student = torch.where(torch.rand(student.shape, generator=g) < 0.5, teacher, student)
-    assert answered.points.shape == (12, 2 + rounds, 2) and answered.labels.shape == (12, 2 + rounds) and answered.multimask == (rounds == 0)
+    assert answered.points.shape == (12, 2 + rounds, 2) and answered.labels.shape == (12,
+        2 + rounds) and answered.multimask == (rounds == 0)
     assert torch.equal(answered.points[:, :2], first.points)
     assert first.points.shape == (12, 2, 2), "the first prompts are not changed in place"
 
@@ -174,7 +182,8 @@ def mask_scene(seed: int) -> ImageSample:
     rng = np.random.default_rng(seed)
     region = np.zeros((100, 160), bool)
     for y in range(5):
-        for x in range(8): region[20 * y + 2:20 * y + rng.integers(4, 19), 20 * x + 2:20 * x + rng.integers(4, 19)] = True
+        for x in range(8):
+            region[20 * y + 2:20 * y + rng.integers(4, 19), 20 * x + 2:20 * x + rng.integers(4, 19)] = True
     masks = components(region)
     return ImageSample(f"{seed}", np.zeros((100, 160, 3), np.uint8), masks)
 
@@ -182,9 +191,11 @@ def mask_scene(seed: int) -> ImageSample:
 def test_at_most_16_instances_of_a_picture():
     samples = [mask_scene(0), mask_scene(1)]
     assert [len(s.masks) for s in samples] == [40, 40]
-    pick = lambda seed: collate_images(samples, 144, 128, rngs=[np.random.default_rng((seed, k)) for k in range(len(samples))])
+    pick = lambda seed: collate_images(samples, 144, 128, rngs=[np.random.default_rng((seed, k))
+                                                                for k in range(len(samples))])
     assert pick(0).image_index.bincount().tolist() == [16, 16]
-    assert torch.equal(pick(0).boxes, pick(0).boxes) and not torch.equal(pick(0).boxes, pick(1).boxes), "drawn by the seed"
+    assert torch.equal(pick(0).boxes, pick(0).boxes) and not torch.equal(pick(0).boxes,
+        pick(1).boxes), "drawn by the seed"
     assert len(collate_images(samples, 144, 128, max_instances=0).image_index) == 80
 
 
@@ -197,13 +208,16 @@ def test_first_prompts_lie_on_their_instances(seed):
     depth = np.array([ndimage.distance_transform_edt(np.pad(m, 1))[1:-1, 1:-1] for m in masks])
     assert (depth[np.arange(16), y, x] == depth.max((1, 2))).all() and masks[np.arange(16), y, x].all()
     for space in ("source", "teacher", "student"):
-        boxes, points = batch.spaces.boxes(batch.boxes, batch.image_index, "source", space), batch.spaces.points(batch.points, batch.image_index, "source", space)
+        boxes, points = batch.spaces.boxes(batch.boxes, batch.image_index, "source",
+                                           space), batch.spaces.points(batch.points, batch.image_index, "source", space)
         answered = initial_prompts(boxes, points, batch.image_index, drawn(seed, 16))
         assert sorted(torch.cat([rows for rows, _ in answered]).tolist()) == list(range(16)), "one prompt an instance"
         for rows, p in answered:
-            assert ((p.points >= 0) & (p.points <= batch.spaces.extent(space)[0] + 1e-3)).all() and p.multimask == (p.labels.shape[1] == 1)
+            assert ((p.points >= 0) & (p.points <= batch.spaces.extent(space)[0]
+                                       + 1e-3)).all() and p.multimask == (p.labels.shape[1] == 1)
             tight = boxes[rows].view(-1, 2, 2) if p.labels.shape[1] == 2 else points[rows][:, None]
-            assert torch.equal(p.points, tight) and (p.labels == torch.tensor(CORNERS if p.labels.shape[1] == 2 else [POSITIVE])).all()
+            assert torch.equal(p.points, tight) and (p.labels == torch.tensor(CORNERS if p.labels.shape[1] == 2
+                else [POSITIVE])).all()
         again = initial_prompts(boxes, points, batch.image_index, drawn(seed, 16))
         assert all(torch.equal(a[0], b[0]) for a, b in zip(answered, again)), "same seed, same coins"
 

@@ -1,4 +1,5 @@
-"""Readers and batches on real files (`../shared/data` beside the repository, skipped where it is not) and on broken ones."""
+"""Readers and batches on real files (`../shared/data` beside the repository, skipped where it is not) and on broken
+ones."""
 import json
 import shutil
 import tarfile
@@ -144,7 +145,8 @@ def test_veval_phrases_and_masklets(veval):
 @real
 def test_veval_masks_have_the_stated_boxes_and_areas(veval):
     clip = veval.read(0, frames=4, start=20)
-    truth = {m["id"]: m for m in json.loads((REAL / "sa_co_veval/saco_veval_sav_test_sample_gt.json").read_text())["annotations"]}
+    truth = {m["id"]: m
+             for m in json.loads((REAL / "sa_co_veval/saco_veval_sav_test_sample_gt.json").read_text())["annotations"]}
     for number, masks in zip(clip.ids, clip.masks):
         mark = truth[number]
         for t, mask in enumerate(masks):
@@ -160,7 +162,8 @@ def test_video_frames_are_those_of_another_decoder(name, size):
     path, wanted = REAL / "video" / f"{name}.mp4", [0, 1, 30, 97]
     frames = video_frames(path, wanted)
     assert len(Video(path)) == size[0] and frames.shape == (4, *size[1:], 3) and frames.dtype == np.uint8
-    with av.open(str(path)) as box: theirs = {k: f.to_ndarray(format="rgb24") for k, f in zip(range(98), box.decode(video=0)) if k in wanted}
+    with av.open(str(path)) as box:
+        theirs = {k: f.to_ndarray(format="rgb24") for k, f in zip(range(98), box.decode(video=0)) if k in wanted}
     for k, frame in zip(wanted, frames): assert np.abs(frame.astype(int) - theirs[k]).mean() < 2, k
 
 
@@ -171,7 +174,8 @@ def test_photographs_become_a_batch():
     samples = [ImageSample(str(k), p, np.ones((1, *p.shape[:2]), bool)) for k, p in enumerate(images)]
     batch = collate_images(samples, 1008, 1024)
     assert batch.teacher_pixels.shape == (3, 3, 1008, 1008) and batch.student_pixels.shape == (3, 3, 1024, 1024)
-    for k, valid in enumerate(batch.spaces.valid("student", 1024)): assert (batch.student_pixels[k][:, ~valid] == 0).all()
+    for k, valid in enumerate(batch.spaces.valid("student", 1024)):
+        assert (batch.student_pixels[k][:, ~valid] == 0).all()
     small = augment(samples[0], rng_at(0, 0))
     assert 640 <= min(small.image.shape[:2]) and max(small.image.shape[:2]) <= 1024
 
@@ -183,7 +187,8 @@ def loose(tiny, tmp_path):
     "Six loose SA-1B samples, to be broken."
     with tarfile.open(tiny / "images.tar") as tar:
         for m in tar:
-            if m.isfile() and m.name[:9] < "sa_000006": (tmp_path / Path(m.name).name).write_bytes(tar.extractfile(m).read())
+            if m.isfile() and m.name[:9] < "sa_000006":
+                (tmp_path / Path(m.name).name).write_bytes(tar.extractfile(m).read())
     return tmp_path
 
 
@@ -203,13 +208,16 @@ def ruin(folder):
     note(1).write_text("{")
     note(2).unlink()
     edit(note(3), lambda r: r["annotations"][0]["segmentation"].update(size=[7, 7]))
-    edit(note(4), lambda r: r["annotations"][0]["segmentation"].update(counts=r["annotations"][0]["segmentation"]["counts"][:-1]))
+    edit(note(4),
+         lambda r: r["annotations"][0]["segmentation"].update(
+             counts=r["annotations"][0]["segmentation"]["counts"][:-1]))
 
 
 def test_sa1b_each_damage_is_named(loose):
     ruin(loose)
     reader = Sa1b(loose)
-    said = ["sa_000000.jpg: not a readable image", "sa_000001.json: not a readable annotation", "sa_000002.json: missing",
+    said = ["sa_000000.jpg: not a readable image", "sa_000001.json: not a readable annotation",
+            "sa_000002.json: missing",
             "sa_000003.json, annotation 0: mask of 7×7", "sa_000004.json, annotation 0: (unreadable|run lengths)"]
     for k, pattern in enumerate(said):
         with pytest.raises(BadSample, match=pattern): reader.read(k)
@@ -235,7 +243,8 @@ def test_nothing_readable_is_an_error(loose):
 
 def test_sa1b_regions_without_ids_fall_into_components(loose):
     def merge(record):
-        union = np.any([decode_rle(a["segmentation"], (record["image"]["height"], record["image"]["width"])) for a in record["annotations"]], 0)
+        union = np.any([decode_rle(a["segmentation"], (
+            record["image"]["height"], record["image"]["width"])) for a in record["annotations"]], 0)
         flat = np.r_[False, union.T.ravel()]                     # runs begin outside; counts as plain floats
         runs = np.diff(np.r_[1, np.flatnonzero(flat[1:] != flat[:-1]) + 1, flat.size])
         record["annotations"] = [{"segmentation": {"size": list(union.shape), "counts": runs.astype(float).tolist()}}]
@@ -264,15 +273,18 @@ def test_broken_videos(tiny, tmp_path, damage):
     shutil.copy(source.with_name("toy_000000_manual.json"), tmp_path)
     data, path = bytearray(source.read_bytes()), tmp_path / "toy_000000.mp4"
     if damage == "hole": data[500:len(data) // 2] = bytes(len(data) // 2 - 500)
-    if damage != "gone": path.write_bytes({"short": data[:len(data) // 2], "junk": b"hello " * 200, "empty": b"", "hole": data}[damage])
+    if damage != "gone":
+        path.write_bytes({"short": data[:len(data) // 2], "junk": b"hello " * 200, "empty": b"", "hole": data}[damage])
     with pytest.raises(BadSample, match="toy_000000.mp4: (no such|not a readable|damaged)"): SaV(tmp_path).read(0)
 
 
 def test_broken_sav_annotations(tiny, tmp_path):
     for f in (tiny / "clip").glob("toy_000000*"): shutil.copy(f, tmp_path)
     note = tmp_path / "toy_000000_manual.json"
-    for change, pattern in ((lambda r: r.pop("masklet"), "not an SA-V annotation"), (lambda r: r.update(masklet_id=[1]), "rows of other lengths"),
-                            (lambda r: r.update(masklet=[[None for _ in row] for row in r["masklet"]]), "no masklet in frames 0–7")):
+    for change, pattern in ((lambda r: r.pop("masklet"), "not an SA-V annotation"),
+                            (lambda r: r.update(masklet_id=[1]), "rows of other lengths"),
+                            (lambda r: r.update(masklet=[[None for _ in row] for row in r["masklet"]]),
+                             "no masklet in frames 0–7")):
         shutil.copy(tiny / "clip" / note.name, note); edit(note, change)
         with pytest.raises(BadSample, match=pattern): SaV(tmp_path).read(0)
     note.unlink()
@@ -285,7 +297,9 @@ def test_davis_missing_and_foreign_masks(tmp_path):
     Image.new("RGB", (64, 48)).save(tmp_path / "JPEGImages/480p/a/00000.jpg")
     with pytest.raises(BadSample, match="1 images and 0 masks"): Davis(tmp_path).read(0)
     mask = tmp_path / "Annotations/480p/a/00000.png"
-    for image, pattern in ((Image.new("P", (48, 64)), "no palette mask"), (Image.new("RGB", (64, 48)), "no palette mask"), (Image.new("P", (64, 48)), "no object in frames")):
+    for image, pattern in ((Image.new("P", (48, 64)), "no palette mask"),
+                           (Image.new("RGB", (64, 48)), "no palette mask"),
+                           (Image.new("P", (64, 48)), "no object in frames")):
         image.save(mask)
         with pytest.raises(BadSample, match=pattern): Davis(tmp_path).read(0)
     mask.write_bytes(b"no png")
@@ -293,7 +307,8 @@ def test_davis_missing_and_foreign_masks(tmp_path):
 
 
 def test_davis_dense_masks_mean_absence_and_2016_is_one_object(tmp_path):
-    for part in ("JPEGImages/480p/a", "Annotations/480p/a", "ImageSets/2017", "ImageSets/2016"): (tmp_path / part).mkdir(parents=True)
+    for part in ("JPEGImages/480p/a", "Annotations/480p/a", "ImageSets/2017", "ImageSets/2016"):
+        (tmp_path / part).mkdir(parents=True)
     for year in (2016, 2017): (tmp_path / f"ImageSets/{year}/val.txt").write_text("a\n")
     for t, ids in enumerate(((1, 2), (1, 0))):
         Image.new("RGB", (64, 48)).save(tmp_path / f"JPEGImages/480p/a/{t:05d}.jpg")
@@ -308,12 +323,14 @@ def test_saco_crowds_and_shared_objects(tiny, tmp_path):
     record = json.loads((tiny / "saco/images.json").read_text())
     pair = next(p for p in record["images"] if not p["negative"])
     mine = [a for a in record["annotations"] if a["image_id"] == pair["id"]]
-    record["images"] = [pair, {**pair, "id": 91, "text_input": "thing"}, {**pair, "id": 92, "text_input": "crowd", "is_instance_exhaustive": 0}]
+    record["images"] = [pair, {**pair, "id": 91, "text_input": "thing"},
+                        {**pair, "id": 92, "text_input": "crowd", "is_instance_exhaustive": 0}]
     record["annotations"] = mine + [{**a, "image_id": k} for a in mine for k in (91, 92)]
     (tmp_path / "a.json").write_text(json.dumps(record))
     sample = SaCoImages(tmp_path / "a.json", tiny / "saco").read(0)
     assert len(sample.masks) == len(mine) and [p.text for p in sample.phrases] == [pair["text_input"], "thing"]
-    assert sample.phrases[0].instances == sample.phrases[1].instances and [k for k, _ in sample.notes] == ["phrase without instance labels"]
+    assert sample.phrases[0].instances == sample.phrases[1].instances and [k for k,
+        _ in sample.notes] == ["phrase without instance labels"]
 
 
 def test_random_run_lengths_never_get_past_the_door():
@@ -330,20 +347,24 @@ def test_random_run_lengths_never_get_past_the_door():
 def test_pictures_without_instances_go_through(tiny):
     from esam3.data.samples import ImageSample
     empty = ImageSample("empty", np.zeros((96, 128, 3), np.uint8), np.zeros((0, 96, 128), bool))
-    batch = collate_images([augment(empty, rng_at(0, 0), short=(96, 128), crop=128), Sa1b(tiny / "images.tar").read(0)], 144, 128)
-    assert set(batch.image_index.tolist()) == {1} and len(batch.spaces.rasterise(batch.masks, "student", 32)) == len(batch.image_index)
+    batch = collate_images([augment(empty, rng_at(0, 0), short=(96, 128), crop=128), Sa1b(tiny / "images.tar").read(0)],
+                           144, 128)
+    assert set(batch.image_index.tolist()) == {1} and len(batch.spaces.rasterise(
+        batch.masks, "student", 32)) == len(batch.image_index)
 
 
 def test_clips_without_tracks_go_through(tiny):
     clip = SaV(tiny / "clip").read(0, frames=4)
     clip.annotated[:] = False
     batch = collate_clips([clip], 144, 128)
-    assert len(batch.clip) == 0 and batch.boxes.shape == (0, 4, 4) and batch.coverage("student", 16).shape == (0, 4, 16, 16)
+    assert len(batch.clip) == 0 and batch.boxes.shape == (0, 4, 4) and batch.coverage("student", 16).shape == (0, 4, 16,
+        16)
 
 
 def test_clips_of_different_lengths_are_refused(tiny):
     reader = SaV(tiny / "clip")
-    with pytest.raises(ValueError, match=r"clips of \[4, 5\] frames"): collate_clips([reader.read(0, frames=4), reader.read(1, frames=5)], 144, 128)
+    with pytest.raises(ValueError, match=r"clips of \[4, 5\] frames"):
+        collate_clips([reader.read(0, frames=4), reader.read(1, frames=5)], 144, 128)
 
 
 def test_recipe_without_data_says_what_to_download(monkeypatch, tmp_path):
@@ -377,7 +398,8 @@ def layouts(tmp_path_factory):
              "annotations": [{"id": 5, "video_id": 1, "category_id": 2, "segmentations": found}]}
     (at / "veval.json").write_text(json.dumps(files))
     for f in ("a.mp4", "a_manual.json"): (at / "sav").mkdir(exist_ok=True); shutil.copy(at / f, at / "sav")
-    return {"sav": SaV(at / "sav"), "davis": Davis(at / "davis"), "vos": Vos(at / "vos"), "sav_folders": SaVFolders(at / "val"),
+    return {"sav": SaV(at / "sav"), "davis": Davis(at / "davis"), "vos": Vos(at / "vos"),
+            "sav_folders": SaVFolders(at / "val"),
             "saco_video": SaCoVideo(at / "veval.json", at), "videos": Videos(at / "sav")}
 
 
@@ -387,7 +409,8 @@ def test_at_most_so_many_frames(layouts, name):
     reader, step = layouts[name], 4 if name in ("sav", "saco_video", "videos") else 1
     numbers = lambda *given, **more: [n // step for n in reader.read(0, *given, **more).numbers]
     begin = 0 if name == "videos" else 6
-    assert numbers(most=3) == [begin, begin + 1, begin + 2] and numbers(most=60) == numbers(most=10) == numbers() == [*range(10)]
+    assert numbers(most=3) == [begin, begin + 1, begin
+                               + 2] and numbers(most=60) == numbers(most=10) == numbers() == [*range(10)]
     assert numbers(most=6) == ([*range(6)] if name == "videos" else [6, 7, 8, 9]), "what begins late ends early"
     assert numbers(most=2, frames=4)[-1] - numbers(most=2, frames=4)[0] == 3 and numbers(most=3, start=8) == [8, 9]
     assert {len(numbers(rng_at(0, k), most=3)) for k in range(9)} == {3}
@@ -397,7 +420,8 @@ def test_at_most_so_many_frames(layouts, name):
 def test_short_clips_are_no_damage(layouts, name):
     with pytest.raises(TooShort, match="10 annotated frames, 11 asked for"): layouts[name].read(0, frames=11)
     if name not in ("saco_video", "videos"):
-        with pytest.raises(TooShort, match="no (masklet|object) in frames 1–3"): layouts[name].read(0, frames=3, start=1)
+        with pytest.raises(TooShort, match="no (masklet|object) in frames 1–3"):
+            layouts[name].read(0, frames=3, start=1)
 
 
 def test_what_was_drawn_is_counted_by_kind(tiny, tmp_path):
@@ -406,7 +430,8 @@ def test_what_was_drawn_is_counted_by_kind(tiny, tmp_path):
     (tmp_path / "toy_000000_manual.json").write_text("{")
     for k in (1, 2, 3): edit(tmp_path / f"toy_{k:06d}_manual.json", lambda r: r.update(masklet=r["masklet"][:3]))
     batches = [collate_clips(draw(SaV(tmp_path), 0, step, batch=3, frames=4), 144, 128) for step in range(8)]
-    kinds = {k: {d.split(":")[0] for b in batches for kind, d in b.notes if kind == k} for k in ("skipped", "too short")}
+    kinds = {k: {d.split(":")[0] for b in batches for kind, d in b.notes if kind == k}
+             for k in ("skipped", "too short")}
     assert kinds == {"skipped": {"toy_000000_manual.json"}, "too short": {f"toy_{k:06d}" for k in (1, 2, 3)}}
     assert all(len(b.names) == 3 and {*b.names} <= {"toy_000004", "toy_000005"} for b in batches)
     with pytest.raises(BadSample, match=r"20 samples in a row .*the last \((skipped|too short)\): toy_\d+"):
@@ -416,14 +441,16 @@ def test_what_was_drawn_is_counted_by_kind(tiny, tmp_path):
 # ---- one augmentation a clip, and what becomes of tracks and phrases
 
 def clip_of(*seen: str, phrases=(), size=(40, 56)) -> ClipSample:
-    "A clip whose track k is drawn as a stripe in the frames marked 1 in `seen[k]`, its frames grey noise; `?`: not annotated."
+    """A clip whose track k is drawn as a stripe in the frames marked 1 in `seen[k]`, its frames grey noise; `?`: not
+    annotated."""
     n, length = len(seen), len(seen[0])
     masks = np.zeros((n, length, *size), bool)
     for k, row in enumerate(seen):
         for t, c in enumerate(row): masks[k, t, 4:30, 6 * k + 2:6 * k + 7] = c == "1"
     frames = np.random.default_rng(0).integers(0, 256, (length, *size, 3), dtype=np.uint8)
     annotated = np.array([[c != "?" for c in row] for row in seen]).reshape(n, length)
-    return ClipSample("clip", frames, masks, annotated, [10 + k for k in range(n)], [4 * t for t in range(length)], [*phrases])
+    return ClipSample("clip", frames, masks, annotated, [10 + k for k in range(n)], [4 * t for t in range(length)],
+                      [*phrases])
 
 
 SMALL = {"short": (40, 64), "crop": 48}
@@ -479,7 +506,8 @@ PHRASES = [Phrase("zero", (0,)), Phrase("zero and late", (0, 1)), Phrase("late",
 def test_phrases_of_tracks_that_were_not_chosen_are_left_out(late, tracks, step):
     "They are still in sight: a negative would be a lie, and so would the rest of them."
     clip = clip_of("1111", "0011", "1111", "1010", "1111", phrases=PHRASES)
-    batch = collate_clips([clip_of("1111"), clip], 144, 128, tracks=tracks, late=late, rngs=[rng_at(0, step, k) for k in (0, 1)])
+    batch = collate_clips([clip_of("1111"), clip], 144, 128, tracks=tracks, late=late,
+                          rngs=[rng_at(0, step, k) for k in (0, 1)])
     mine = [i - 10 for i, b in zip(batch.ids, batch.clip) if b == 1]
     numbers = dict(enumerate(mine, start=int((batch.clip == 0).sum())))
     assert len(mine) == min(tracks or 9, 5 if late == "keep" else 4) and batch.phrases[0] == []
@@ -498,7 +526,8 @@ def test_whole_phrases_are_chosen_first(step):
 
 def test_pictures_with_phrases_keep_all_instances():
     masks = clip_of(*["1"] * 5).masks[:, 0]
-    talking, silent = (ImageSample(str(k), np.zeros((40, 56, 3), np.uint8), masks, ps) for k, ps in enumerate((PHRASES, [])))
+    talking, silent = (ImageSample(str(k), np.zeros((40, 56, 3), np.uint8), masks, ps) for k,
+                       ps in enumerate((PHRASES, [])))
     batch = collate_images([silent, talking], 144, 128, max_instances=2, rngs=[rng_at(0, 0, k) for k in (0, 1)])
     assert batch.image_index.tolist() == [0, 0] + [1] * 5
     assert batch.phrases == [[], [p._replace(instances=tuple(i + 2 for i in p.instances)) for p in PHRASES]]
@@ -513,7 +542,8 @@ def test_one_frame_of_each_clip():
     for b, t, seen in ((0, 1, [0, 2, 4]), (1, 2, [0, 1, 2, 3])):
         assert (one.masks[b].numpy() == clip.masks[seen, t]).all() and (one.images[b] == clip.frames[t]).all()
         assert np.array_equal(one.boxes[one.image_index == b], boxes_of(clip.masks[seen, t]))
-        for pixels in ("student_pixels", "teacher_pixels"): assert getattr(one, pixels)[b].equal(getattr(batch, pixels)[4 * b + t])
+        for pixels in ("student_pixels", "teacher_pixels"):
+            assert getattr(one, pixels)[b].equal(getattr(batch, pixels)[4 * b + t])
     assert one.spaces.sizes.tolist() == [[40, 56]] * 2 and one.points.shape == (7, 2)
     assert one.points.dtype == one.boxes.dtype == torch.float32
     assert one.phrases[0] == [Phrase("zero", (0,)), Phrase("zero and late", (0,)), Phrase("late", (), "easy"),
@@ -532,14 +562,17 @@ def test_batches_of_nothing_are_float32(tiny):
     clip.notes.append(("too short", "z: 1 frame"))
     images, clips = collate_images([image, image], 144, 128), collate_clips([clip, clip], 144, 128)
     single = frame_batch(clips, [0, 1])
-    assert images.notes == image.notes * 2 and clips.notes == clip.notes * 2 and len(images.names) == len(clips.names) == 2
+    assert (images.notes == image.notes * 2 and clips.notes == clip.notes * 2
+            and len(images.names) == len(clips.names) == 2)
     for b in (images, clips, single):
         assert {x.dtype for x in (b.boxes, b.points, b.teacher_pixels, b.student_pixels)} == {torch.float32}
         assert {m.dtype for m in b.masks} == {torch.bool}
         assert b.boxes.shape in ((0, 4), (0, 2, 4)) and b.points.shape == (0, 2)
-    assert clips.visible.shape == (0, 2) and clips.first.dtype == clips.clip.dtype == images.image_index.dtype == torch.int64
+    assert clips.visible.shape == (0,
+                                   2) and clips.first.dtype == clips.clip.dtype == images.image_index.dtype == torch.int64
     full = collate_images([Sa1b(tiny / "images.tar").read(0)], 144, 128)
-    assert full.boxes.dtype == full.points.dtype == full.student_pixels.dtype == full.teacher_pixels.dtype == torch.float32
+    assert (
+        full.boxes.dtype == full.points.dtype == full.student_pixels.dtype == full.teacher_pixels.dtype == torch.float32)
 
 
 def test_videos_without_annotation_are_augmented(tiny):
@@ -554,8 +587,12 @@ def test_recipe_opens_real_davis(monkeypatch, tmp_path):
     assert open_dataset("davis", "held_out").read(0, frames=1).ids == [1]
 
 
-@pytest.mark.parametrize("text, said", [("splits: {}", "no `root`"), ("root: x\nsplits: {train: {images: {path: y}}}", "no `format`"), ("root: [", "not YAML"),
-                                        ("- 1", "expected lines"), ("root: x\nsplits: {train: {images: {format: sa1b, pth: y}}}", "did you mean 'path'"),
+@pytest.mark.parametrize("text, said", [("splits: {}", "no `root`"),
+                                        ("root: x\nsplits: {train: {images: {path: y}}}", "no `format`"),
+                                        ("root: [", "not YAML"),
+                                        ("- 1", "expected lines"),
+                                        ("root: x\nsplits: {train: {images: {format: sa1b, pth: y}}}",
+                                         "did you mean 'path'"),
                                         ("root: x\nsplits: {train: {clips: {format: davis}}}", "needs `path`")])
 def test_recipe_slips(tmp_path, text, said):
     (tmp_path / "mine.yaml").write_text(text)
@@ -566,7 +603,8 @@ def test_recipe_slips(tmp_path, text, said):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_masks_are_seen_as_torchvision_moves_them(seed):
-    "Run lengths looked at through an augmentation are the masks that `v2` would have resized, cropped and mirrored with the same chance."
+    """Run lengths looked at through an augmentation are the masks that `v2` would have resized, cropped and mirrored
+    with the same chance."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
     rng = np.random.default_rng(seed)
@@ -580,15 +618,18 @@ def test_masks_are_seen_as_torchvision_moves_them(seed):
     ours = augment(sample, rng_at(0, seed), short=(30, 90), crop=64, jitter=0.2)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(rng_at(0, seed).integers(2**63)))
-        pair = tv_tensors.Image(torch.from_numpy(sample.image).movedim(-1, 0)), tv_tensors.Mask(torch.from_numpy(masks).byte())
+        pair = tv_tensors.Image(torch.from_numpy(sample.image).movedim(-1, 0)), tv_tensors.Mask(torch.from_numpy(
+            masks).byte())
         pair = v2.RandomShortestSize(list(range(30, 91)))(*pair)
         size = tuple(min(n, 64) for n in pair[0].shape[-2:])
-        image, moved = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5), v2.ColorJitter(0.2, 0.2, 0.2)])(*pair)
+        image, moved = v2.Compose([v2.RandomCrop(size), v2.RandomHorizontalFlip(0.5), v2.ColorJitter(
+            0.2, 0.2, 0.2)])(*pair)
     there = moved.any(2).any(1)
     assert (ours.image == image.movedim(0, -1).numpy()).all()
     assert (np.asarray(ours.masks) == moved[there].bool().numpy()).all() and len(ours.masks) == int(there.sum())
     dense = augment(ImageSample("a", sample.image, masks), rng_at(0, seed), short=(30, 90), crop=64, jitter=0.2)
-    assert (dense.masks == np.asarray(ours.masks)).all() and np.array_equal(dense.boxes, ours.boxes) and np.array_equal(dense.points, ours.points)
+    assert (dense.masks == np.asarray(ours.masks)).all() and np.array_equal(dense.boxes,
+        ours.boxes) and np.array_equal(dense.points, ours.points)
 
 
 def test_hue_turns_colours_and_keeps_greys():
@@ -600,5 +641,6 @@ def test_hue_turns_colours_and_keeps_greys():
     there = turned_hue(mild, 1 / 3)
     luma = lambda x: (x.float() * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(-3)
     assert there.shape == mild.shape and there.dtype == torch.uint8 and (luma(there) - luma(mild)).abs().max() <= 1.5
-    assert (turned_hue(there, -1 / 3).int() - mild.int()).abs().max() <= 3 and (there.int() - mild.int()).abs().float().mean() > 10
+    assert (turned_hue(there, -1 / 3).int() - mild.int()).abs().max() <= 3 and (there.int()
+        - mild.int()).abs().float().mean() > 10
     assert (turned_hue(mild, 0.02).float() - v2.functional.adjust_hue(mild, 0.02).float()).abs().mean() < 4

@@ -140,7 +140,8 @@ def test_one_clip_with_hidden_truth_among_others(tmp_path):
     assert len(list((folder / "clips/mask/masks/hidden").glob("*.png"))) == 6
     first = {"clips": {"format": "vos", "path": ".", "truth": "first"}}
     rows, _ = scored(tmp_path, tmp_path / "data", "mask,visible", first)
-    assert all(r["scores"] == {} and r["unscored"] == 2 for r in rows.values()), "with another `truth` the answers are made anew"
+    assert all(r["scores"] == {} and r["unscored"] == 2
+               for r in rows.values()), "with another `truth` the answers are made anew"
 
 
 def test_what_nobody_marked_is_not_absent(tmp_path, tiny, teacher):
@@ -173,7 +174,8 @@ def test_a_bad_clip_costs_itself(tmp_path):
     (data / "Annotations" / ".DS_Store").mkdir()
     rows, folder = scored(tmp_path, data, "mask,visible")
     said = found_in(folder, "why")
-    assert [rows["mask"][k] for k in ("samples", "skipped", "unscored")] == [5, 0, 3] and rows["mask"]["scores"]["J"] > 0.5
+    assert [rows["mask"][k] for k in ("samples", "skipped", "unscored")] == [5, 0,
+        3] and rows["mask"]["scores"]["J"] > 0.5
     assert [s.split(":")[0] for s in said] == ["late", "one", "two"] and "last two frames" in said[0], said
     assert str(tmp_path) not in "".join(said) and "/tmp" not in "".join(said)
     shutil.rmtree(folder / "clips/mask/masks/good")
@@ -243,7 +245,8 @@ def test_255_beside_other_ids_is_void_in_any_frame(tmp_path):
 def test_predictions_of_another_size(tmp_path):
     "A pixel narrower is resized and said; another shape is an error that names the file."
     for t in range(4):
-        for side, width in (("true", 300), ("said", 299)): mask(tmp_path / side / f"c/{t}.png", (1, 20, 40), size=(200, width))
+        for side, width in (("true", 300), ("said", 299)):
+            mask(tmp_path / side / f"c/{t}.png", (1, 20, 40), size=(200, width))
     with pytest.warns(UserWarning, match="299×200 → 300×200"): found = davis(tmp_path / "true", tmp_path / "said")
     assert found["J"] > 0.9
     mask(tmp_path / "said/c/1.png", (1, 20, 40), size=(100, 300))
@@ -260,7 +263,8 @@ def test_objects_in_folders(tmp_path):
     assert rows["mask"]["scores"]["J"] > 0.5 and rows["mask"]["unscored"] == 0
     told, truth = folder / "clips/mask/masks/c", folder / "clips/truth/c"
     assert sorted(p.name for p in told.iterdir()) == ["300", "7"], "as the benchmark calls them"
-    assert [len(list((truth / k).iterdir())) for k in ("7", "300")] == [5, 4], "a frame without a mask file says nothing"
+    assert [len(list((truth / k).iterdir())) for k in ("7", "300")] == [5,
+        4], "a frame without a mask file says nothing"
     assert {(c, k) for _, c, k in cases(folder, "clips", "mask")} == {("c", "7"), ("c", "300")}
     assert read_clip(told).keys() == {7, 300}
 
@@ -311,7 +315,8 @@ def test_a_repaired_sample_is_asked_again(tmp_path, monkeypatch, capsys):
     assert not asked, "still broken"
     frame.write_bytes(whole)
     again, folder = scored(tmp_path, tmp_path / "data")
-    assert asked == ["b"] and (again["mask"]["samples"], again["mask"]["skipped"]) == (3, 0) and not found_in(folder, "why")
+    assert asked == ["b"] and (again["mask"]["samples"], again["mask"]["skipped"]) == (3, 0) and not found_in(folder,
+        "why")
     assert "changed" in capsys.readouterr().out and len(read_rows(tmp_path / "runs" / "results.jsonl")) == 2
     mask(tmp_path / "data/Annotations/c/00002.png", (1, 4, 4))
     third, _ = scored(tmp_path, tmp_path / "data")
@@ -356,7 +361,8 @@ def test_a_pair_twice_is_a_pair_twice(tmp_path, tiny, real_files, teacher):
     assert found["two"] == pytest.approx(found["one"], abs=1e-4) and found["two said"] == 2 * found["one said"]
     lenders = lending(reader)
     own = {p["id"]: name for name, pairs in reader.pairs.items() for p in pairs}
-    assert lenders and all(reader.names[i] == own[k] != own[pair] for pair, (i, k) in lenders.items()), "of another image"
+    assert lenders and all(reader.names[i] == own[k] != own[pair] for pair,
+                           (i, k) in lenders.items()), "of another image"
     units = concept_scores._units(reader, range(2), as_batch(teacher, [reader.read(k) for k in range(2)]))
     assert len(units) > 4 and all(p.pair == pair["id"] for _, pair, p in units)
     pair, (i, lender) = next(iter(lenders.items()))
@@ -451,11 +457,13 @@ def test_no_clip_of_masks_is_drawn_at_once(tmp_path, monkeypatch):
     one = np.zeros((h, w), bool); one[4:20, 6:30] = True
     masks = RunMasks(np.array([[RunMasks.of(one[None]).rle(0)] * t] * n, object), (h, w))
     phrases = [Phrase(f"phrase {k}", (k,), pair=k) for k in range(n)]
-    sample = ClipSample("c", np.zeros((t, h, w, 3), np.uint8), masks, np.ones((n, t), bool), [*range(n)], [*range(t)], phrases)
+    sample = ClipSample("c", np.zeros((t, h, w, 3), np.uint8), masks, np.ones((n, t), bool), [*range(n)], [*range(t)],
+                        phrases)
     reader = SimpleNamespace(read=lambda *_, **__: sample, digest="x", names=["c"], videos=[{"id": 0}])
     task = Task(None, reader, "clips", tmp_path)
     dense, small = n * t * h * w, np.full((n, h, w), np.float32(-5))
-    monkeypatch.setattr(module, "follow", lambda model, sample, names, seed: (dict.fromkeys(names, small) for _ in range(t)))
+    monkeypatch.setattr(module, "follow", lambda model, sample, names,
+                        seed: (dict.fromkeys(names, small) for _ in range(t)))
     used = peak(lambda: of_clip(task, range(1), ["mask", "visible"]))
     assert used < dense / 5, f"{used / dense:.2f} of the dense masks"
     followed = lambda model, images, asked: [Followed(str(c), k, 0.9, masks[k % n], k) for k, c in enumerate(asked)]

@@ -1,4 +1,5 @@
-"Teacher and student side by side on real files. A toy teacher knows nothing of them: what is tested is that every mask comes out finite and at the size of its image."
+"""Teacher and student side by side on real files. A toy teacher knows nothing of them: what is tested is that every
+mask comes out finite and at the size of its image."""
 import numpy as np
 import pytest
 import torch
@@ -25,7 +26,8 @@ def compared(models, sample: ClipSample, kind: str, path) -> tuple[ClipBatch, di
     batch = collate_clips([sample], models["teacher"].image_size, models["student"].image_size, late="keep")
     found = compare(models["teacher"], models["student"], batch, kind)
     length = len(sample.frames)
-    masks = {who: torch.stack([batch.spaces.to_source(found[who][:, t], who, t) for t in range(length)], 1) for who in models}
+    masks = {who: torch.stack([batch.spaces.to_source(found[who][:, t], who, t) for t in range(length)], 1)
+             for who in models}
     for who, of in masks.items():
         assert of.shape == (len(batch.ids), *sample.frames.shape[:3]) and of.isfinite().all(), who
     shown = {"truth": sample.masks[0], **{who: of[0].numpy() for who, of in masks.items()}}
@@ -40,12 +42,14 @@ def test_a_box_in_a_home_video(models, real_files, tmp_path):
     masks = np.zeros((1, *frames.shape[:3]), bool)
     masks[0, 0, 120:430, 580:760] = True
     known = np.array([[True] + [False] * 5])
-    batch, found = compared(models, ClipSample("bedroom", frames, masks, known, [1], list(range(0, 60, 10))), "box", tmp_path / "bedroom.png")
+    batch, found = compared(models, ClipSample("bedroom", frames, masks, known, [1], list(range(0, 60, 10))), "box",
+                            tmp_path / "bedroom.png")
     assert batch.boxes[0, 0].tolist() == [580, 120, 760, 430] and frames.shape == (6, 540, 960, 3)
 
 
 def test_sparse_masks_of_a_davis_clip(models, real_files, tmp_path):
-    "Eight frames; object 2 appears in frame 5 with a mask that is a pixel narrower than its image, and is prompted there."
+    """Eight frames; object 2 appears in frame 5 with a mask that is a pixel narrower than its image, and is prompted
+    there."""
     sample = Davis(real_files / "davis").read(0, frames=8)
     assert sample.frames.shape == (8, 480, 854, 3) and sample.ids == [1, 2]
     assert any("853" in what for _, what in sample.notes), sample.notes
@@ -53,7 +57,10 @@ def test_sparse_masks_of_a_davis_clip(models, real_files, tmp_path):
     assert batch.first.tolist() == [0, 5]
     iou = lambda a, b: (a & b).sum() / (a | b).sum()
     for who, of in found.items():
-        assert torch.allclose(of[1, :5], torch.tensor(NO_OBJECT)) and (of[1, 5] > NO_OBJECT + 1).any(), "nothing is said of a track before it begins"
+        assert torch.allclose(of[1, :5], torch.tensor(NO_OBJECT)) and (of[1, 5] > NO_OBJECT
+            + 1).any(), "nothing is said of a track before it begins"
         cells = batch.coverage(who, 4 * models[who].grid)[1, 5] - 0.5
         held = batch.spaces.to_source(cells[None], who, 5)[0] > 0  # what of the mask the model's cells can hold
-        assert iou(of[1, 5] > 0, held) > 0.9 and iou(of[1, 5] > 0, torch.from_numpy(sample.masks[1, 5])) > 0.5, "the given mask is kept on its frame"
+        assert iou(of[1, 5] > 0, held) > 0.9 and iou(of[1, 5] > 0,
+                                                     torch.from_numpy(sample.masks[1, 5])) > 0.5, ("the given mask is "
+                                                         "kept on its frame")

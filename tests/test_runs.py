@@ -1,4 +1,5 @@
-"A run from outside: what it saves and when, what it accepts, what it reports; and that the saved student is the one that was trained."
+"""A run from outside: what it saves and when, what it accepts, what it reports; and that the saved student is the one
+that was trained."""
 import json
 import shutil
 import subprocess
@@ -41,24 +42,29 @@ def first(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def second(first, tmp_path_factory) -> Path:
     "Stage 2 after it."
-    return run_stage2("es-ev-s", "tiny", student=str(first / "student"), runs=str(tmp_path_factory.mktemp("second")), **FEW_CLIPS)
+    return run_stage2("es-ev-s", "tiny", student=str(first / "student"), runs=str(tmp_path_factory.mktemp("second")),
+                      **FEW_CLIPS)
 
 
 # ---- row 5: the student first; an evaluation that is bounded, resumable, and can be made up
 
 def test_a_crash_in_the_evaluation_leaves_the_student(tmp_path, monkeypatch):
-    "The next stage takes it; the same command makes the evaluation up without a step of training, and skips what was scored before the crash."
+    """The next stage takes it; the same command makes the evaluation up without a step of training, and skips what was
+    scored before the crash."""
     broken, whole = tmp_path / "broken", evaluate.score
     def crash(task, name, limit=0):
         if task.model.space == "student" and name == "point+1": raise RuntimeError("the machine went away")
         return whole(task, name, limit)
     monkeypatch.setattr(evaluate, "score", crash)
-    with pytest.raises(RuntimeError, match="the machine went away"): run_stage1("es-ev-s", "tiny", runs=str(broken), **FEW)
+    with pytest.raises(RuntimeError, match="the machine went away"):
+        run_stage1("es-ev-s", "tiny", runs=str(broken), **FEW)
     folder = broken / "tiny" / "es-ev-s" / "stage1"
     assert (folder / "student" / "model.safetensors").exists() and not (folder / "report.json").exists()
     monkeypatch.setattr(evaluate, "score", whole)
     after = run_stage2("es-ev-s", "tiny", runs=str(broken), steps=1, **FEW_CLIPS)
-    assert report(after)["stage"] == 2 and not (folder / "report.json").exists(), "stage 2 asks for a student, not for its figures"
+    assert report(after)["stage"] == 2 and not (folder
+                                                / "report.json").exists(), ("stage 2 asks for a student, not for its "
+                                                    "figures")
     monkeypatch.setattr(stage1, "fit", lambda *_, **__: pytest.fail("it trained again"))
     answered, asked = [], evaluate.PREDICT["images"]
     monkeypatch.setitem(evaluate.PREDICT, "images", lambda *a: answered.append(a) or asked(*a))
@@ -76,7 +82,10 @@ def test_an_evaluation_is_bounded(first, second):
     assert report(second)["data"]["held_out"] == {"clips": 1}
     usual = limits_of(load_recipe("sa1b"))
     assert (usual.images, usual.instances, usual.clips, usual.frames) == (500, 16, 50, 60)
-    assert limits_of(load_recipe("toy")) == limits_of(load_recipe("toy"), images=0) and limits_of(load_recipe("toy")).clips == 0, "the frozen evaluation is whole"
+    assert limits_of(load_recipe("toy")) == limits_of(load_recipe("toy"),
+                                                      images=0) and limits_of(
+                                                          load_recipe("toy")).clips == 0, ("the frozen evaluation is "
+                                                              "whole")
     assert limits_of(load_recipe("sa1b"), images=7).images == 7
 
 
@@ -90,10 +99,13 @@ def test_clips_of_different_lengths_are_scored(tmp_path, monkeypatch):
     teacher = load_teacher("toy")
     told = clip_scores(teacher, reader, (), count=2)["track"]
     assert 0 <= told["J"] <= 1
-    recipe = {"name": "x", "splits": {"held_out": {"clips": {"format": "sav", "path": "."}}}, "root": str(miniatures() / "sav" / "sav_train" / "sav_000")}
+    recipe = {"name": "x", "splits": {"held_out": {"clips": {"format": "sav", "path": "."}}},
+              "root": str(miniatures() / "sav" / "sav_train" / "sav_000")}
     lengths, follow = [], evaluate.follow
-    monkeypatch.setattr(evaluate, "follow", lambda model, sample, *rest: lengths.append(len(sample.frames)) or follow(model, sample, *rest))
-    found = run_scores(teacher, {**load_recipe("tiny"), **recipe}, tmp_path, {"clips": ("visible",)}, limits_of(recipe, clips=3, frames=5))
+    monkeypatch.setattr(evaluate, "follow", lambda model, sample,
+                        *rest: lengths.append(len(sample.frames)) or follow(model, sample, *rest))
+    found = run_scores(teacher, {**load_recipe("tiny"), **recipe}, tmp_path, {"clips": ("visible",)},
+                       limits_of(recipe, clips=3, frames=5))
     assert sorted(lengths) == [3, 5, 5], "whole where they are shorter"
     assert found["samples"] == {"clips": 3} and found["skipped"] == {"clips": 0}
 
@@ -120,7 +132,8 @@ def test_imagenet_weights_are_had_or_refused(tmp_path, monkeypatch):
     def offline(*_, **__): raise ConnectionError
     monkeypatch.setattr(backbones, "get_session", offline)
     monkeypatch.setattr(backbones, "try_to_load_from_cache", offline)
-    with pytest.raises(OSError, match="no ImageNet weights for efficientvit_b0 .* -p weights random"): run_stage1("es-ev-s", "tiny", weights="imagenet", runs=str(tmp_path))
+    with pytest.raises(OSError, match="no ImageNet weights for efficientvit_b0 .* -p weights random"):
+        run_stage1("es-ev-s", "tiny", weights="imagenet", runs=str(tmp_path))
     assert not list(tmp_path.rglob("student"))
 
 
@@ -136,13 +149,16 @@ def test_unreadable_data_end_the_run(tmp_path):
     data = tmp_path / "data"
     shutil.copytree(toyworld("tiny"), data)
     tar = (data / "images.tar").read_bytes()
-    (data / "images.tar").write_bytes(tar.replace(b"\xff\xd8\xff\xe0", b"\x00\x00\x00\x00", tar.count(b"\xff\xd8\xff\xe0") // 2))
+    (data / "images.tar").write_bytes(tar.replace(b"\xff\xd8\xff\xe0", b"\x00\x00\x00\x00", tar.count(
+        b"\xff\xd8\xff\xe0") // 2))
     recipe = yaml.safe_load((RECIPES / "tiny.yaml").read_text()) | {"name": "half", "root": str(data)}
     del recipe["splits"]["held_out"]
     (tmp_path / "half.yaml").write_text(yaml.safe_dump(recipe))
     from esam3.data.samples import BadSample
-    with pytest.raises(BadSample, match="samples could not be read, more than 1%"): run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=40, runs=str(tmp_path / "runs"))
-    folder = run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=3, runs=str(tmp_path / "more"), sampling="bad: 0.9")
+    with pytest.raises(BadSample, match="samples could not be read, more than 1%"):
+        run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=40, runs=str(tmp_path / "runs"))
+    folder = run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=3, runs=str(tmp_path / "more"),
+                        sampling="bad: 0.9")
     listed = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     assert report(folder)["data"]["samples"]["counts"]["skipped"] == len(listed) > 0 and ".jpg" in listed[0]["detail"]
 
@@ -158,14 +174,16 @@ def test_a_moved_data_folder_is_the_same_run(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe | {"name": "mine", "root": str(tmp_path / name)}))
     folder = run_stage1("es-ev-s", str(tmp_path / "a.yaml"), steps=1, runs=str(tmp_path / "runs"))
     shutil.rmtree(tmp_path / "a")
-    assert run_stage1("es-ev-s", str(tmp_path / "b.yaml"), steps=1, runs=str(tmp_path / "runs")) == folder, "found again elsewhere"
+    assert run_stage1("es-ev-s", str(tmp_path / "b.yaml"), steps=1,
+                      runs=str(tmp_path / "runs")) == folder, "found again elsewhere"
     assert str(tmp_path) not in (folder / "settings.json").read_text()
     tar = tmp_path / "b" / "images.tar"
     tar.rename(tmp_path / "whole.tar")
     import tarfile
     with tarfile.open(tmp_path / "whole.tar") as old, tarfile.open(tar, "w") as new:
         for m in old.getmembers()[2:]: new.addfile(m, old.extractfile(m))
-    with pytest.raises(ValueError, match="data.train.images: '.*' there, '.*' now"): run_stage1("es-ev-s", str(tmp_path / "b.yaml"), steps=1, runs=str(tmp_path / "runs"))
+    with pytest.raises(ValueError, match="data.train.images: '.*' there, '.*' now"):
+        run_stage1("es-ev-s", str(tmp_path / "b.yaml"), steps=1, runs=str(tmp_path / "runs"))
 
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
@@ -222,7 +240,8 @@ def test_a_fresh_process_gives_the_same_answers(stage, first, second, tmp_path):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_student_is_as_large_as_its_parameters(stage, first, second):
     place = {1: first, 2: second}[stage] / "student"
-    size, parameters = (place / "model.safetensors").stat().st_size, sum(4 * p.numel() for p in EfficientSam3.from_pretrained(place).parameters())
+    size, parameters = (place / "model.safetensors").stat().st_size, sum(4 * p.numel()
+        for p in EfficientSam3.from_pretrained(place).parameters())
     assert size <= 1.01 * parameters
     with safe_open(place / "model.safetensors", "pt") as f: assert len({*f.keys()}) == len([*f.keys()])
 
@@ -241,16 +260,20 @@ def test_the_reports_figures_are_those_of_the_evaluation(stage, first, second, t
     monkeypatch.setattr(evaluate, "costs", lambda *_: {})
     folder = {1: first, 2: second}[stage]
     own, bounds = report(folder)["student"], {1: {"limit": 4, "instances": 2}, 2: {"limit": 1, "frames": 4}}[stage]
-    rows = evaluate.evaluate(str(folder / "student"), "tiny", {1: "box, point, point+1", 2: "visible, copy"}[stage], runs=str(tmp_path), **bounds)[1]
+    rows = evaluate.evaluate(str(folder / "student"), "tiny", {1: "box, point, point+1", 2: "visible, copy"}[stage],
+                             runs=str(tmp_path), **bounds)[1]
     told = {r["protocol"]: r["scores"] for r in rows if r["kind"] == {1: "images", 2: "clips"}[stage]}
-    if stage == 1: assert [told[p]["mIoU"] for p in ("box", "point", "point+1")] == [own[k] for k in ("miou_box", "miou_point", "miou_point_refined")]
+    if stage == 1:
+        assert [told[p]["mIoU"] for p in ("box", "point", "point+1")] == [own[k]
+            for k in ("miou_box", "miou_point", "miou_point_refined")]
     else:
         assert {k: told["visible"].get(k) for k in ("J", "F", "J&F", "absent_acc")} == own
         assert report(folder)["controls"]["copy"]["J"] == told["copy"]["J"]
 
 
 def test_whole_clips_are_not_cut_for_a_benchmark(tmp_path):
-    with pytest.raises(ValueError, match="frames=4 cuts clips, and mask is scored by files of whole clips"): evaluate.evaluate("toy", "tiny", "mask", frames=4, runs=str(tmp_path))
+    with pytest.raises(ValueError, match="frames=4 cuts clips, and mask is scored by files of whole clips"):
+        evaluate.evaluate("toy", "tiny", "mask", frames=4, runs=str(tmp_path))
 
 
 # ---- half precision, in all stages
@@ -259,18 +282,24 @@ def test_whole_clips_are_not_cut_for_a_benchmark(tmp_path):
 def test_bf16_runs_and_is_said(stage, first, second, tmp_path):
     from esam3.training.stage3 import run_stage3
     given = {"variant": "es-ev-s", "recipe": "tiny", "precision": "bf16", "steps": 2, "runs": str(tmp_path)}
-    folder = {1: lambda: run_stage1(**given, **FEW), 2: lambda: run_stage2(student=str(first / "student"), **given, **FEW_CLIPS),
-              3: lambda: run_stage3(student=str(second / "student"), **given, **FEW, **FEW_CLIPS | {"warmup_steps": 1})}[stage]()
+    folder = {1: lambda: run_stage1(**given, **FEW), 2: lambda: run_stage2(student=str(first / "student"), **given,
+        **FEW_CLIPS),
+              3: lambda: run_stage3(student=str(second / "student"), **given, **FEW,
+                                    **FEW_CLIPS | {"warmup_steps": 1})}[stage]()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert report(folder)["settings"]["precision"] == "bf16" and len(lines) == 2 and not any("not_finite" in line for line in lines)
+    assert report(folder)["settings"]["precision"] == "bf16" and len(lines) == 2 and not any("not_finite" in line
+        for line in lines)
     kept = torch.load(folder / "state" / "last.pt", weights_only=True)["task"]
     assert {t.dtype for t in kept.values() if t.is_floating_point()} == {torch.float32}, "weights stay what they are"
     if stage == 1:
-        with pytest.raises(ValueError, match="precision: 'bf16' there, 'no' now"): run_stage1(**given | {"precision": "no"}, **FEW)
+        with pytest.raises(ValueError, match="precision: 'bf16' there, 'no' now"):
+            run_stage1(**given | {"precision": "no"}, **FEW)
 
 
 def test_stages_are_told_what_is_theirs(tmp_path):
     "A setting of another stage, and a word that is none, in a call."
-    for run, options, words in ((run_stage1, {"encoder_lr": 1.0}, "setting of stage 3"), (run_stage1, {"read_decay": "linear"}, "setting of stage 2"), (run_stage2, {"thaw": ("detr",)}, "setting of stage 3")):
+    for run, options, words in ((run_stage1, {"encoder_lr": 1.0}, "setting of stage 3"),
+                                (run_stage1, {"read_decay": "linear"}, "setting of stage 2"),
+                                (run_stage2, {"thaw": ("detr",)}, "setting of stage 3")):
         with pytest.raises(ValueError, match=words): run("es-ev-s", "tiny", options=options, runs=str(tmp_path))
     assert not list(tmp_path.iterdir()) and stage2.WARMUP_BATCHES > 0

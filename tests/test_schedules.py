@@ -1,4 +1,5 @@
-"The table of the paper's recipe is held against the code: what it says is what runs, and where the two differ there is a reason."
+"""The table of the paper's recipe is held against the code: what it says is what runs, and where the two differ there
+is a reason."""
 from dataclasses import fields, replace
 
 import pytest
@@ -21,24 +22,30 @@ def test_paper_is_the_papers(row, stage):
 
 
 def test_every_difference_is_in_the_table():
-    "A field in which the schedules differ, from one another or from what a `Schedule` is without being told, has a row."
+    """A field in which the schedules differ, from one another or from what a `Schedule` is without being told, has a
+    row."""
     told = {(row.what, stage) for row, stage in ROWS}
     for stage in (1, 2, 3):
         for f in fields(Schedule):
             if stage not in STAGES_OF[f.name]: continue
             paper, proven, plain = (getattr(s, f.name) for s in (PAPER[stage], PROVEN[stage], Schedule()))
-            if not paper == proven == plain: assert (f.name, stage) in told, f"{f.name} of stage {stage}: paper {paper}, proven {proven}"
+            if not paper == proven == plain:
+                assert (f.name, stage) in told, f"{f.name} of stage {stage}: paper {paper}, proven {proven}"
 
 
 def test_steps_of_an_aid_are_bounded():
-    "No warm-up is as long as an epoch of SA-1B or SA-V: it has a number of steps, and stage 2's goes round a bounded number of batches."
+    """No warm-up is as long as an epoch of SA-1B or SA-V: it has a number of steps, and stage 2's goes round a bounded
+    number of batches."""
     from esam3.training.stage2 import WARMUP_BATCHES
-    assert all(PROVEN[s].warmup_steps <= 1000 for s in (2, 3)) and PAPER[2].warmup_steps == PAPER[3].warmup_steps == 0 and WARMUP_BATCHES <= 1000
+    assert all(PROVEN[s].warmup_steps <= 1000 for s in (2,
+                                                        3)) and PAPER[2].warmup_steps == PAPER[
+                                                            3].warmup_steps == 0 and WARMUP_BATCHES <= 1000
 
 
 def test_recipes_name_their_schedule():
     shipped = {p.stem: load_recipe(p.stem)["schedule"] for p in RECIPES.glob("*.yaml")}
-    assert set(NAMES) == set(SCHEDULES) and {k for k, v in shipped.items() if v == "proven"} == {"toy", "toy_hour", "tiny"}
+    assert set(NAMES) == set(SCHEDULES) and {k for k, v in shipped.items() if v == "proven"} == {"toy", "toy_hour",
+        "tiny"}
 
 
 FOREIGN = [(k, s) for k, stages in STAGES_OF.items() for s in (1, 2, 3) if s not in stages]
@@ -47,8 +54,10 @@ FOREIGN = [(k, s) for k, stages in STAGES_OF.items() for s in (1, 2, 3) if s not
 @pytest.mark.parametrize("name, stage", FOREIGN, ids=[f"{k}-{s}" for k, s in FOREIGN])
 def test_settings_of_other_stages_are_refused(name, stage):
     "In a recipe and in a call, also where they are 0."
-    with pytest.raises(ValueError, match=f"'{name}' is a setting of stage"): schedule_for(stage, {"name": "x", "stages": {stage: {"steps": 1, name: 0}}})
-    with pytest.raises(ValueError, match=f"'{name}' is a setting of stage"): schedule_for(stage, {"name": "x"}, {name: 0}, steps=1)
+    with pytest.raises(ValueError, match=f"'{name}' is a setting of stage"):
+        schedule_for(stage, {"name": "x", "stages": {stage: {"steps": 1, name: 0}}})
+    with pytest.raises(ValueError, match=f"'{name}' is a setting of stage"):
+        schedule_for(stage, {"name": "x"}, {name: 0}, steps=1)
 
 
 def test_whose_word_counts():
@@ -56,11 +65,13 @@ def test_whose_word_counts():
     recipe = {"name": "x", "schedule": "proven", "stages": {1: {"steps": 5, "max_norm": 7.0}}}
     assert schedule_for(1, recipe) == replace(PROVEN[1], steps=5, max_norm=7.0)
     assert schedule_for(1, recipe, schedule="paper") == replace(PAPER[1], steps=5, max_norm=7.0)
-    assert schedule_for(1, recipe, {"max_norm": 0.0}, schedule="paper", lr=1.0) == replace(PAPER[1], steps=5, max_norm=0.0, lr=1.0)
+    assert schedule_for(1, recipe, {"max_norm": 0.0}, schedule="paper", lr=1.0) == replace(PAPER[1], steps=5,
+        max_norm=0.0, lr=1.0)
     with pytest.raises(ValueError, match="did you mean 'paper'"): schedule_for(1, recipe, schedule="papr")
 
 
-@pytest.mark.parametrize("ranks, micro, fits", [(1, 64, True), (1, 0, True), (8, 1, True), (6, 0, False), (4, 3, False)])
+@pytest.mark.parametrize("ranks, micro, fits", [(1, 64, True), (1, 0, True), (8, 1, True), (6, 0, False),
+                                                (4, 3, False)])
 def test_batches_divide_or_are_refused(ranks, micro, fits):
     "64 on 6 ranks used to be 60."
     s = Schedule(batch_size=64, micro_batch=micro)

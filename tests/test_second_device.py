@@ -176,7 +176,8 @@ def test_average_left_on_the_cpu_raises(tmp_path):
         task = Line(2, 1).to(DEVICE)
         groups = [{"name": "line", "params": [*task.parameters()], "lr": 0.1, "weight_decay": 0.0}]
         schedule = Schedule(steps=3, batch_size=1, lr=0.1, ema=0.9)
-        fit(task, Made(lambda part: chance(part, 4, 2).to(DEVICE)), groups, schedule, tmp_path / name, 0, every=1, stop=stop)
+        fit(task, Made(lambda part: chance(part, 4, 2).to(DEVICE)), groups, schedule, tmp_path / name, 0, every=1,
+            stop=stop)
         return task
     load = esam3.training.loop.load_state
     def left_behind(*args):

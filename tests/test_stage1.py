@@ -1,4 +1,5 @@
-"Stage 1 from cached features does what it does live, goes on after a kill, and leaves out the losses that it is told to."
+"""Stage 1 from cached features does what it does live, goes on after a kill, and leaves out the losses that it is told
+to."""
 import json
 from dataclasses import replace
 from functools import lru_cache
@@ -50,34 +51,44 @@ def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
     teacher, student = networks()
     with torch.no_grad():
         teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
-        out = {"features": schedule.lambda1 * feature_errors((*student_features.detector, *student_features.tracker), *warp_features(teacher_features, batch, student_features)).mean()}
+        out = {"features": schedule.lambda1 * feature_errors((*student_features.detector, *student_features.tracker),
+                                                             *warp_features(teacher_features, batch,
+                                                                 student_features)).mean()}
         truth = batch.spaces.rasterise(batch.masks, "student", 4 * student.grid)
         valid = batch.spaces.valid("student", truth.shape[-1], batch.image_index)
         chance = prompt_chances(batch, schedule.refinements)
         for rows, prompts in sample_prompts(batch, chance[:, 0]):
             for round in range(schedule.refinements + 1):
                 t, s = prompt_both(teacher, student, teacher_features, student_features, batch, prompts)
-                terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows], schedule.temperature, schedule.focal).mean()}
-                for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows], focal=schedule.focal).items(): terms[f"task {k}"] = v
+                terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows], schedule.temperature,
+                    schedule.focal).mean()}
+                for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows],
+                                       focal=schedule.focal).items():
+                    terms[f"task {k}"] = v
                 for k, v in terms.items(): out[k] = out.get(k, 0) + len(rows) / len(truth) * v
-                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.spaces, chance=chance[rows, 1 + round])
+                if round < schedule.refinements:
+                    prompts = refine(prompts, t.best()[0], s.best()[0], batch.spaces, chance=chance[rows, 1 + round])
     return out
 
 
-@pytest.mark.parametrize("schedule", [Schedule(), Schedule(lambda1=4.0, lambda2=0.5, refinements=2, temperature=1.0, focal=20.0), Schedule(checkpoint=1)], ids=["default", "other weights", "recomputed"])
+@pytest.mark.parametrize("schedule", [Schedule(),
+                                      Schedule(lambda1=4.0, lambda2=0.5, refinements=2, temperature=1.0, focal=20.0),
+                                      Schedule(checkpoint=1)], ids=["default", "other weights", "recomputed"])
 def test_default_losses_are_the_method_alone(batch, schedule):
     found, expected = losses(batch, schedule), by_hand(batch, schedule)
     assert list(found) == list(expected) == ["features", "distill", "task mask", "task iou", "task score"]
     for k in expected: torch.testing.assert_close(found[k], expected[k], rtol=1e-5, atol=1e-7, msg=k)
 
 
-def gradients(schedule: Schedule, batch: ImageBatch, whole: dict | None = None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def gradients(schedule: Schedule, batch: ImageBatch, whole: dict
+              | None = None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     "Losses of a step or a part of it, and gradients, with the batch norms at rest."
     teacher, student = networks()
     student.zero_grad()
     terms = Stage1(teacher, student, schedule)(batch, whole)
     sum(terms.values()).backward()
-    return {k: v.detach() for k, v in terms.items()}, {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+    return {k: v.detach() for k, v in terms.items()}, {n: p.grad.clone() for n,
+                                                       p in student.named_parameters() if p.grad is not None}
 
 
 def nothing(grads: dict[str, torch.Tensor]) -> float:
@@ -85,7 +96,8 @@ def nothing(grads: dict[str, torch.Tensor]) -> float:
     return 1e-6 * max(float(g.abs().max()) for g in grads.values())
 
 
-OPTIONS = {"default": {}, "two rounds": {"refinements": 2, "temperature": 1.0, "focal": 20.0, "map_weights": (3, 0, 1, 0, 0, 1)},
+OPTIONS = {"default": {}, "two rounds": {"refinements": 2, "temperature": 1.0, "focal": 20.0,
+                                         "map_weights": (3, 0, 1, 0, 0, 1)},
            "deepest": {"corrective": "deepest", "map_terms": ("attention", "relational"), "lambda2": 0.5}}
 
 
@@ -103,17 +115,23 @@ def test_parts_add_up_to_the_step(batch, case):
     assert whole == {"images": 4, "instances": len(batch.image_index)}
     for count in (2, 4):
         parts = [part_of(batch, schedule, Part(0, k, count)) for k in range(count)]
-        assert len({len(p.image_index) for p in parts}) > 1, "parts of unequal numbers of instances: a mean of means would be another"
+        assert len({len(p.image_index)
+                    for p in parts}) > 1, "parts of unequal numbers of instances: a mean of means would be another"
         assert {k: sum(task.counts(p)[k] for p in parts) for k in whole} == whole
         found = [gradients(schedule, p, whole) for p in parts]
-        for k, v in losses.items(): torch.testing.assert_close(sum(f[0][k] for f in found), v, rtol=1e-5, atol=1e-7, msg=k)
+        for k, v in losses.items():
+            torch.testing.assert_close(sum(f[0][k] for f in found), v, rtol=1e-5, atol=1e-7, msg=k)
         for n, g in grads.items():
-            torch.testing.assert_close(sum(f[1][n] for f in found if n in f[1]), g, rtol=1e-3, atol=nothing(grads), msg=n)
+            torch.testing.assert_close(sum(f[1][n] for f in found if n in f[1]), g, rtol=1e-3, atol=nothing(grads),
+                                       msg=n)
 
 
 def test_whole_may_lie_on_the_device(batch):
     task = Stage1(*networks(), Schedule())
-    with torch.no_grad(): said, told = task(batch, task.counts(batch)), task(batch, {k: torch.tensor(float(v)) for k, v in task.counts(batch).items()})
+    with torch.no_grad():
+        said, told = task(batch, task.counts(batch)), task(batch,
+                                                           {k: torch.tensor(float(v)) for k,
+                                                            v in task.counts(batch).items()})
     for k in said: torch.testing.assert_close(said[k], told[k])
 
 
@@ -130,7 +148,8 @@ def test_chance_is_the_pictures_own(batch):
     assert torch.equal(torch.get_rng_state(), drawn), "nothing is drawn from the process's generator"
     bare = replace(batch, seeds=[])
     assert torch.equal(prompt_chances(bare, 2), prompt_chances(replace(batch, seeds=[0, 1, 2, 3]), 2))
-    assert not torch.equal(prompt_chances(bare), prompt_chances(batch)) and losses(bare, Schedule()).keys() == losses(batch, Schedule()).keys()
+    assert not torch.equal(prompt_chances(bare), prompt_chances(batch)) and losses(bare,
+        Schedule()).keys() == losses(batch, Schedule()).keys()
 
 
 def test_checkpointing_changes_nothing(batch):
@@ -138,16 +157,22 @@ def test_checkpointing_changes_nothing(batch):
     def kept(schedule: Schedule) -> int:
         "Bytes that the forward pass keeps for the backward pass, the encoder's and parameters apart."
         teacher, student = networks()
-        with torch.no_grad(): student_features, teacher_features = student.encode(batch.student_pixels), teacher.encode(batch.teacher_pixels)
-        owned = {t.untyped_storage().data_ptr() for t in (*student.state_dict().values(), *student_features.tracker, *student_features.detector)}
+        with torch.no_grad():
+            student_features, teacher_features = (student.encode(batch.student_pixels),
+                                                  teacher.encode(batch.teacher_pixels))
+        owned = {t.untyped_storage().data_ptr() for t in (*student.state_dict().values(), *student_features.tracker,
+                                                          *student_features.detector)}
         saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
-        def pack(t: torch.Tensor) -> torch.Tensor: return saved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage()) and t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): terms = stage1.prompt_losses(teacher, student, teacher_features, student_features, batch, schedule)
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            return saved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage()) and t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            terms = stage1.prompt_losses(teacher, student, teacher_features, student_features, batch, schedule)
         assert terms
         return sum(storage.nbytes() for at, storage in saved.items() if at not in owned)
     plain, again = Schedule(refinements=2, checkpoint=0), Schedule(refinements=2, checkpoint=1)
     (a, ga), (b, gb) = gradients(plain, batch), gradients(again, batch)
-    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-6, atol=0) for k in a) and ga.keys() == gb.keys()
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-6, atol=0)
+                                        for k in a) and ga.keys() == gb.keys()
     for n in ga: torch.testing.assert_close(ga[n], gb[n], rtol=1e-3, atol=nothing(ga), msg=n)
     assert kept(again) < 0.1 * kept(plain)
 
@@ -164,16 +189,19 @@ def test_no_host_reads(batch, case):
 
 
 def test_unmarked_instances_share_their_image(batch):
-    "What the teacher finds does not change what losses are divided by, and the image counts as one whatever is found in it: losses keep their size."
+    """What the teacher finds does not change what losses are divided by, and the image counts as one whatever is found
+    in it: losses keep their size."""
     bare = some_instances(batch, torch.zeros(0, dtype=torch.long))
     task = Stage1(*networks(), Schedule(), sampled=5)
-    assert task.counts(bare) == {"images": 4, "instances": 4} and task.counts(batch)["instances"] == len(batch.image_index)
+    assert task.counts(bare) == {"images": 4,
+                                 "instances": 4} and task.counts(batch)["instances"] == len(batch.image_index)
     with torch.no_grad():
         few, many = task(bare), task(bare, {"images": 4, "instances": 8})
         found = task.settle(bare, task.look(bare))
         marked = Stage1(task.teacher, task.student, Schedule())(found)
     assert torch.allclose(few["distill"], 2 * many["distill"])
-    assert len({len(m) for m in found.masks}) > 1 and few["distill"] == pytest.approx(float(marked["distill"]), rel=0.5), "a mean over images, not over instances"
+    assert len({len(m) for m in found.masks}) > 1 and few["distill"] == pytest.approx(float(marked["distill"]),
+        rel=0.5), "a mean over images, not over instances"
     weights = shared_out(found.masks, torch.device("cpu"))
     assert torch.allclose(torch.stack([w.sum() for w in weights.split([len(m) for m in found.masks])]), torch.ones(4))
 
@@ -185,13 +213,16 @@ def test_nothing_to_ask_teaches_nothing(batch):
     task.student.zero_grad()
     terms = task(some_instances(batch, torch.zeros(0, dtype=torch.long)), {"images": 8, "instances": 31})
     sum(terms.values()).backward()
-    assert sum(terms.values()) == 0 and all(p.grad is not None and not p.grad.any() for p in task.student.parameters() if p.requires_grad)
+    assert sum(terms.values()) == 0 and all(p.grad is not None and not p.grad.any() for p in task.student.parameters()
+                                            if p.requires_grad)
 
 
 TASK = {"task mask", "task iou", "task score"}
 SWITCHES = {  # options → the losses that are left
-    "features off": ({"lambda1": 0.0}, {"distill"} | TASK), "masks off": ({"lambda2": 0.0}, {"features"} | TASK), "task off": ({"task": 0.0}, {"features", "distill"}),
-    "features only": ({"lambda2": 0.0, "task": 0.0}, {"features"}), "more": ({"map_terms": ["relational", "contrastive"]}, {"features", "distill", "relational", "contrastive"} | TASK),
+    "features off": ({"lambda1": 0.0}, {"distill"} | TASK), "masks off": ({"lambda2": 0.0}, {"features"} | TASK),
+    "task off": ({"task": 0.0}, {"features", "distill"}),
+    "features only": ({"lambda2": 0.0, "task": 0.0}, {"features"}),
+    "more": ({"map_terms": ["relational", "contrastive"]}, {"features", "distill", "relational", "contrastive"} | TASK),
 }
 
 
@@ -206,21 +237,27 @@ def test_switches_take_losses_away_and_add_them(batch, case):
 def test_weights_and_ways(batch):
     "Every other option changes what it should, and nothing else."
     whole = losses(batch, Schedule())
-    changed = lambda **options: {k for k, v in losses(batch, Schedule(**options)).items() if not torch.equal(v, whole[k])}
+    changed = lambda **options: {k for k, v in losses(batch, Schedule(**options)).items() if not torch.equal(v,
+        whole[k])}
     assert changed(temperature=2.0) == {"distill"} and changed(map_weights=(1, 0, 0, 0, 0, 0)) == {"features"}
-    assert changed(map_weights=(1 / 6,) * 6) <= {"features"} and torch.allclose(losses(batch, Schedule(map_weights=(1 / 6,) * 6))["features"], whole["features"])
+    assert changed(map_weights=(1 / 6,) * 6) <= {"features"} and torch.allclose(losses(batch,
+        Schedule(map_weights=(1 / 6,) * 6))["features"], whole["features"])
     assert changed(corrective="deepest") == {"distill"} | TASK and changed(lambda_maps=3.0) == set()
     half = losses(batch, Schedule(task=0.5))
     for k in TASK: assert torch.allclose(half[k], whole[k] / 2)
     teacher, student = networks()
-    with torch.no_grad(): teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
-    attention = map_terms(["attention"], (*student_features.detector, *student_features.tracker), *warp_features(teacher_features, batch, student_features))["attention"]
+    with torch.no_grad():
+        teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+    attention = map_terms(["attention"], (*student_features.detector, *student_features.tracker),
+                          *warp_features(teacher_features, batch, student_features))["attention"]
     assert torch.equal(losses(batch, Schedule(map_terms=("attention",), lambda_maps=3.0))["attention"], 3 * attention)
 
 
 WRONG = {"lamda1": ({"lamda1": 0.0}, "unknown field of the schedule 'lamda1': did you mean 'lambda1'?"),
-         "map term": ({"map_terms": ["relation"]}, "unknown feature loss 'relation': did you mean 'relational'?.*attention, contrastive"),
-         "corrective": ({"corrective": "deep"}, "did you mean 'deepest'?"), "map weights": ({"map_weights": [1, 2]}, "six numbers, one for each map, not 2"),
+         "map term": ({"map_terms": ["relation"]},
+                      "unknown feature loss 'relation': did you mean 'relational'?.*attention, contrastive"),
+         "corrective": ({"corrective": "deep"}, "did you mean 'deepest'?"),
+         "map weights": ({"map_weights": [1, 2]}, "six numbers, one for each map, not 2"),
          "all off": ({"lambda1": 0.0, "lambda2": 0.0, "task": 0.0}, "nothing to learn from")}
 
 
@@ -232,19 +269,23 @@ def test_wrong_options_are_refused(case, tmp_path):
 
 
 def test_unknown_cache_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown cache 'int4': .*valid: int8, fp16"): run_stage1("es-ev-s", "tiny", cache="int4", runs=str(tmp_path))
-    with pytest.raises(ValueError, match="at least 1 replay"): run_stage1("es-ev-s", "tiny", cache="int8", replays=0, runs=str(tmp_path))
+    with pytest.raises(ValueError, match="unknown cache 'int4': .*valid: int8, fp16"):
+        run_stage1("es-ev-s", "tiny", cache="int4", runs=str(tmp_path))
+    with pytest.raises(ValueError, match="at least 1 replay"):
+        run_stage1("es-ev-s", "tiny", cache="int8", replays=0, runs=str(tmp_path))
     assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
-@pytest.mark.parametrize("given, recipe, used", [("", "tiny", ""), ("", "sa1b", "imagenet"), ("random", "sa1b", ""), ("imagenet", "tiny", "imagenet")])
+@pytest.mark.parametrize("given, recipe, used", [("", "tiny", ""), ("", "sa1b", "imagenet"), ("random", "sa1b", ""),
+                                                 ("imagenet", "tiny", "imagenet")])
 def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
     "The recipe says, unless the call does."
     class Built(Exception): pass
     def build(*_, weights, **__): raise Built(weights)
     monkeypatch.setattr(stage1, "build_student", build)
     monkeypatch.setattr(stage1, "open_stage", lambda *_, **__: (tmp_path, {}))  # without the data
-    with pytest.raises(Built) as e: run_stage1("es-ev-s", recipe, teacher="toy", steps=1, weights=given, runs=str(tmp_path))
+    with pytest.raises(Built) as e:
+        run_stage1("es-ev-s", recipe, teacher="toy", steps=1, weights=given, runs=str(tmp_path))
     assert e.value.args == (used,)
 
 
@@ -270,15 +311,18 @@ def cached_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_cached_run_says_what_it_was(cached_run):
     folder, kept = cached_run
     report = json.loads((folder / "report.json").read_text())
-    assert (report["settings"]["cache"], report["settings"]["replays"], report["settings"]["widths"]) == ("fp16", 2, [128] * 3)
+    assert (report["settings"]["cache"], report["settings"]["replays"], report["settings"]["widths"]) == ("fp16", 2,
+        [128] * 3)
     assert report["timing"]["cache_written"] > 0 and report["timing"]["cache_waited"] > 0
     assert [p.name[:19] for p in kept.iterdir()] == ["features-tiny-fp16-"]
     assert EfficientSam3.from_pretrained(folder / "student").config.widths == [128] * 3
-    with pytest.raises(ValueError, match="cache: 'fp16' there, '' now; replays: 2 there, 0 now"): run_stage1("es-ev-s", "tiny", widths=[128] * 3, runs=str(folder.parents[2]))
+    with pytest.raises(ValueError, match="cache: 'fp16' there, '' now; replays: 2 there, 0 now"):
+        run_stage1("es-ev-s", "tiny", widths=[128] * 3, runs=str(folder.parents[2]))
 
 
 def test_cached_run_is_a_live_run(cached_run, tmp_path, monkeypatch):
-    "The same replays, seen live: nearly the same losses, step by step (mixed precision rounds as a batch falls). Features of other images: other losses."
+    """The same replays, seen live: nearly the same losses, step by step (mixed precision rounds as a batch falls).
+    Features of other images: other losses."""
     folder, kept = cached_run
     monkeypatch.setattr(stage1, "cache_dir", lambda: kept)
     teacher, schedule = load_teacher("toy"), stage1_schedule(load_recipe("tiny"))
@@ -286,12 +330,16 @@ def test_cached_run_is_a_live_run(cached_run, tmp_path, monkeypatch):
     torch.manual_seed(42)
     student = build_student("es-ev-s", teacher, widths=[128] * 3)
     source = live_source(images, cache, 42, 4)
-    fit(Stage1(teacher, student, schedule), source, parameter_groups(student, TRAINS[1], schedule.lr, schedule.inherited), schedule, tmp_path)
-    cached, live = ([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (folder, tmp_path))
+    fit(Stage1(teacher, student, schedule), source, parameter_groups(student, TRAINS[1], schedule.lr,
+        schedule.inherited), schedule, tmp_path)
+    cached, live = ([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
+                    for place in (folder, tmp_path))
     for a, b in zip(cached, live, strict=True):
-        assert a["features"] == pytest.approx(b["features"], rel=2e-3) and a["distill"] == pytest.approx(b["distill"], rel=0.03) and a["loss"] == pytest.approx(b["loss"], rel=0.03)
+        assert a["features"] == pytest.approx(b["features"], rel=2e-3) and a["distill"] == pytest.approx(b["distill"],
+            rel=0.03) and a["loss"] == pytest.approx(b["loss"], rel=0.03)
     batch = CachedSteps(load_recipe("tiny"), schedule, images, cache, SIDES, 42)[Part(0)]
-    right, exchanged, seen = (float(losses(b, schedule)["distill"]) for b in (batch, replace(batch, trunk=batch.trunk.pick([1, 2, 3, 0])), source[Part(0)]))
+    right, exchanged, seen = (float(losses(b, schedule)["distill"])
+                              for b in (batch, replace(batch, trunk=batch.trunk.pick([1, 2, 3, 0])), source[Part(0)]))
     assert right == pytest.approx(seen, rel=0.02) and exchanged != pytest.approx(seen, rel=0.05)
 
 
@@ -307,8 +355,11 @@ def test_killed_cached_run_continues(tmp_path, monkeypatch):
     whole = begin("whole")
     kill_in_training(begin("cut"), folder["cut"] / "state" / "last.pt")
     printed = finish(begin("cut"))
-    assert "rank 0: 0 of 48 images to write" in printed and "features to write" not in printed, "what is there is not written again"
+    assert "rank 0: 0 of 48 images to write" in printed and "features to write" not in printed, ("what is there is not "
+        "written again")
     assert "features to write: 48 images of 0.0172 MB" in finish(whole)
     reports = {name: json.loads((place / "report.json").read_text()) for name, place in folder.items()}
-    assert 0 < reports["cut"].pop("timing")["steps"] < STEPS == reports["whole"].pop("timing")["steps"] and reports["cut"] == reports["whole"]
-    for name in ("metrics.jsonl", "student/model.safetensors"): assert content(folder["cut"] / name) == content(folder["whole"] / name), name
+    assert (0 < reports["cut"].pop("timing")["steps"] < STEPS == reports["whole"].pop("timing")["steps"]
+            and reports["cut"] == reports["whole"])
+    for name in ("metrics.jsonl", "student/model.safetensors"):
+        assert content(folder["cut"] / name) == content(folder["whole"] / name), name

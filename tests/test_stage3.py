@@ -38,15 +38,18 @@ def base(tmp_path_factory) -> Path:
     from esam3.schedules import Schedule
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base") / "student"
-    give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver", Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
+    give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver",
+                Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
     return folder
 
 
 def start(recipe: Path, base: Path, runs: Path, **more) -> subprocess.Popen:
     "A process that runs stage 3 with a checkpoint at every step."
-    given = json.dumps({"variant": "es-ev-s", "recipe": str(recipe), "student": str(base), "runs": str(runs), "steps": STEPS, "every": 1, **more})
+    given = json.dumps({"variant": "es-ev-s", "recipe": str(recipe), "student": str(base), "runs": str(
+        runs), "steps": STEPS, "every": 1, **more})
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", RUN, given], env=one_thread, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", RUN, given], env=one_thread, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -70,26 +73,32 @@ def test_killed_run_continues(recipe, base, tmp_path):
 
     reports = {name: json.loads((path / "report.json").read_text()) for name, path in folder.items()}
     timing = {name: report.pop("timing") for name, report in reports.items()}
-    assert reports["cut"] == reports["whole"] and 0 < timing["cut"]["steps"] < STEPS == timing["whole"]["steps"], "the second call went on from a checkpoint"
+    assert reports["cut"] == reports["whole"] and 0 < timing["cut"]["steps"] < STEPS == timing["whole"]["steps"], (
+        "the second call went on from a checkpoint")
     for name in ("metrics.jsonl", "warmup/metrics.jsonl", "student/model.safetensors"):
         assert content(folder["cut"] / name) == content(folder["whole"] / name), name
-    assert set(reports["whole"]) >= {"stage", "variant", "recipe", "settings", "fingerprint", "params", "data", "teacher", "before", "student", "controls"}
+    assert set(reports["whole"]) >= {"stage", "variant", "recipe", "settings", "fingerprint", "params", "data",
+                                     "teacher", "before", "student", "controls"}
     lines = [json.loads(line) for line in (folder["whole"] / "metrics.jsonl").read_text().splitlines()]
-    assert {"task presence", "task score", "task mask", "distill read", "features", "prompt distill", "prompt task mask", "clip task mask"} <= set(lines[0]) and all(np.isfinite(r["loss"]) for r in lines)
+    assert {"task presence", "task score", "task mask", "distill read", "features", "prompt distill",
+            "prompt task mask", "clip task mask"} <= set(lines[0]) and all(np.isfinite(r["loss"]) for r in lines)
 
 
 def test_frozen_encoder_stays(recipe, base, tmp_path):
     "With encoder_lr=0 neither weights nor batch statistics of the encoder move, and what is trained does."
     finish(start(recipe, base, tmp_path, encoder_lr=0.0, steps=2))
     from safetensors.torch import load_file
-    old, new = (load_file(p / "model.safetensors") for p in (base, tmp_path / "tiny" / "es-ev-s" / "stage3" / "student"))
+    old, new = (load_file(p / "model.safetensors") for p in (base,
+                                                             tmp_path / "tiny" / "es-ev-s" / "stage3" / "student"))
     moved = {k for k in new if not torch.equal(old[k], new[k])}
     assert not any(k.startswith(("detector_model.vision_encoder", "detector_model.text_")) for k in moved)
-    assert {"detector_model.mask_decoder", "detector_model.dot_product_scoring", "tracker_model.mask_decoder"} <= {".".join(k.split(".")[:2]) for k in moved}
+    assert {"detector_model.mask_decoder", "detector_model.dot_product_scoring",
+            "tracker_model.mask_decoder"} <= {".".join(k.split(".")[:2]) for k in moved}
 
 
 def test_prompt_terms_are_weighed(recipe, base):
-    "Stage 1's prompt terms on the images: twice the weight, twice the loss; without them the other terms stay as they are. Their gradients reach the encoder and the mask decoder, and no memory."
+    """Stage 1's prompt terms on the images: twice the weight, twice the loss; without them the other terms stay as they
+    are. Their gradients reach the encoder and the mask decoder, and no memory."""
     from dataclasses import replace
 
     from esam3.training.concepts import QuerySampling
@@ -100,7 +109,8 @@ def test_prompt_terms_are_weighed(recipe, base):
     from esam3.models.teacher import load_teacher
     teacher, student = load_teacher("toy"), EfficientSam3.from_pretrained(base).eval()
     schedule = stage3_schedule(load_recipe(recipe), options={"clip_every": 0})
-    batch = MixedSteps(load_recipe(recipe), schedule, (teacher.image_size, student.image_size), 0, QuerySampling())[Part(0)]
+    batch = MixedSteps(load_recipe(recipe), schedule, (teacher.image_size, student.image_size), 0,
+                       QuerySampling())[Part(0)]
     stage3_groups(student, schedule)
     def terms(weight: float) -> dict[str, torch.Tensor]:
         seed_everything(0)
@@ -111,8 +121,10 @@ def test_prompt_terms_are_weighed(recipe, base):
     for k in none: torch.testing.assert_close(none[k], once[k])
     for k in prompts: torch.testing.assert_close(2 * once[k], twice[k])
     sum(once[k] for k in prompts).backward()
-    reached = {".".join(n.split(".")[:2]) for n, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert {"detector_model.vision_encoder", "tracker_model.mask_decoder"} <= reached and not any(n.startswith("perceiver") for n in reached)
+    reached = {".".join(n.split(".")[:2]) for n, p in student.named_parameters() if p.grad is not None
+               and p.grad.abs().sum() > 0}
+    assert {"detector_model.vision_encoder",
+            "tracker_model.mask_decoder"} <= reached and not any(n.startswith("perceiver") for n in reached)
 
 
 def test_missing_stage2_prints_the_command(tmp_path):
@@ -129,12 +141,15 @@ def test_scores_have_the_keys_of_the_report(tmp_path):
     from esam3.training.runs import WANTED
     from esam3.models.teacher import load_teacher
     recipe = load_recipe("tiny")
-    got = run_scores(load_teacher("toy"), recipe, tmp_path, {"concept_images": WANTED[3]["concept_images"]}, limits_of(recipe, images=8))
-    assert set(got) == {"cgF1", "IL_MCC", "pmF1", "exemplar_pmF1", "samples", "skipped"} and got["cgF1"] > 0.4 and got["samples"] == {"concept_images": 8}
+    got = run_scores(load_teacher("toy"), recipe, tmp_path, {"concept_images": WANTED[3]["concept_images"]},
+                     limits_of(recipe, images=8))
+    assert set(got) == {"cgF1", "IL_MCC", "pmF1", "exemplar_pmF1", "samples",
+                        "skipped"} and got["cgF1"] > 0.4 and got["samples"] == {"concept_images": 8}
 
 
 def test_a_late_twin_and_a_removed_object_are_the_librarys():
-    "Our session and the library's on the same weights: same identities and masks where objects begin at different times."
+    """Our session and the library's on the same weights: same identities and masks where objects begin at different
+    times."""
     from transformers import Sam3VideoModel
     from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
@@ -151,7 +166,8 @@ def test_a_late_twin_and_a_removed_object_are_the_librarys():
     k = session.add_prompt(phrase)
     session.prompt_input_ids[k], session.prompt_attention_masks[k] = words.input_ids, words.attention_mask
     with torch.no_grad(), post_processing(False):
-        pairs = list(zip(theirs.propagate_in_video_iterator(session), ours.propagate_in_video_iterator(ConceptSession(ours, left, [phrase]))))
+        pairs = list(zip(theirs.propagate_in_video_iterator(session), ours.propagate_in_video_iterator(ConceptSession(
+            ours, left, [phrase]))))
     assert any(a.object_ids for a, _ in pairs)
     for a, b in pairs:
         assert a.object_ids == b.object_ids and a.obj_id_to_mask.keys() == b.obj_id_to_mask.keys()

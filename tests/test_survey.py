@@ -40,7 +40,8 @@ def mine(tmp_path) -> dict:
     "A recipe of twenty-four images with phrases, in a folder of one's own."
     shutil.copytree(toyworld("tiny") / "saco", tmp_path / "mine/saco")
     part = {"format": "saco_images", "annotations": "saco/images.json", "media": "saco"}
-    return {**load_recipe("tiny"), "name": "mine", "root": str(tmp_path / "mine"), "splits": {"train": {"concept_images": part}}}
+    return {**load_recipe("tiny"), "name": "mine", "root": str(tmp_path / "mine"),
+            "splits": {"train": {"concept_images": part}}}
 
 
 def image(path: Path, size: tuple[int, int] = (40, 60), value: int = 90, mode: str = "RGB") -> None:
@@ -56,7 +57,9 @@ def some_data(word: str, at: Path) -> dict:
     if word in ("davis", "vos"):
         sub = "480p" if word == "davis" else "."
         for clip in "ab":
-            for t in range(3): image(at / "JPEGImages" / sub / clip / f"{t:05d}.jpg"); image(at / "Annotations" / sub / clip / f"{t:05d}.png", value=1, mode="L")
+            for t in range(3):
+                image(at / "JPEGImages" / sub / clip / f"{t:05d}.jpg")
+                image(at / "Annotations" / sub / clip / f"{t:05d}.png", value=1, mode="L")
         (at / "JPEGImages" / sub / "b/00000.jpg").write_bytes(b"broken")
         (at / "ImageSets/2017").mkdir(parents=True)
         (at / "ImageSets/2017/val.txt").write_text("a\nb\n")
@@ -70,9 +73,12 @@ def some_data(word: str, at: Path) -> dict:
     if word == "coco":
         for name in "ab": image(at / f"{name}.jpg")
         (at / "b.jpg").write_bytes(b"broken")
-        square = {"segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]], "category_id": 1, "iscrowd": 0, "area": 400, "bbox": [5, 5, 20, 20]}
-        (at / "c.json").write_text(json.dumps({"images": [{"id": k, "file_name": f"{n}.jpg", "height": 40, "width": 60} for k, n in enumerate("ab", 1)],
-                                               "categories": [], "annotations": [{"id": k, "image_id": k, **square} for k in (1, 2)]}))
+        square = {"segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]], "category_id": 1, "iscrowd": 0, "area": 400,
+                  "bbox": [5, 5, 20, 20]}
+        (at / "c.json").write_text(json.dumps(
+            {"images": [{"id": k, "file_name": f"{n}.jpg", "height": 40, "width": 60} for k, n in enumerate("ab", 1)],
+                                               "categories": [],
+             "annotations": [{"id": k, "image_id": k, **square} for k in (1, 2)]}))
         return {"format": word, "annotations": "c.json", "media": "."}
     if word == "saco_images":
         shutil.copytree(tiny / "saco", at, dirs_exist_ok=True)
@@ -142,15 +148,18 @@ def test_annotations_alone_are_counted(tmp_path):
     for f in tmp_path.glob("*.jpg"): f.unlink()
     (tmp_path / "alone.yaml").write_text(f"root: .\nsplits: {{val: {{images: {json.dumps(part)}}}}}\n")
     found = survey(tmp_path / "alone.yaml")
-    assert "val, images: 2 samples (Coco), annotations alone: none of the 2 images" in str(found) and "instances 1 of a sample, 2 in all" in str(found)
+    assert ("val, images: 2 samples (Coco), annotations alone: none of the 2 images" in str(found)
+            and "instances 1 of a sample, 2 in all" in str(found))
 
 
 def test_faults_are_grouped():
     from esam3.data.samples import BadSample
     kind = lambda text: fault(BadSample(text))
-    assert kind("a 1.json, annotation 12: mask of 10×20 px on an image of 30×40; x") == kind("b.json, masklet 3: mask of 1×2 px on an image of 3×40; y") == "mask of n×n px on an image of n×n"
+    assert kind("a 1.json, annotation 12: mask of 10×20 px on an image of 30×40; x") == kind("b.json, masklet 3: mask "
+        "of 1×2 px on an image of 3×40; y") == "mask of n×n px on an image of n×n"
     assert kind("x: images of different sizes, [(1, 2), (3, 4)]; y") == "images of different sizes"
-    assert kind("/x/y.mp4: damaged, frame 17 of 90 cannot be decoded (HEVC); z") == "damaged, frame n of n cannot be decoded" and kind("") == "BadSample"
+    assert kind("/x/y.mp4: damaged, frame 17 of 90 cannot be decoded (HEVC); z") == ("damaged, frame n of n cannot be "
+        "decoded") and kind("") == "BadSample"
 
 
 # ---- what is kept
@@ -269,7 +278,9 @@ def test_a_sheet_says_what_cannot_be_read(tmp_path):
     image(tmp_path / "a.jpg", (900, 1200)); (tmp_path / "b.jpg").write_bytes(b"broken")
     reader = READERS["folder"][0](tmp_path)
     figure = sheet(reader)
-    assert sorted(bool(ax.texts) for ax in figure.axes) == [False, True] and max(im.get_array().shape[1] for ax in figure.axes for im in ax.images) <= 400
+    assert sorted(bool(ax.texts) for ax in figure.axes) == [False,
+                                                            True] and max(im.get_array().shape[1] for ax in figure.axes
+                                                                for im in ax.images) <= 400
 
 
 def test_a_folder_that_is_not_there_is_said_to_be_none(tmp_path):

@@ -16,11 +16,13 @@ BOX = torch.tensor([[[0.4, 0.5, 0.3, 0.3]]])
 POINT = Prompts(ONE, torch.tensor([[[500.0, 400.0]]]), torch.ones(1, 1, dtype=torch.int32))
 
 VIT, TRACKER = "detector_config.vision_config.backbone_config", "tracker_config"
-SIZES = (f"{VIT}.image_size", f"{VIT}.patch_size", f"{VIT}.window_size", "detector_config.vision_config.backbone_feature_sizes",
+SIZES = (f"{VIT}.image_size", f"{VIT}.patch_size", f"{VIT}.window_size",
+         "detector_config.vision_config.backbone_feature_sizes",
          "detector_config.detr_decoder_config.num_queries", "detector_config.mask_decoder_config.num_upsampling_stages",
          f"{TRACKER}.image_size", f"{TRACKER}.num_maskmem", f"{TRACKER}.memory_attention_num_layers",
          f"{TRACKER}.memory_attention_rope_feat_sizes", f"{TRACKER}.memory_encoder_output_channels",
-         f"{TRACKER}.max_object_pointers_in_encoder", f"{TRACKER}.mask_decoder_config.num_multimask_outputs", "low_res_mask_size")
+         f"{TRACKER}.max_object_pointers_in_encoder", f"{TRACKER}.mask_decoder_config.num_multimask_outputs",
+         "low_res_mask_size")
 
 
 def half() -> AbstractContextManager: return torch.autocast("cpu", torch.bfloat16)
@@ -88,7 +90,8 @@ def places(model: Sam3, pixels: Tensor) -> dict[str, Tensor]:
     "Everything that says where, of two images with prompts of each kind."
     at, image_index, n, side = torch.Generator().manual_seed(1), torch.tensor([0, 1]), 2, model.image_size
     labels = torch.tensor([[1, 0, -10], [2, 3, -10]], dtype=torch.int32)
-    prompts = Prompts(image_index, torch.rand(n, 3, 2, generator=at) * side, labels, torch.rand(n, 1, side, side, generator=at))
+    prompts = Prompts(image_index, torch.rand(n, 3, 2, generator=at) * side, labels,
+                      torch.rand(n, 1, side, side, generator=at))
     boxes = torch.rand(n, 2, 4, generator=at) * 0.3 + 0.3
     with torch.no_grad():
         seen = model.encode(pixels)
@@ -148,5 +151,6 @@ def test_exemplar_moves_the_answer_under_autocast(toy: Sam3, small: Tensor) -> N
     "RoIAlign has no bf16 on a CPU, so this raised."
     with torch.no_grad(), half():
         seen = toy.encode(small[:1])
-        concepts, shown = (toy.detect(seen, toy.concepts(["red star"], ONE, *more)) for more in ((), (BOX, ONE[None] + 1)))
+        concepts, shown = (toy.detect(seen, toy.concepts(["red star"], ONE, *more))
+                           for more in ((), (BOX, ONE[None] + 1)))
     assert not torch.equal(concepts.logits, shown.logits) and concepts.boxes.dtype == shown.boxes.dtype == torch.float32

@@ -1,4 +1,5 @@
-"The loop where instances go wrong: what a checkpoint holds, what cannot be read, what is not finite; and what trains while the rest stands still."
+"""The loop where instances go wrong: what a checkpoint holds, what cannot be read, what is not finite; and what trains
+while the rest stands still."""
 import json
 from pathlib import Path
 
@@ -30,16 +31,21 @@ class Line(nn.Module):
 
 class Batch:
     "Four samples, of which some were skipped."
-    def __init__(self, skipped: int = 0): self.x, self.names, self.notes = torch.ones(4, 1), ["a"] * 4, [("skipped", f"{k}.jpg: no image") for k in range(skipped)] + [("mended", "b")]
+    def __init__(self, skipped: int = 0):
+        self.x, self.names, self.notes = torch.ones(4, 1), ["a"] * 4, [("skipped",
+            f"{k}.jpg: no image") for k in range(skipped)] + [("mended", "b")]
 
 
-def train(folder: Path, source=lambda part: torch.ones(4, 1), steps: int = 30, task: nn.Module | None = None, **more) -> tuple[nn.Module, dict]:
+def train(folder: Path, source=lambda part: torch.ones(4, 1), steps: int = 30, task: nn.Module | None = None,
+          **more) -> tuple[nn.Module, dict]:
     task = task or Line()
     schedule = Schedule(steps, 4, lr=0.05, **{k: more.pop(k) for k in ("ema", "micro_batch") if k in more})
-    return task, fit(task, Made(source), [{"params": list(task.parameters()), "lr": 0.05}], schedule, folder, every=5, **more)
+    return task, fit(task, Made(source), [{"params": list(task.parameters()), "lr": 0.05}], schedule, folder, every=5,
+                     **more)
 
 
-def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]: return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 # ---- row 6: a checkpoint is everything
@@ -57,19 +63,22 @@ def test_accumulated_micro_batches_are_one_step(tmp_path):
     seen = []
     source = lambda part: seen.append(part) or torch.ones(4, 1)
     once, twice = train(tmp_path / "a", steps=4)[0], train(tmp_path / "b", source, steps=4, micro_batch=2)[0]
-    assert seen == [Part(step, k, 2) for step in range(4) for k in (0, 1)] and torch.allclose(once.net.weight, twice.net.weight)
+    assert seen == [Part(step, k, 2) for step in range(4) for k in (0, 1)] and torch.allclose(once.net.weight,
+        twice.net.weight)
 
 
 # ---- row 7: dropout follows its parent, drop path is off
 
 def test_perceivers_dropout_trains_with_it():
     torch.manual_seed(0)
-    student = give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver", Schedule(global_latents=4, local_latents=4))
+    student = give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver",
+                          Schedule(global_latents=4, local_latents=4))
     parameter_groups(student, present(TRAINS[2], student), 1e-3)
     train_mode(student)
     drops = [m for m in student.perceiver.modules() if isinstance(m, nn.Dropout)]
     assert drops and all(m.training and m.p == 0.1 for m in drops)
-    frozen = [m for n, m in student.named_modules() if n.startswith(("detector_model.vision_encoder", "detector_model.text_encoder"))]
+    frozen = [m for n, m in student.named_modules()
+              if n.startswith(("detector_model.vision_encoder", "detector_model.text_encoder"))]
     assert frozen and not any(m.training for m in frozen)
     maps = torch.randn(1, 64, 8, 8)
     assert not torch.equal(student.perceiver(maps, maps)[0], student.perceiver(maps, maps)[0]), "it acts"
@@ -91,7 +100,9 @@ def test_skipped_samples_are_counted_and_listed(tmp_path):
 
 
 def test_too_many_unreadable_samples_stop_the_run(tmp_path):
-    with pytest.raises(BadSample, match=r"24 of 48 samples could not be read, more than 1% .*skipped.jsonl. The last: 3.jpg"): train(tmp_path, lambda part: Batch(4), steps=40, bad=0.01)
+    with pytest.raises(BadSample,
+                       match=r"24 of 48 samples could not be read, more than 1% .*skipped.jsonl. The last: 3.jpg"):
+        train(tmp_path, lambda part: Batch(4), steps=40, bad=0.01)
     assert len(lines(tmp_path, "skipped.jsonl")) >= Tally.LEAST
     assert train(tmp_path / "fine", lambda part: Batch(4), steps=40, bad=0.6)[1]["steps"] == 40
 
@@ -101,7 +112,8 @@ def test_the_account_goes_on_with_the_run(tmp_path):
     source = lambda part: Batch(int(part.step % 4 == 0))
     whole = train(tmp_path / "a", source)[1]["samples"]
     train(tmp_path / "b", source, stop=12)
-    assert train(tmp_path / "b", source)[1]["samples"] == whole and lines(tmp_path / "b", "skipped.jsonl") == lines(tmp_path / "a", "skipped.jsonl")
+    assert train(tmp_path / "b", source)[1]["samples"] == whole and lines(tmp_path / "b",
+        "skipped.jsonl") == lines(tmp_path / "a", "skipped.jsonl")
 
 
 # ---- row 15: what is not finite
@@ -112,31 +124,40 @@ def test_a_step_that_is_not_finite_is_left_out(what, tmp_path):
     class Odd(Line):
         def forward(self, x):
             loss = super().forward(x)["fit"]
-            if x.isnan().any(): loss = torch.tensor(torch.nan) * self.net.weight.sum() if what == "loss" else (self.net.weight.sum() * 0).sqrt() + self.net.weight.sum() * 0
+            if x.isnan().any():
+                loss = torch.tensor(torch.nan) * self.net.weight.sum() if what == "loss" else (self.net.weight.sum()
+                    * 0).sqrt() + self.net.weight.sum() * 0
             return {"fit": loss}
     hole = lambda part: torch.full((4, 1), torch.nan) if part.step == 2 else torch.ones(4, 1)
     task = train(tmp_path, hole, steps=5, task=Odd(), ema=0.5)[0]
     logged = lines(tmp_path)
     assert [k for k, row in enumerate(logged) if "not_finite" in row] == [2] and what in logged[2]["not_finite"]
-    assert all(p.isfinite().all() for p in task.parameters()) and logged[3]["loss"] < logged[1]["loss"], "the step before it is what it goes on from"
+    assert all(p.isfinite().all()
+               for p in task.parameters()) and logged[3]["loss"] < logged[1]["loss"], ("the step before it is what it "
+                   "goes on from")
 
 
 def test_ten_in_a_row_end_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="10 steps in a row"): train(tmp_path, lambda part: torch.full((4, 1), torch.inf))
+    with pytest.raises(FloatingPointError, match="10 steps in a row"):
+        train(tmp_path, lambda part: torch.full((4, 1), torch.inf))
     assert len(lines(tmp_path)) == training.NOT_FINITE and len([*(tmp_path / "inspect").glob("*.safetensors")]) == 1
 
 
 @pytest.mark.parametrize("scale, left_out", [(1024.0, False), (1.0, True)])
 def test_an_overflow_is_the_scalers_business(scale, left_out, tmp_path, monkeypatch):
-    "A gradient that is not finite under a loss scale above 1 halves the scale, and is no step that is left out; under a scale of 1 it is the loss's own."
+    """A gradient that is not finite under a loss scale above 1 halves the scale, and is no step that is left out; under
+    a scale of 1 it is the loss's own."""
     class Steep(Line):
-        def forward(self, x): return {"fit": super().forward(x.nan_to_num())["fit"] + ((self.net.weight.sum() * 0).sqrt() if x.isnan().any() else 0)}
+        def forward(self, x):
+            return {"fit": super().forward(x.nan_to_num())["fit"]
+                    + ((self.net.weight.sum() * 0).sqrt() if x.isnan().any() else 0)}
     scaler, init = torch.amp.GradScaler("cpu", init_scale=scale), training.Accelerator.__init__
     def scaled(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.scaler, self.native_amp, self.state._mixed_precision = scaler, True, "fp16"
     monkeypatch.setattr(training.Accelerator, "__init__", scaled)
-    task = train(tmp_path, lambda part: torch.full((4, 1), torch.nan) if part.step == 1 else torch.ones(4, 1), steps=3, task=Steep())[0]
+    task = train(tmp_path, lambda part: torch.full((4, 1), torch.nan) if part.step == 1 else torch.ones(4, 1), steps=3,
+                 task=Steep())[0]
     assert ["not_finite" in row for row in lines(tmp_path)] == [False, left_out, False] and task.net.weight.isfinite()
     assert scaler.get_scale() == scale / 2, "the overflow was seen"
 
@@ -161,8 +182,10 @@ def test_every_line_says_what_its_step_took(tmp_path):
     "And the account sums it up: 4 samples a step."
     account = train(tmp_path, steps=6)[1]
     timing = [row["timing"] for row in lines(tmp_path)]
-    assert all(set(t) == {"seconds", "waits", "per_second", "memory_gb", "left"} for t in timing) and timing[-1]["left"] == 0 < timing[0]["left"]
-    assert account["per_second"] == pytest.approx(24 / account["seconds"]) and sum(t["seconds"] for t in timing) <= account["seconds"] + 1e-3
+    assert all(set(t) == {"seconds", "waits", "per_second", "memory_gb", "left"}
+               for t in timing) and timing[-1]["left"] == 0 < timing[0]["left"]
+    assert account["per_second"] == pytest.approx(24 / account["seconds"]) and sum(t["seconds"]
+        for t in timing) <= account["seconds"] + 1e-3
 
 
 def test_curves_go_to_tensorboard(tmp_path):
@@ -171,8 +194,10 @@ def test_curves_go_to_tensorboard(tmp_path):
     train(tmp_path, steps=7, log_to="tensorboard")  # goes on from step 6
     place = next(p for p in tmp_path.rglob("events.*")).parent
     events = EventAccumulator(str(place)); events.Reload()
-    assert [e.step for e in events.Scalars("loss")] == [*range(7)] and events.Scalars("loss")[3].value == pytest.approx(lines(tmp_path)[3]["loss"])
+    assert ([e.step for e in events.Scalars("loss")] == [*range(7)]
+            and events.Scalars("loss")[3].value == pytest.approx(lines(tmp_path)[3]["loss"]))
 
 
 def test_a_tracker_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="log_to='tensorbord': accelerate knows no such tracker here .*tensorboard"): train(tmp_path, log_to="tensorbord")
+    with pytest.raises(ValueError, match="log_to='tensorbord': accelerate knows no such tracker here .*tensorboard"):
+        train(tmp_path, log_to="tensorbord")

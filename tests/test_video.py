@@ -17,7 +17,8 @@ from esam3.data.samples import BadSample, Video, video_index
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 70
 QUIET = "pools=1:frame-threads=1:log-level=none"
-GROUND = ndimage.uniform_filter(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH + 3 * FRAMES, 3)), (7, 7, 0)).astype(np.uint8)
+GROUND = ndimage.uniform_filter(np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH + 3 * FRAMES, 3)),
+                                (7, 7, 0)).astype(np.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +38,14 @@ def number(frame: np.ndarray, bits: int = 7) -> int:
     return sum(int(frame[4:12, 20 * bit + 4:20 * bit + 16].mean() > 128) << bit for bit in range(bits))
 
 
-def write(path: Path, codec: str, gap: int = 0, pts: Callable[[int], int] = int, base: Fraction = Fraction(1, 24), pixels: str = "yuv420p",
+def write(path: Path, codec: str, gap: int = 0, pts: Callable[[int], int] = int, base: Fraction = Fraction(1, 24),
+          pixels: str = "yuv420p",
           turn: int = 0, bframes: int | None = None, **options: str) -> Path:
     "Encode the images: a keyframe at least every `gap` frames, frame n at tick `pts(n)`."
     if codec not in av.codecs_available: pytest.skip(f"this PyAV has no {codec}")
     with av.open(str(path), "w") as box:
-        stream = box.add_stream(codec, rate=24, options={"threads": "1", **{k.replace("_", "-"): v for k, v in options.items()}})
+        stream = box.add_stream(codec, rate=24, options={"threads": "1",
+                                                         **{k.replace("_", "-"): v for k, v in options.items()}})
         stream.height, stream.width, stream.pix_fmt, stream.codec_context.time_base = HEIGHT, WIDTH, pixels, base
         if gap: stream.codec_context.gop_size = gap
         if bframes is not None: stream.codec_context.max_b_frames = bframes
@@ -69,7 +72,8 @@ def copied(source: Path, to: Path, begin: int = 0, end: int = 1000, late: int = 
 def trimmed(source: Path, to: Path) -> Path:
     "A video whose edit list shows the first two thirds of it, as a phone's editor leaves it."
     data = bytearray(source.read_bytes())
-    at = data.index(b"elst") + 12       # after the name, the version and the count: the duration, then where in the media it begins
+    # after the name, the version and the count: the duration, then where in the media it begins
+    at = data.index(b"elst") + 12
     data[at:at + 4] = (int.from_bytes(data[at:at + 4], "big") * 2 // 3).to_bytes(4, "big")
     to.write_bytes(data)
     return to
@@ -85,7 +89,8 @@ WRITTEN: dict[str, Callable[[Path], Path]] = {  # what is encoded
     "refresh.mp4": lambda p: write(p, "libx264", x264_params="keyint=24:intra-refresh=1:bframes=0"),
     "mpeg4.mp4": lambda p: write(p, "mpeg4", gap=12, bframes=2),
     "mpeg4.avi": lambda p: write(p, "mpeg4", gap=12, bframes=2),
-    "uneven.mp4": lambda p: write(p, "libx264", pts=lambda n: 40 * n + n % 3 * 7, base=Fraction(1, 1000), x264_params="keyint=24"),
+    "uneven.mp4": lambda p: write(p, "libx264", pts=lambda n: 40 * n + n % 3 * 7, base=Fraction(1, 1000),
+                                  x264_params="keyint=24"),
     "negative.mp4": lambda p: write(p, "libx264", pts=lambda n: n - 10, x264_params="keyint=24"),
     "av1.mp4": lambda p: write(p, "libsvtav1", gap=24, preset="12", svtav1_params="lp=1"),
     "vp9.webm": lambda p: write(p, "libvpx-vp9", gap=20, deadline="realtime", cpu_used="8"),
@@ -159,7 +164,8 @@ def test_a_frame_is_the_same_whatever_else_is_asked_for(made, name):
         assert frames.shape == (len(wanted), HEIGHT, WIDTH, 3) and frames.dtype == np.uint8
         assert [number(f) for f in frames] == [numbers[n] for n in wanted], wanted
         for n, frame in zip(wanted, frames):
-            assert (seen.setdefault(n, frame) == frame).all() and np.abs(frame.astype(int) - truth[n]).mean() < 1, (n, wanted)
+            assert (seen.setdefault(n, frame) == frame).all() and np.abs(frame.astype(int) - truth[n]).mean() < 1, (n,
+                wanted)
 
 
 def test_only_clean_streams_are_skimmed(made):
@@ -173,10 +179,12 @@ def test_what_nobody_refers_to_is_passed_over(made, monkeypatch):
     monkeypatch.setattr(samples, "_shown", lambda *a: (seen.append(n) or (n, f) for n, f in whole(*a)))
     n = next(n for n in range(40, 70) if n not in index.spare)
     assert number(Video(made("clean.mp4")).frames([n])[0]) == n
-    assert seen == [k for k in range(index.key(n)[-1], n + 1) if k not in index.spare] and len(seen) < n + 1 - index.key(n)[-1]
+    assert seen == [k for k in range(index.key(n)[-1], n + 1)
+                    if k not in index.spare] and len(seen) < n + 1 - index.key(n)[-1]
 
 
-@pytest.mark.parametrize("name, first", [("hevc.mp4", [20, 40, 60]), ("open_group.mp4", [16, 32, 48, 64]), ("open_group.ts", [16, 32, 48, 64]), ("mpeg2.mpg", [12, 36, 48, 60]),
+@pytest.mark.parametrize("name, first", [("hevc.mp4", [20, 40, 60]), ("open_group.mp4", [16, 32, 48, 64]),
+                                         ("open_group.ts", [16, 32, 48, 64]), ("mpeg2.mpg", [12, 36, 48, 60]),
                                          ("mpeg4.mp4", [12, 24, 36, 48, 60]), ("refresh.mp4", [])])
 def test_reading_starts_at_keyframes_that_were_seen_to_be_safe(made, name, first, monkeypatch):
     index = video_index(made(name))
@@ -198,7 +206,9 @@ def test_clean_streams_are_read_as_decord_reads_them(made):
     "Another reader, its own way of seeking: the same pixels."
     decord = pytest.importorskip("decord")
     for name in ("clean.mp4", "single_group.mp4"):
-        for wanted in draws(70, 5): assert (Video(made(name)).frames(wanted) == decord.VideoReader(str(made(name)), num_threads=1).get_batch(wanted).asnumpy()).all()
+        for wanted in draws(70, 5):
+            assert (Video(made(name)).frames(wanted) == decord.VideoReader(str(made(
+                name)), num_threads=1).get_batch(wanted).asnumpy()).all()
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
@@ -232,11 +242,13 @@ def test_a_file_that_promises_no_length_is_what_can_be_decoded(made, tmp_path, n
     path, data = tmp_path / name, made(name).read_bytes()
     path.write_bytes(data[:int(0.8 * len(data))])
     truth = list(straight(path))
-    for wanted in draws(len(truth), 8): assert (Video(path).frames(wanted) == np.stack([truth[n] for n in wanted])).all()
+    for wanted in draws(len(truth), 8):
+        assert (Video(path).frames(wanted) == np.stack([truth[n] for n in wanted])).all()
     with pytest.raises(BadSample, match="frame 69 asked for"): Video(path).frames([69])
 
 
-@pytest.mark.parametrize("name, codec", [("clean.mp4", "H.264"), ("hevc.mp4", "HEVC"), ("mpeg4.mp4", "MPEG-4"), ("av1.mp4", "AV1")])
+@pytest.mark.parametrize("name, codec", [("clean.mp4", "H.264"), ("hevc.mp4", "HEVC"), ("mpeg4.mp4", "MPEG-4"),
+                                         ("av1.mp4", "AV1")])
 def test_frames_that_cannot_be_decoded_are_refused_by_name(made, tmp_path, name, codec):
     data, path = bytearray(made(name).read_bytes()), tmp_path / f"hole_{name}"
     for at, size in spans(made(name))[34:40]: data[at:at + size] = bytes(size)
@@ -244,7 +256,8 @@ def test_frames_that_cannot_be_decoded_are_refused_by_name(made, tmp_path, name,
     video = Video(path)
     assert len(video) == FRAMES and [number(f) for f in video.frames([25, 3])] == [25, 3]
     for wanted in ([36], [3, 36], list(range(FRAMES))):
-        with pytest.raises(BadSample, match=rf"hole_{name}: damaged, frame 3\d of 70 cannot be decoded \({codec}\)"): Video(path).frames(wanted)
+        with pytest.raises(BadSample, match=rf"hole_{name}: damaged, frame 3\d of 70 cannot be decoded \({codec}\)"):
+            Video(path).frames(wanted)
 
 
 def test_damage_inside_a_clean_looking_packet(made, tmp_path):
@@ -252,19 +265,22 @@ def test_damage_inside_a_clean_looking_packet(made, tmp_path):
     for at, size in spans(made("clean.mp4"))[30:36]: data[at + 10:at + size] = b"\xff" * (size - 10)
     path.write_bytes(data)
     assert number(Video(path).frames([10])[0]) == 10
-    with pytest.raises(BadSample, match=r"inside.mp4: damaged, frame \d\d of 70 cannot be decoded \(H.264\)"): Video(path).frames([10, 34])
+    with pytest.raises(BadSample, match=r"inside.mp4: damaged, frame \d\d of 70 cannot be decoded \(H.264\)"):
+        Video(path).frames([10, 34])
     assert number(Video(path).frames([10])[0]) == 10
 
 
 def test_what_there_is_no_decoder_for_is_called_by_its_name(made, tmp_path):
     (tmp_path / "new.mp4").write_bytes(made("clean.mp4").read_bytes().replace(b"avc1", b"xyz1"))
-    with pytest.raises(BadSample, match="new.mp4: XYZ1 video, for which there is no decoder here; convert it"): Video(tmp_path / "new.mp4")
+    with pytest.raises(BadSample, match="new.mp4: XYZ1 video, for which there is no decoder here; convert it"):
+        Video(tmp_path / "new.mp4")
 
 
 def test_sound_alone_is_no_video(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", "")); sound.writeframes(bytes(16000))
-    with pytest.raises(BadSample, match="sound.wav: not a readable video .it has no images"): Video(tmp_path / "sound.wav")
+    with pytest.raises(BadSample, match="sound.wav: not a readable video .it has no images"):
+        Video(tmp_path / "sound.wav")
 
 
 def test_the_index_is_kept_and_made_again(made, tmp_path, monkeypatch):
@@ -288,7 +304,8 @@ def test_files_from_elsewhere(real_files):
     "x265's defaults (six bars), and AV1 of another writer."
     path = real_files / "faults/03_seek/hevc_default.mp4"
     truth = [number(f, 6) for f in straight(path)]
-    for wanted in draws(len(truth)): assert [number(f, 6) for f in Video(path).frames(wanted)] == [truth[n] for n in wanted]
+    for wanted in draws(len(truth)):
+        assert [number(f, 6) for f in Video(path).frames(wanted)] == [truth[n] for n in wanted]
     path = real_files / "faults/15_av1/av1.mp4"
     truth = list(straight(path))
     for wanted in draws(len(truth)): assert (Video(path).frames(wanted) == np.stack([truth[n] for n in wanted])).all()

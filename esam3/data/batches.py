@@ -33,15 +33,19 @@ def rng_at(seed: int, step: int, slot: int = 0) -> np.random.Generator:
 
 # %% ../../nbs/02_data.ipynb #c010
 @lru_cache(maxsize=256)
-def _epoch(seed: int, epoch: int, slot: int, length: int) -> np.ndarray: return rng_at(seed, -1 - epoch, slot).permutation(length)
+def _epoch(seed: int, epoch: int, slot: int, length: int) -> np.ndarray:
+    return rng_at(seed, -1 - epoch, slot).permutation(length)
 
 
 def sample_indices(seed: int, step: int,
                    slots: Sequence[int],     # of 0 … batch - 1
                    batch: int, length: int   # samples of a step; of the data set
                    ) -> np.ndarray:          # [slots] int64
-    "What some slots draw at a step: always of their own share of the data set, every `batch`-th sample; in an epoch each once."
-    if length < batch: return np.array([_epoch(seed, p // length, 0, length)[p % length] for p in (step * batch + s for s in slots)], np.int64)
+    """What some slots draw at a step: always of their own share of the data set, every `batch`-th sample; in an epoch
+    each once."""
+    if length < batch:
+        return np.array([_epoch(seed, p // length, 0, length)[p % length] for p in (step * batch + s for s in slots)],
+                        np.int64)
     own = [len(range(s, length, batch)) for s in slots]
     return np.array([s + batch * _epoch(seed, step // n, s, n)[step % n] for s, n in zip(slots, own)], np.int64)
 
@@ -50,13 +54,16 @@ def draw(dataset: Any,           # a reader; of a `Mixture` each step draws from
          seed: int, step: int,
          batch: int,             # samples of the step
          slots: Sequence[int] | None = None,  # those that are wanted; None: all
-         frames: int | Sequence[int] = 0,  # clips: annotated frames, or (least, most): one length a step, the same in all slots (§4.3)
+         # clips: annotated frames, or (least, most): one length a step, the same in all slots (§4.3)
+         frames: int | Sequence[int] = 0,
          **options: Any          # further options of the reader's `read`
          ) -> list[ImageSample] | list[ClipSample]:
     "The samples of a step in some of its slots. `BadSample` only when twenty in a row are bad."
     slots, samples = range(batch) if slots is None else slots, []
     first, length, own = dataset.part_at(seed, step) if hasattr(dataset, "part_at") else (0, len(dataset), step)
-    if frames: options["frames"] = frames if isinstance(frames, int) else int(rng_at(seed, step, -1).integers(frames[0], frames[1] + 1))
+    if frames:
+        options["frames"] = frames if isinstance(frames, int) else int(rng_at(seed, step, -1).integers(frames[0],
+            frames[1] + 1))
     for slot, i in zip(slots, first + sample_indices(seed, own, slots, batch, length)):
         rng, notes = rng_at(seed, step, slot), []
         while len(notes) < 20:
@@ -79,42 +86,51 @@ def augment(sample: ImageSample | ClipSample, rng: np.random.Generator,
             ) -> ImageSample | ClipSample:
     """Another source image, or clip, of the same scene (§4.1).
 
-    All frames of a clip get one size, crop, flip and colour. Instances that leave the image, or all frames of a clip, are dropped from the sample and its phrases."""
+    All frames of a clip get one size, crop, flip and colour. Instances that leave the image, or all frames of a clip,
+    are dropped from the sample and its phrases."""
     key, kind = ("frames", tv_tensors.Video) if isinstance(sample, ClipSample) else ("image", tv_tensors.Image)
     pixels = kind(torch.from_numpy(getattr(sample, key)).movedim(-1, -3))
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(rng.integers(2**63)))  # `torch.manual_seed` also seeds CUDA, at 1 ms a call
+        # `torch.manual_seed` also seeds CUDA, at 1 ms a call
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
         pixels, rows, columns = _looked_at(pixels, short, crop, flip)
         pixels = _jittered(pixels, v2.ColorJitter(jitter, jitter, jitter))
         if hue: pixels = turned_hue(pixels, hue * float(2 * torch.rand(()) - 1))
-    masks = sample.masks.seen_at(rows, columns) if isinstance(sample.masks, RunMasks) else sample.masks[..., rows[:, None], columns]
+    masks = sample.masks.seen_at(rows, columns) if isinstance(sample.masks,
+                                                              RunMasks) else sample.masks[..., rows[:, None], columns]
     changed = replace(sample, masks=masks, **{key: pixels.movedim(-3, -1).contiguous().numpy()})
     return _only(changed, masks.any(tuple(range(1, masks.ndim))))
 
 
-def _looked_at(pixels: torch.Tensor, short: tuple[int, int], crop: int, flip: float) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+def _looked_at(pixels: torch.Tensor, short: tuple[int, int], crop: int,
+               flip: float) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
     "Pixels resized, cropped and perhaps mirrored; and which row and column of before is nearest to each of theirs."
     before = pixels.shape[-2:]
     pixels = v2.RandomShortestSize(list(range(short[0], short[1] + 1)))(pixels)
     size = pixels.shape[-2:]
-    nearest = [np.floor(np.arange(n, dtype=np.float32) * np.float32(old / n)).astype(int).clip(max=old - 1) for n, old in zip(size, before)]
+    nearest = [np.floor(np.arange(n, dtype=np.float32) * np.float32(old / n)).astype(int).clip(max=old - 1) for n,
+               old in zip(size, before)]
     cut = v2.RandomCrop(tuple(min(n, crop) for n in size))
     place = cut.make_params([pixels])
     rows, columns = (x[place[at]:][:place[side]] for x, at, side in zip(nearest, ("top", "left"), ("height", "width")))
     pixels = cut.transform(pixels, place)
-    return (v2.functional.horizontal_flip(pixels), rows, columns[::-1]) if torch.rand(1) < flip else (pixels, rows, columns)
+    return (v2.functional.horizontal_flip(pixels), rows, columns[::-1]) if torch.rand(1) < flip else (pixels, rows,
+        columns)
 
 
 def _jittered(pixels: torch.Tensor, jitter: v2.ColorJitter) -> torch.Tensor:
-    "Pixels [..., 3, H, W], all with one jitter, frame by frame: what is made on the way stays small, a third of the time."
+    """Pixels [..., 3, H, W], all with one jitter, frame by frame: what is made on the way stays small, a third of the
+    time."""
     drawn = jitter.make_params([pixels])
-    return torch.stack([jitter.transform(f, drawn) for f in pixels.reshape(-1, *pixels.shape[-3:])]).reshape(pixels.shape)
+    return torch.stack([jitter.transform(f, drawn) for f in pixels.reshape(
+        -1, *pixels.shape[-3:])]).reshape(pixels.shape)
 
 
 def turned_hue(pixels: torch.Tensor,  # [..., 3, H, W] uint8
                turns: float           # −0.5 … 0.5
                ) -> torch.Tensor:
-    "Colours turned about the grey axis, brightness kept: a rotation of YIQ's chroma, which is linear, and so a tenth of the work of HSV's hue."
+    """Colours turned about the grey axis, brightness kept: a rotation of YIQ's chroma, which is linear, and so a tenth
+    of the work of HSV's hue."""
     luma, angle = np.array([0.299, 0.587, 0.114]), 2 * np.pi * turns
     chroma = np.array([[0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -131,7 +147,9 @@ def _only(sample: ImageSample | ClipSample, keep: np.ndarray  # [N] bool
     "The sample without instances that are gone from it; a phrase that loses all of its own becomes a negative."
     place = {int(old): new for new, old in enumerate(np.flatnonzero(keep))}
     left = [(p, tuple(place[i] for i in p.instances if i in place)) for p in sample.phrases]
-    more = {"annotated": sample.annotated[keep], "ids": [i for i, k in zip(sample.ids, keep) if k]} if isinstance(sample, ClipSample) else {}
+    more = {"annotated": sample.annotated[keep], "ids": [i for i,
+                                                         k in zip(sample.ids, keep) if k]} if isinstance(sample,
+                                                             ClipSample) else {}
     return replace(sample, masks=sample.masks[keep], phrases=[_left(p, i) for p, i in left], **more)
 
 
@@ -221,7 +239,8 @@ class _Batch:
         return replace(self, **{f.name: of(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, device: torch.device | str):
-        "The batch with its tensors on a device; source images stay where they are. From pinned memory nobody waits for the copy."
+        """The batch with its tensors on a device; source images stay where they are. From pinned memory nobody waits
+        for the copy."""
         return replace(self._with(lambda t: onto(t, device)), spaces=self.spaces.to(device))
 
     def pin_memory(self):
@@ -258,7 +277,8 @@ class ImageBatch(_Batch):
     masks: list[torch.Tensor]     # B × bool [n, H, W]; their order is that of the N
     phrases: list[list[Phrase]]   # B × phrases, whose `instances` count in 0 … N - 1
     notes: list[tuple[str, str]] = field(default_factory=list)
-    trunk: Any = None             # what the teacher's ViT saw in the B images, where that is cached: `Packed` of 14a_packing
+    # what the teacher's ViT saw in the B images, where that is cached: `Packed` of 14a_packing
+    trunk: Any = None
     seeds: list[int] = field(default_factory=list)  # B, of the chance that each image meets in training: of its slot
     seed: int = 0                 # of the chance that all images of the step share
 
@@ -266,7 +286,8 @@ class ImageBatch(_Batch):
 def collate_images(samples: Sequence[ImageSample],
                    teacher: int, student: int,  # sides of the two frames, px
                    max_instances: int = 16,     # in an image without phrases; 0: all
-                   rngs: Sequence[np.random.Generator] | None = None,  # of each image, draw them; without them the first
+                   # of each image, draw them; without them the first
+                   rngs: Sequence[np.random.Generator] | None = None,
                    with_teacher: bool = True    # False: no `teacher_bytes`, for a teacher whose features are cached
                    ) -> ImageBatch:
     "Preprocess and join samples (§4.2)."
@@ -279,9 +300,11 @@ def collate_images(samples: Sequence[ImageSample],
         [s.name for s in samples], images, Spaces(torch.tensor([i.shape[:2] for i in images]), teacher, student),
         teacher_bytes(images if with_teacher else [], teacher), student_bytes(images, student),
         torch.arange(len(samples)).repeat_interleave(torch.tensor(counts)),
-        torch.from_numpy(np.concatenate([s.boxes for s in samples])), torch.from_numpy(np.concatenate([s.points for s in samples])),
+        torch.from_numpy(np.concatenate([s.boxes for s in samples])),
+        torch.from_numpy(np.concatenate([s.points for s in samples])),
         [torch.from_numpy(np.asarray(s.masks)) for s in samples],
-        [[p._replace(instances=tuple(int(a) + i for i in p.instances)) for p in s.phrases] for s, a in zip(samples, starts)],
+        [[p._replace(instances=tuple(int(a) + i for i in p.instances)) for p in s.phrases] for s,
+         a in zip(samples, starts)],
         [n for s in samples for n in s.notes])
 
 # %% ../../nbs/02_data.ipynb #c031s
@@ -322,10 +345,12 @@ class ClipBatch(_Batch):
         "[N, T, size, size] part of each cell that a mask covers, as `Frames.rasterise`."
         length = self.frame_index.shape[1]
         flat = self.spaces.rasterise([m[:, t] for m in self.masks for t in range(length)], dst, size)
-        return torch.cat([f.unflatten(0, (length, -1)).transpose(0, 1) for f in flat.split([m.shape[0] * length for m in self.masks]) if len(f)] or [flat.view(0, length, size, size)])
+        return torch.cat([f.unflatten(0, (length, -1)).transpose(0, 1) for f in flat.split(
+            [m.shape[0] * length for m in self.masks]) if len(f)] or [flat.view(0, length, size, size)])
 
     def distinct(self) -> tuple[list[int], list[int]]:
-        "Images that differ, by their first place; and of each image, its place among these. A clip there and back has its images twice."
+        """Images that differ, by their first place; and of each image, its place among these. A clip there and back has
+        its images twice."""
         length, first = len(self.images) // max(1, len(self.names)), {}
         keys = [(k // length, n) for k, n in enumerate(self.numbers or range(len(self.images)))]
         for k, key in enumerate(keys): first.setdefault(key, k)
@@ -339,25 +364,35 @@ def collate_clips(samples: Sequence[ClipSample],
                   rngs: Sequence[np.random.Generator] | None = None,  # of each clip, draw them; without them the first
                   late: str = "drop"           # or "keep": tracks that begin after frame 0
                   ) -> ClipBatch:
-    "Preprocess and join clips of one length. A clip may end up without tracks. `ValueError` for clips of different lengths."
-    if len({len(s.frames) for s in samples}) != 1: raise ValueError(f"clips of {sorted({len(s.frames) for s in samples})} frames in one batch: draw them with one `frames`")
+    """Preprocess and join clips of one length. A clip may end up without tracks. `ValueError` for clips of different
+    lengths."""
+    if len({len(s.frames) for s in samples}) != 1:
+        raise ValueError(f"clips of {sorted({len(s.frames) for s in samples})} frames in one batch: draw them with one "
+                         f"`frames`")
     begin = [(s.visible[:, 0], s.visible.any(1)) for s in samples]
     wanted = [ever if late == "keep" else now for now, ever in begin]
-    kept = [_choose_tracks(s.phrases, w, tracks, rng) for s, w, rng in zip(samples, wanted, rngs or [None] * len(samples), strict=True)]
+    kept = [_choose_tracks(s.phrases, w, tracks, rng) for s, w,
+            rng in zip(samples, wanted, rngs or [None] * len(samples), strict=True)]
     samples, images = [_chosen(s, k) for s, k in zip(samples, kept)], [f for s in samples for f in s.frames]
-    length, clip = len(samples[0].frames), torch.arange(len(samples)).repeat_interleave(torch.tensor([len(s.masks) for s in samples]))
+    length, clip = len(samples[0].frames), torch.arange(len(samples)).repeat_interleave(torch.tensor([len(
+        s.masks) for s in samples]))
     visible, annotated = (np.concatenate([getattr(s, k) for s in samples]) for k in ("visible", "annotated"))
     first, starts = visible.argmax(1), np.cumsum([0] + [len(s.masks) for s in samples])
     masks = [m for s in samples for m in s.masks]
     boxes = np.array([boxes_of(m) for m in masks], np.float32).reshape(-1, length, 4)
-    points = np.array([deepest_points(m[int(t):int(t) + 1])[0] for m, t in zip(masks, first)], np.float32).reshape(-1, 2)
+    points = np.array([deepest_points(m[int(t):int(t) + 1])[0] for m, t in zip(masks, first)], np.float32).reshape(-1,
+        2)
     return ClipBatch(
         [s.name for s in samples], images, Spaces(torch.tensor([i.shape[:2] for i in images]), teacher, student),
-        teacher_bytes(images, teacher), student_bytes(images, student), clip, clip[:, None] * length + torch.arange(length),
-        torch.from_numpy(first), torch.from_numpy(boxes), torch.from_numpy(points), [torch.from_numpy(np.asarray(s.masks)) for s in samples],
+        teacher_bytes(images, teacher), student_bytes(images, student), clip,
+        clip[:, None] * length + torch.arange(length),
+        torch.from_numpy(first), torch.from_numpy(boxes), torch.from_numpy(points),
+        [torch.from_numpy(np.asarray(s.masks)) for s in samples],
         torch.from_numpy(visible), torch.from_numpy(annotated), [i for s in samples for i in s.ids],
-        [[p._replace(instances=tuple(int(a) + i for i in p.instances)) for p in s.phrases] for s, a in zip(samples, starts)],
-        sum(int((ever & ~now).sum()) for now, ever in begin), [n for s in samples for n in s.notes], [n for s in samples for n in s.numbers])
+        [[p._replace(instances=tuple(int(a) + i for i in p.instances)) for p in s.phrases] for s,
+         a in zip(samples, starts)],
+        sum(int((ever & ~now).sum()) for now, ever in begin), [n for s in samples for n in s.notes],
+        [n for s in samples for n in s.numbers])
 
 # %% ../../nbs/02_data.ipynb #c043d
 def frame_batch(batch: ClipBatch,
@@ -387,26 +422,31 @@ def _phrases_in_frame(phrases: Sequence[Phrase],
                       ) -> list[Phrase]:
     "Phrases with instances numbered among the visible tracks, as far as it is known where all they mean are."
     place = {n: k for k, n in enumerate(np.flatnonzero(shown).tolist())}
-    left = [(p, tuple(place[i] for i in p.instances if i in place)) for p in phrases if all(known[i] for i in p.instances)]
+    left = [(p, tuple(place[i] for i in p.instances if i in place)) for p in phrases
+            if all(known[i] for i in p.instances)]
     return [_left(p, i) for p, i in left]
 
 # %% ../../nbs/02_data.ipynb #c045
 class Steps(Dataset):
-    "Item `Part(k, …)`: the batch of a part of step k; None where it has no slot. Use with `DataLoader(steps, batch_size=None, sampler=parts)`."
+    """Item `Part(k, …)`: the batch of a part of step k; None where it has no slot. Use with `DataLoader(steps,
+    batch_size=None, sampler=parts)`."""
 
     def __init__(self, dataset: Any,   # a reader
-                 make: Callable[..., ImageBatch | ClipBatch],  # (samples, their generators, the generator of the step) → batch
+                 # (samples, their generators, the generator of the step) → batch
+                 make: Callable[..., ImageBatch | ClipBatch],
                  seed: int, batch: int,   # samples of a step
                  period: int = 0,         # steps after which the same samples come again, to another chance; 0: never
                  **options: Any):         # of `draw`
-        self.dataset, self.make, self.seed, self.batch, self.period, self.options = dataset, make, seed, batch, period, options
+        self.dataset, self.make, self.seed, self.batch, self.period, self.options = (dataset, make, seed, batch, period,
+            options)
 
     def __getitem__(self, part: Part) -> Any:
         seed, slots, step = self.seed, part.slots(self.batch), part.step % self.period if self.period else part.step
         if not slots: return None
         samples = draw(self.dataset, seed, step, self.batch, slots, **self.options)
         batch = self.make(samples, self.rngs(part), rng_at(seed + 1, step, -1))
-        return replace(batch, seeds=[seed_at(seed + 2, part.step, s) for s in slots], seed=seed_at(seed + 2, part.step, -1))
+        return replace(batch, seeds=[seed_at(seed + 2, part.step, s) for s in slots],
+                       seed=seed_at(seed + 2, part.step, -1))
 
     def rngs(self, part: Part, more: int = 1) -> list[np.random.Generator]:
         "A generator for each of a part's slots; others for another number."
@@ -422,4 +462,5 @@ def changed(samples: Sequence[ImageSample | ClipSample], rngs: Sequence[np.rando
             augmentation: Mapping[str, Any] | None  # arguments of `augment`; None: samples as they are
             ) -> list[ImageSample | ClipSample]:
     "Samples, each augmented by its own generator."
-    return [*samples] if augmentation is None else [augment(s, rng, **augmentation) for s, rng in zip(samples, rngs, strict=True)]
+    return [*samples] if augmentation is None else [augment(s, rng, **augmentation) for s,
+                                                    rng in zip(samples, rngs, strict=True)]

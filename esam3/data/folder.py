@@ -22,10 +22,13 @@ class FolderImages:
                  without: Where = ()):  # files or folders to leave out; may find nothing
         found = {f: p for p in places(path, without) for f in (below(p, without) if p.is_dir() else [p]) if f.is_file()}
         taken = sorted((f for f in found if is_media(f, IMAGES)), key=lambda f: natural(f.as_posix()))
-        rest = [("video, no image: left out" if is_media(f, VIDEOS) else "neither video nor image, left out", str(f)) for f in found if not is_media(f, IMAGES)]
+        rest = [("video, no image: left out" if is_media(f, VIDEOS) else "neither video nor image, left out", str(f))
+                for f in found if not is_media(f, IMAGES)]
         self.paths, self.notes = taken, rest
         self.names = [f.relative_to(found[f]).as_posix() if f != found[f] else f.name for f in taken]
-        if not taken: raise FileNotFoundError(f"no image below {path}" + (f": {len(rest)} other files, for instance {rest[0][1]}" if rest else ""))
+        if not taken:
+            raise FileNotFoundError(f"no image below {path}"
+                                    + (f": {len(rest)} other files, for instance {rest[0][1]}" if rest else ""))
 
     def __len__(self) -> int: return len(self.paths)
 

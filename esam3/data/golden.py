@@ -366,7 +366,8 @@ def _add_pair(pairs: Pairs, pair: int, file_name: str, text: str, masks: np.ndar
 
 def _saco_file(path: Path, about: str, pairs: Pairs) -> None:
     write_json(path, {"info": {"version": "v1", "date": "2025-10-03", "description": about}, "licenses": [],
-                      "images": [record for record, _ in pairs], "annotations": [m for _, marks in pairs for m in marks],
+                      "images": [record for record, _ in pairs],
+                      "annotations": [m for _, marks in pairs for m in marks],
                       "categories": [{"supercategory": "object", "id": 1, "name": "object"}]})
 
 
@@ -421,7 +422,8 @@ def write_silver(root: Path, subset: str = "bdd100k") -> Truth:
     for k, name in enumerate(SILVER[subset]):
         image, masks, instances = small_image(91 + k)
         _put(place / subset / name, image)
-        queries = [(10000000 + 3 * k + j, text, members) for j, (text, members) in enumerate(_queries(masks, instances))]
+        queries = [(10000000 + 3 * k + j, text, members) for j,
+                   (text, members) in enumerate(_queries(masks, instances))]
         for pair, text, members in queries: _add_pair(pairs, pair, name, text, masks[members], "created by SAM3")
         samples.append(_as_read(name, image, masks, queries))
     _saco_file(place / "annotations" / f"silver_{subset}_merged_test.json", f"SA-Co/Silver-{subset}", pairs)

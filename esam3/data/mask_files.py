@@ -16,7 +16,8 @@ from pycocotools import mask as coco
 # %% ../../nbs/01j_mask_files.ipynb #f006
 def palette() -> list[int]:
     "768 numbers: red, green, blue of ids 0 … 255, as Pascal VOC and DAVIS colour them."
-    spread = lambda bits: sum((bits >> 3 * k & 1) << 7 - k for k in range(3))  # of an id's nine bits every third, highest first
+    # of an id's nine bits every third, highest first
+    spread = lambda bits: sum((bits >> 3 * k & 1) << 7 - k for k in range(3))
     return [spread(i >> c) for i in range(256) for c in range(3)]
 
 

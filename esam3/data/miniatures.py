@@ -21,7 +21,8 @@ from .toyworld import (
     sample_phrase, sample_scene, sav_record, veval_file, write_mp4, _add, _image, _jpeg)
 
 # %% ../../nbs/01d_miniatures.ipynb #c005
-SA1B, SAV, DRIVE, WEB, PLAIN = (1500, 2250), (1036, 1400), (720, 1280), (900, 1200), (480, 848)  # short and long side, px
+# short and long side, px
+SA1B, SAV, DRIVE, WEB, PLAIN = (1500, 2250), (1036, 1400), (720, 1280), (900, 1200), (480, 848)
 DRAWN = Split(4, 0, 0, 0)  # the seed of all drawings
 FRAMES = (12, 24, 100)     # of SA-V's training clips, at 24 a second
 USUAL = {"x264-params": "cpu-independent=1"}  # x264's defaults, and the same bytes every time
@@ -104,7 +105,8 @@ def write_saco(folder: Path, media: str, names: Sequence[str],  # of images
         (folder / media / name).write_bytes(_jpeg(enlarged(drawn, size)))
         for kind, text, instances in phrases:
             for by, (pairs, marks) in enumerate(said):
-                pair, found = saco_pair(len(pairs), name, text, kind, _as_seen(enlarged(instances, size), by), len(marks))
+                pair, found = saco_pair(len(pairs), name, text, kind, _as_seen(enlarged(instances, size), by),
+                                        len(marks))
                 pairs.append(pair); marks += found
     (folder / "annotations").mkdir(exist_ok=True)
     for name, (pairs, marks) in zip(annotations, said):
@@ -114,7 +116,8 @@ def write_saco(folder: Path, media: str, names: Sequence[str],  # of images
 # %% ../../nbs/01d_miniatures.ipynb #c017
 def _phrases(scene: Scene, rng: np.random.Generator) -> list[tuple[str, list[int]]]:
     "Phrases of a clip and the instances that each names; none for a negative."
-    texts = {sample_phrase(rng, scene.instances, kind) for kind in ("positive", "positive", "easy", "hard-shape")} - {None}
+    texts = {sample_phrase(rng, scene.instances, kind) for kind in ("positive", "positive", "easy",
+        "hard-shape")} - {None}
     return [(p, [i for i, instance in enumerate(scene.instances) if matches(instance, p)]) for p in sorted(texts)]
 
 
@@ -136,7 +139,8 @@ def write_videos(folder: Path, count: int) -> None:
     for k in range(count):
         (folder / f"day_{k % 2}").mkdir(parents=True, exist_ok=True)
         _, drawn, _ = draw_video("videos", k, 24 + 8 * (k % 3))
-        write_mp4(folder / f"day_{k % 2}" / f"video_{k}.mp4", drawn, rate=30, size=real_size(drawn[0], PLAIN), options=USUAL)
+        write_mp4(folder / f"day_{k % 2}" / f"video_{k}.mp4", drawn, rate=30, size=real_size(drawn[0], PLAIN),
+                  options=USUAL)
 
 
 def _write(folder: Path, images: int, clips: int, concepts: int, videos: int) -> None:
@@ -161,9 +165,11 @@ MADE = 1  # version of the miniatures: change it when a file changes
 def miniatures(images: int = 4,    # SA-1B's training images, the first with 100 masks; 2 more are held out
                clips: int = 3,     # SA-V's training clips, of 12, 24, 100, 12, … frames; one more is held out
                concepts: int = 3,  # SA-Co's images, of Silver and of Gold
-               videos: int = 2     # VEval's clips of 8 and 10 annotated frames in each of its two files, and plain videos
+               # VEval's clips of 8 and 10 annotated frames in each of its two files, and plain videos
+               videos: int = 2
                ) -> Path:
-    "The folder to set `$ESAM3_DATA` to for the recipes sa1b, sav, saco and videos, written first if it is not in the cache."
+    """The folder to set `$ESAM3_DATA` to for the recipes sa1b, sav, saco and videos, written first if it is not in the
+    cache."""
     chosen = dict(images=images, clips=clips, concepts=concepts, videos=videos)
     folder = cache_dir() / f"miniatures-{sha256(repr((MADE, VERSION, chosen)).encode()).hexdigest()[:8]}"
     if not folder.exists():

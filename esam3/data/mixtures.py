@@ -65,7 +65,8 @@ class Stills:
         "Image i, however many `frames` are asked for; `limit` and errors as of its reader."
         s = self.reader.read(i, rng, limit=limit)
         count = len(s.masks)
-        return ClipSample(s.name, s.image[None], s.masks[:, None], np.ones((count, 1), bool), list(range(count)), [0], s.phrases, s.notes)
+        return ClipSample(s.name, s.image[None], s.masks[:, None], np.ones((count, 1), bool), list(range(count)), [0],
+                          s.phrases, s.notes)
 
 # %% ../../nbs/01e_mixtures.ipynb #c014
 class Mixture:
@@ -74,8 +75,11 @@ class Mixture:
     def __init__(self, parts: Mapping[str, Any],   # name → reader
                  shares: Sequence[float]):         # positive; only their ratio counts
         if len(parts) < 2: raise ValueError(f"a mixture has two parts or more, not {len(parts)}")
-        if len({r.kind for r in parts.values()}) > 1: raise ValueError(f"parts of different kinds: { {n: r.kind for n, r in parts.items()} }; images stand for clips as `Stills`")
-        if len(shares) != len(parts) or not all(s > 0 and math.isfinite(s) for s in shares): raise ValueError(f"a share is a positive number, not {[*shares]}")
+        if len({r.kind for r in parts.values()}) > 1:
+            raise ValueError(f"parts of different kinds: { {n: r.kind for n, r in parts.items()} }; images stand for "
+                             f"clips as `Stills`")
+        if len(shares) != len(parts) or not all(s > 0 and math.isfinite(s) for s in shares):
+            raise ValueError(f"a share is a positive number, not {[*shares]}")
         self.parts, self.shares = dict(parts), [s / sum(shares) for s in shares]
         self.readers, self.kind = [*parts.values()], next(iter(parts.values())).kind
         self.labelled = all(getattr(r, "labelled", True) for r in self.readers)
@@ -100,7 +104,8 @@ class Mixture:
         return {(name, key): pairs for name, r in self.parts.items() for key, pairs in r.pairs.items()}
 
     def part_at(self, seed: int, step: int) -> tuple[int, int, int]:
-        "What a step draws from: the number of its first sample, how many there are, and the step in the part's own count."
+        """What a step draws from: the number of its first sample, how many there are, and the step in the part's own
+        count."""
         part, own = turn(seed, step, self.shares)
         reader, first = self.readers[part], self.starts[part]
         if not isinstance(reader, Mixture): return first, len(reader), own

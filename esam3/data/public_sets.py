@@ -37,29 +37,35 @@ def polygon_mask(segmentation: Any,       # COCO: polygons [[x0, y0, x1, …], �
                  ) -> np.ndarray:         # [H, W] bool
     """One instance. `BadSample` where it is neither, or of another size.
 
-    A polygon of fewer than three points has no inside, and is left out (`pycocotools` takes four numbers for a box, and all that follow with them);
-    so is one with a point farther away than four images (it walks along each edge pixel by pixel, and dies of 1e30)."""
+    A polygon of fewer than three points has no inside, and is left out (`pycocotools` takes four numbers for a box, and
+    all that follow with them); so is one with a point farther away than four images (it walks along each edge pixel by
+    pixel, and dies of 1e30)."""
     if not isinstance(segmentation, list): return decode_rle(segmentation, size, where)
     try:
         polygons = [segmentation] if segmentation and not isinstance(segmentation[0], list) else segmentation
         near = lambda p: all(abs(x) <= 4 * max(size) for x in p)  # NaN is not
         good = [p for p in polygons if len(p) >= 6 and len(p) % 2 == 0 and near(p)]
-        if len(good) < len(polygons) and notes is not None: notes.append(("polygon without three points on the image left out", where))
+        if len(good) < len(polygons) and notes is not None:
+            notes.append(("polygon without three points on the image left out", where))
         return coco.decode(coco.merge(coco.frPyObjects(good, *size))).astype(bool) if good else np.zeros(size, bool)
-    except Exception as e: raise BadSample(f"{where}: not a COCO polygon ({e!r}); download the annotation again") from e  # pycocotools raises bare Exceptions
+    # pycocotools raises bare Exceptions
+    except Exception as e: raise BadSample(f"{where}: not a COCO polygon ({e!r}); download the annotation again") from e
 
 # %% ../../nbs/01c_public_sets.ipynb #c008
 class Coco:
-    "COCO or LVIS instances: one JSON, and the folder its `file_name`s (LVIS: the last two parts of its `coco_url`s) start from."
+    """COCO or LVIS instances: one JSON, and the folder its `file_name`s (LVIS: the last two parts of its `coco_url`s)
+    start from."""
     kind = "images"
 
     def __init__(self, annotations: Where, media: str | Path):
         self.media, self.notes, self.files = Path(media), [], places(annotations)
         path = self.files[0]
         record = _load(path, path.name)
-        first = next(iter(record["annotations"]), None) if isinstance(record, dict) and isinstance(record.get("annotations"), list) else None
+        first = next(iter(record["annotations"]), None) if isinstance(record,
+            dict) and isinstance(record.get("annotations"), list) else None
         if isinstance(first, dict) and "segments_info" in first:
-            raise ValueError(f"{path}: panoptic annotations; take the file of instances, or turn it into one (panopticapi's panoptic2detection)")
+            raise ValueError(f"{path}: panoptic annotations; take the file of instances, or turn it into one "
+                             f"(panopticapi's panoptic2detection)")
         record = fields_of(record, path, {"images": {"id": ID}, "annotations": {"image_id": ID}}, self.notes)
         self.images, found = record["images"], record["annotations"]
         ids = [a.get("id") for a in found]
@@ -70,18 +76,23 @@ class Coco:
         if len(here) < len(self.images): raise ValueError(f"{path}: two images of one id; number them anew")
         self.marks, shown = defaultdict(list), (a for a in found if not a.get("iscrowd"))
         for mark in shown: self.marks[mark["image_id"]].append(mark)
-        if lost := self.marks.keys() - here: self.notes.append(("annotations of images that are not listed", f"{path}: {sorted(map(str, lost))[:3]} …"))
+        if lost := self.marks.keys() - here:
+            self.notes.append(("annotations of images that are not listed", f"{path}: {sorted(map(str, lost))[:3]} …"))
         self.names = self._names(path)
 
     def _names(self, path: Path) -> list[str]:
         "Where the images lie below `media`: by their `file_name`s, or by the ends of their addresses."
-        said = [(str(p.get("file_name") or ""), "/".join(str(p.get("coco_url") or "").split("/")[-2:])) for p in self.images]
+        said = [(str(p.get("file_name") or ""), "/".join(str(p.get("coco_url") or "").split("/")[-2:]))
+                for p in self.images]
         forms = [[a or b for a, b in said], [b or a for a, b in said]]
         if not said: raise FileNotFoundError(f"{path}: no image in it")
-        if not all(forms[0]): raise ValueError(f"{path}: image {self.images[forms[0].index('')]['id']} has neither file_name nor coco_url")
+        if not all(forms[0]):
+            raise ValueError(
+                f"{path}: image {self.images[forms[0].index('')]['id']} has neither file_name nor coco_url")
         for names in forms:
             if some_there(self.media / n for n in names): return names
-        self.notes.append((NO_MEDIA, f"none of the {len(self.images)} images of {path} at {self.media / forms[0][0]} and the like"))
+        self.notes.append((
+            NO_MEDIA, f"none of the {len(self.images)} images of {path} at {self.media / forms[0][0]} and the like"))
         return forms[0]
 
     def __len__(self) -> int: return len(self.images)
@@ -95,23 +106,29 @@ class Coco:
     def read(self, i: int, rng: np.random.Generator | None = None,
              limit: int = 0  # at most so many instances, drawn by `rng`
              ) -> NumberedSample:
-        "Image i. `BadSample` when it cannot be used, or none of its annotations can; single bad ones are left out and noted."
+        """Image i. `BadSample` when it cannot be used, or none of its annotations can; single bad ones are left out and
+        noted."""
         name, notes, number = self.names[i], [], self.images[i]["id"]
         found = self.marks.get(number, [])
         stated = stated_size(self.images[i]) or rle_size(found)
         image = read_image(self.media / name, name, stated, notes)
         size, kept, bad = image.shape[:2], {}, []
-        if found and stated and not (same_shape(stated, size) and stated[0] <= 4 * size[0]):  # polygons are drawn at this size
-            raise BadSample(f"{name}: annotated at {stated[0]}×{stated[1]} px, an image of {size[0]}×{size[1]}; annotation and media do not belong together")
+        # polygons are drawn at this size
+        if found and stated and not (same_shape(stated, size) and stated[0] <= 4 * size[0]):
+            raise BadSample(f"{name}: annotated at {stated[0]}×{stated[1]} px, an image of {size[0]}×{size[1]}; "
+                            f"annotation and media do not belong together")
         for k in choose(len(found), limit, rng):
             where = f"{name}, annotation {found[k]['id']}"
-            try: mask = resized(polygon_mask(found[k].get("segmentation"), stated or size, where, notes).view(np.uint8), size, name, notes).view(bool)
+            try:
+                mask = resized(polygon_mask(found[k].get("segmentation"), stated or size, where, notes).view(np.uint8),
+                               size, name, notes).view(bool)
             except BadSample as e: bad.append(str(e)); continue
             if mask.any(): kept[found[k]["id"]] = mask
             else: notes.append(("empty mask left out", name))
         if bad and not kept: raise BadSample(bad[0])
         notes += [("annotation left out", what) for what in bad]
-        return NumberedSample(name, image, np.array([*kept.values()], bool).reshape(-1, *size), notes=list(dict.fromkeys(notes)), number=number, ids=[*kept])
+        return NumberedSample(name, image, np.array([*kept.values()], bool).reshape(-1, *size),
+                              notes=list(dict.fromkeys(notes)), number=number, ids=[*kept])
 
 # %% ../../nbs/01c_public_sets.ipynb #c013
 def folders_in(folder: Path) -> list[str]:
@@ -120,7 +137,8 @@ def folders_in(folder: Path) -> list[str]:
 
 
 class Vos(Davis):
-    "MOSE, LVOS or YouTube-VOS: `JPEGImages/CLIP/*.jpg` and `Annotations/CLIP/*.png` below a folder, and for YouTube-VOS `meta.json`."
+    """MOSE, LVOS or YouTube-VOS: `JPEGImages/CLIP/*.jpg` and `Annotations/CLIP/*.png` below a folder, and for
+    YouTube-VOS `meta.json`."""
 
     def __init__(self, path: str | Path,
                  meta: str = "",         # name of the file of categories in the folder
@@ -167,14 +185,20 @@ class SaVFolders:
     @bad_only
     def read(self, i: int, rng: np.random.Generator | None = None, frames: int = 0, limit: int = 0,
              start: int | None = None, most: int = 0) -> ClipSample:
-        "A clip (as `SaV.read`, but `frames` and `most` count all of them); a drawn window starts at a frame that has a mask."
+        """A clip (as `SaV.read`, but `frames` and `most` count all of them); a drawn window starts at a frame that has
+        a mask."""
         name, notes, files, objects = self.names[i], [], frame_files(self, i), self._objects(i)
         strange = [o for o, _ in objects if not o.isdecimal()]
-        if strange: raise BadSample(f"{self.path / 'Annotations_6fps' / name / strange[0]}: an object's folder is its number; rename it, or take it away")
+        if strange:
+            raise BadSample(f"{self.path / 'Annotations_6fps' / name / strange[0]}: an object's folder is its number; "
+                            f"rename it, or take it away")
         ids = [int(o) for o, _ in objects]
-        if len({*ids}) < len(ids): raise BadSample(f"{name}: one object in two folders, among {[o for o, _ in objects]}; take one away")
+        if len({*ids}) < len(ids):
+            raise BadSample(f"{name}: one object in two folders, among {[o for o, _ in objects]}; take one away")
         drawn = [by_image(files, masks, f"{name}/{o}", notes) for o, masks in objects]
-        if not any(drawn): raise BadSample(f"{name}: {len(files)} images and {len(objects)} objects below {self.path}, no mask of an image; download the clip again")
+        if not any(drawn):
+            raise BadSample(f"{name}: {len(files)} images and {len(objects)} objects below {self.path}, no mask of an "
+                            f"image; download the clip again")
         window = _window(len(files), frames, start, rng, lambda k: any(k in d for d in drawn), name, most)
         first = next((d[k] for k in window for d in drawn if k in d), None)
         pixels = same_sized([files[k] for k in window], first and mask_size(first), name, notes)
@@ -188,19 +212,24 @@ class SaVFolders:
         return ClipSample(name, pixels, codes[keep], annotated[keep], [ids[k] for k in keep], list(window), notes=notes)
 
     def _object(self, clip: str, number: int, index: np.ndarray, drawn: dict[int, Path]) -> np.ndarray:
-        "An object's mask [H, W] of a map of ids: 255 is the object where it is the only id of all its masks, else void."
+        """An object's mask [H, W] of a map of ids: 255 is the object where it is the only id of all its masks, else
+        void."""
         if not (index == VOID).any(): return index > 0
-        if (clip, number) not in self.known: self.known[clip, number] = is_one_object(v for f in drawn.values() for v in ids_of(palette_mask(f, mask_size(f), [])))
+        if (clip, number) not in self.known:
+            self.known[clip, number] = is_one_object(v for f in drawn.values()
+                                                     for v in ids_of(palette_mask(f, mask_size(f), [])))
         return (index > 0) & ((index != VOID) | self.known[clip, number])
 
 # %% ../../nbs/01c_public_sets.ipynb #c017
 def frame_files(reader: Davis | SaVFolders, i: int) -> list[Path]:
     "The images of clip i of a reader of folders, in order."
-    folder = reader.path / "JPEGImages" / reader.resolution if isinstance(reader, Davis) else reader.path / "JPEGImages_24fps"
+    folder = reader.path / "JPEGImages" / reader.resolution if isinstance(reader,
+        Davis) else reader.path / "JPEGImages_24fps"
     return images_in(folder / reader.names[i])
 
 
 def clip_stems(reader: Any, i: int, sample: ClipSample) -> list[str]:
-    "What the masks of a clip's frames are called in its files: as its images, or in a video by frame number, five digits."
+    """What the masks of a clip's frames are called in its files: as its images, or in a video by frame number, five
+    digits."""
     if isinstance(reader, Davis | SaVFolders): return [frame_files(reader, i)[k].stem for k in sample.numbers]
     return [f"{k:05d}" for k in sample.numbers]

@@ -27,7 +27,8 @@ from .samples import (
 
 # %% ../../nbs/01b_readers.ipynb #c004b
 def bad_only(read: Callable) -> Callable:
-    "A reader's `read` that raises `BadSample` and nothing else, whatever is in the files; `IndexError` where there is no sample i."
+    """A reader's `read` that raises `BadSample` and nothing else, whatever is in the files; `IndexError` where there is
+    no sample i."""
     @wraps(read)
     def checked(self: Any, i: int, *args, **options) -> Any:
         if not -len(self) <= i < len(self): raise IndexError(f"sample {i} of {len(self)}")
@@ -40,7 +41,8 @@ def bad_only(read: Callable) -> Callable:
     return checked
 
 
-NO_MEDIA = "no media"  # the kind of a reader's note where annotations are there and nothing that they are of; a recipe is not opened then
+# the kind of a reader's note where annotations are there and nothing that they are of; a recipe is not opened then
+NO_MEDIA = "no media"
 
 
 def some_there(files: Iterable[Path], many: int = 100) -> bool:
@@ -59,9 +61,11 @@ def _stem(file: PurePosixPath) -> bytes: return str(file.with_suffix("")).encode
 
 def tar_index(path: Path            # an uncompressed tar
               ) -> dict[str, Any]:  # names [n] bytes, spans [n, 4] int64, whole: bool
-    """Where the samples of a tar lie: offset and size of the image, then of the json, −1 where one is missing. Kept in the cache folder.
+    """Where the samples of a tar lie: offset and size of the image, then of the json, −1 where one is missing. Kept in
+    the cache folder.
 
-    A name is the path in the tar without its suffix, UTF-8; of several members of one name the last counts, as tar has it."""
+    A name is the path in the tar without its suffix, UTF-8; of several members of one name the last counts, as tar has
+    it."""
     stat = path.stat()
     key = fingerprint({"path": str(path.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns, "form": 2})
     kept = cache_dir() / "tars" / f"{path.stem}-{key}.npz"
@@ -73,7 +77,8 @@ def tar_index(path: Path            # an uncompressed tar
                     name = PurePosixPath(member.name)
                     if (part := _part(name)) is not None: found[part][_stem(name)] = member.offset_data, member.size
         except tarfile.ReadError as e:
-            if not found[0]: raise ValueError(f"{path}: not a plain tar of images ({e}); gunzip it, or download it again") from e
+            if not found[0]:
+                raise ValueError(f"{path}: not a plain tar of images ({e}); gunzip it, or download it again") from e
             whole = False
         names = sorted({*found[0], *found[1]})
         spans = [[*found[0].get(n, (-1, 0)), *found[1].get(n, (-1, 0))] for n in names]
@@ -94,7 +99,8 @@ def kept_places(found: Iterable[Path], without: Where) -> list[Path]:
 
 def below(folder: Path, without: Where = ()) -> list[Path]:
     "What lies below a folder at any depth, in order; neither hidden, nor in a hidden folder, nor to be left out."
-    seen = (f for f in folder.rglob("*") if not any(part.startswith((".", "__MACOSX")) for part in f.relative_to(folder).parts))
+    seen = (f for f in folder.rglob("*") if not any(part.startswith((".", "__MACOSX"))
+                                                    for part in f.relative_to(folder).parts))
     return kept_places(sorted(seen), without)
 
 
@@ -129,7 +135,8 @@ def digest_of(names: Iterable[str | bytes],     # of samples or files, in order
 
 
 def folder_index(path: Path, without: Where = ()) -> dict[str, Any]:
-    "The like of `tar_index` for loose files at any depth: names, sizes and nothing to seek; `files` [n, 2] are their paths below the folder."
+    """The like of `tar_index` for loose files at any depth: names, sizes and nothing to seek; `files` [n, 2] are their
+    paths below the folder."""
     found: tuple[dict[bytes, str], ...] = {}, {}
     for f in below(path, without):
         if (part := _part(f)) is not None: found[part].setdefault(_stem(f.relative_to(path)), str(f.relative_to(path)))
@@ -143,7 +150,8 @@ def folder_index(path: Path, without: Where = ()) -> dict[str, Any]:
 def _load(data: bytes | Path, name: str) -> Any:
     "JSON content. `BadSample` when it is missing or broken."
     try: return json.loads(data.read_bytes() if isinstance(data, Path) else data)
-    except (OSError, ValueError) as e: raise BadSample(f"{name}: not a readable annotation ({e}); download it again") from e
+    except (OSError, ValueError) as e:
+        raise BadSample(f"{name}: not a readable annotation ({e}); download it again") from e
 
 
 Fields = dict[str, dict[str, type | tuple[type, ...]]]  # list of a JSON file → what its entries must have
@@ -153,15 +161,19 @@ ID, TEXT = (int, str), str
 def fields_of(record: Any, file: Path, wanted: Fields,
               notes: list[tuple[str, str]]      # told of entries that are left out
               ) -> dict[str, list[dict]]:
-    "The lists of a JSON file, without entries that lack what they must have. `ValueError` where there is no such list, or no entry is right."
+    """The lists of a JSON file, without entries that lack what they must have. `ValueError` where there is no such
+    list, or no entry is right."""
     out = {}
     for part, keys in wanted.items():
         found = record.get(part) if isinstance(record, dict) else None
         if not isinstance(found, list): raise ValueError(f"{file}: no list `{part}` in it; is it the right file?")
-        right = [isinstance(entry, dict) and all(isinstance(entry.get(k), what) for k, what in keys.items()) for entry in found]
+        right = [isinstance(entry, dict) and all(isinstance(entry.get(k), what) for k, what in keys.items())
+                 for entry in found]
         out[part] = [entry for entry, fine in zip(found, right) if fine]
         bad = [(n, entry) for n, (entry, fine) in enumerate(zip(found, right)) if not fine]
-        if bad and not out[part]: raise ValueError(f"{file}: no entry of `{part}` has {', '.join(keys)}, as those of its format have; is it the right file?")
+        if bad and not out[part]:
+            raise ValueError(f"{file}: no entry of `{part}` has {', '.join(keys)}, as those of its format have; is it "
+                             f"the right file?")
         notes += [(f"entry of `{part}` left out", f"{file}, number {n}: {str(entry)[:80]}") for n, entry in bad]
     return out
 
@@ -199,7 +211,8 @@ def choose(n: int, limit: int, rng: np.random.Generator | None) -> list[int]:
 # %% ../../nbs/01b_readers.ipynb #c011
 def counted(places: Sequence[Path], what: str) -> Iterable[Path]:
     "Many places one by one, with a bar; other ranks than the first show none."
-    return tqdm(places, desc=what, leave=False, mininterval=1, disable=len(places) < 2 or os.environ.get("RANK", "0") != "0")
+    return tqdm(places, desc=what, leave=False, mininterval=1,
+                disable=len(places) < 2 or os.environ.get("RANK", "0") != "0")
 
 
 class Sa1b:
@@ -226,11 +239,13 @@ class Sa1b:
     def _tars(self, folder: Path) -> list[Path]:
         "The tars below a folder; loose images beside them are left out, and noted."
         tars = [f for f in below(folder) if is_media(f, (".tar",))]
-        if tars and (loose := images_in(folder)): self.notes.append(("loose images beside tars left out", f"{len(loose)} in {folder}"))
+        if tars and (loose := images_in(folder)):
+            self.notes.append(("loose images beside tars left out", f"{len(loose)} in {folder}"))
         return tars
 
     def _check(self, path: Where, whole: np.ndarray) -> None:
-        "`FileNotFoundError` where there is no sample; notes of halves of samples in tars that do not end early (`whole` [n])."
+        """`FileNotFoundError` where there is no sample; notes of halves of samples in tars that do not end early
+        (`whole` [n])."""
         if not len(self.names): raise FileNotFoundError(f"no image with its json at {path}")
         for k, kind in ((1, "json without its image"), (3, "image without its json")):
             lacking = np.flatnonzero(whole & (self.spans[:, k] <= 0) & (self.spans[:, k - 1] < 0))
@@ -250,7 +265,8 @@ class Sa1b:
         part, source, name = int(ext == "json"), self.source[i], f"{self._name(i)}.{ext}"
         if self.files[source] is None: return _member(self.sources[source], name, *self.spans[i, 2 * part:][:2])
         file = self.files[source][i - self.starts[source]][part]
-        if not file: raise BadSample(f"{self.sources[source] / name}: missing; download it again, or delete its partner")
+        if not file:
+            raise BadSample(f"{self.sources[source] / name}: missing; download it again, or delete its partner")
         return (self.sources[source] / file).read_bytes()
 
     def _name(self, i: int) -> str: return self.names[i].decode(errors="surrogateescape")
@@ -263,12 +279,14 @@ class Sa1b:
         i, name, notes = i % len(self), self._name(i), []
         pixels, record = self._bytes(i, "jpg"), _load(self._bytes(i, "json"), f"{name}.json")
         try: found = [a for a in record["annotations"] if a.get("area", self.min_area) >= self.min_area]
-        except (KeyError, TypeError, AttributeError) as e: raise BadSample(f"{name}.json: not an SA-1B annotation ({e!r}); download it again") from e
+        except (KeyError, TypeError, AttributeError) as e:
+            raise BadSample(f"{name}.json: not an SA-1B annotation ({e!r}); download it again") from e
         image = read_image(pixels, f"{name}.jpg", stated_size(record.get("image")) or rle_size(found), notes)
         size, codes, lost = image.shape[:2], [], 0
         for k in choose(len(found), limit, rng):
             code = checked_rle(found[k].get("segmentation"), size, f"{name}.json, annotation {k}")
-            some = [code] if "id" in found[k] or code is None else RunMasks.of(components(decode_rle(code, size), self.min_area)).codes
+            some = [code] if "id" in found[k] or code is None else RunMasks.of(components(decode_rle(
+                code, size), self.min_area)).codes
             codes += [c for c in some if c]
             lost += code is None
         if lost: notes.append(("empty mask left out", name))
@@ -319,13 +337,16 @@ def _masklets(file: Path) -> tuple[list[list[dict | None]], list[int]]:
     record = _load(file, file.name)
     try:
         ids = [int(k) for k in record["masklet_id"]]
-        if {len(row) for row in record["masklet"]} != {len(ids)}: raise ValueError("rows of other lengths than masklet_id")
+        if {len(row) for row in record["masklet"]} != {len(ids)}:
+            raise ValueError("rows of other lengths than masklet_id")
         return record["masklet"], ids
-    except (KeyError, TypeError, ValueError) as e: raise BadSample(f"{file.name}: not an SA-V annotation ({e!r}); download it again") from e
+    except (KeyError, TypeError, ValueError) as e:
+        raise BadSample(f"{file.name}: not an SA-V annotation ({e!r}); download it again") from e
 
 # %% ../../nbs/01b_readers.ipynb #c021
 class SaV:
-    "SA-V clips: `NAME.mp4` (or another of `VIDEOS`) at 24 fps beside `NAME_manual.json` or `NAME_auto.json` at 6, anywhere below some folders."
+    """SA-V clips: `NAME.mp4` (or another of `VIDEOS`) at 24 fps beside `NAME_manual.json` or `NAME_auto.json` at 6,
+    anywhere below some folders."""
     kind = "clips"
     every = 4  # video frames to an annotated one
 
@@ -335,12 +356,17 @@ class SaV:
         self.suffix, self.notes, found = f"_{by}.json", [], places(path, without)
         files = [f for p in found for f in below(p, without)]
         tail, self.videos = len(self.suffix), {f.with_suffix(""): f for f in files if is_media(f, VIDEOS)}
-        self.paths = sorted({*self.videos} | {f.with_name(f.name[:-tail]) for f in files if f.name.endswith(self.suffix)})
+        self.paths = sorted({*self.videos} | {f.with_name(f.name[:-tail]) for f in files
+                                              if f.name.endswith(self.suffix)})
         if not self.paths: raise FileNotFoundError(f"no mp4 below {path}")
         self.names = [p.name for p in self.paths]
-        if not self.videos: self.notes.append((NO_MEDIA, f"none of the {len(self.names)} videos annotated below {path}, no {self.names[0]}.mp4 and the like"))
+        if not self.videos:
+            self.notes.append((NO_MEDIA,
+                               f"none of the {len(self.names)} videos annotated below {path}, no {self.names[0]}.mp4 "
+                               f"and the like"))
 
-    def video(self, i: int) -> Path: return self.videos.get(self.paths[i], self.paths[i].with_name(f"{self.names[i]}.mp4"))
+    def video(self, i: int) -> Path:
+        return self.videos.get(self.paths[i], self.paths[i].with_name(f"{self.names[i]}.mp4"))
 
     def __len__(self) -> int: return len(self.paths)
 
@@ -370,7 +396,8 @@ class SaV:
         pixels = video.frames([k * self.every for k in window])
         where = f"{name}{self.suffix}, masklet "
         codes = [[checked_rle(masklet[t][k], pixels.shape[1:3], f"{where}{ids[k]}") for t in window] for k in keep]
-        return ClipSample(name, pixels, RunMasks(codes, pixels.shape[1:3]), np.ones((len(keep), len(window)), bool), [ids[k] for k in keep],
+        return ClipSample(name, pixels, RunMasks(codes, pixels.shape[1:3]), np.ones((len(keep), len(window)), bool),
+                          [ids[k] for k in keep],
                           [k * self.every for k in window], notes=notes)
 
 # %% ../../nbs/01b_readers.ipynb #c027
@@ -385,18 +412,22 @@ def masks_in(folder: Path) -> list[Path]:
 def by_image(files: Sequence[Path], masks: Sequence[Path],  # images of a clip in order; its masks
                name: str, notes: list[tuple[str, str]]        # of the clip; told of masks without image
                ) -> dict[int, Path]:
-    "The masks by the place of their image: of the same stem, or of the same number (`00012.png` of `12.jpg`). `BadSample` for images of one name."
+    """The masks by the place of their image: of the same stem, or of the same number (`00012.png` of `12.jpg`).
+    `BadSample` for images of one name."""
     key = lambda f: int(f.stem) if f.stem.isdecimal() else f.stem
     place = {key(f): k for k, f in enumerate(files)}
-    if len(place) < len(files): raise BadSample(f"{name}: two images of one frame, among {[f.name for f in files[:4]]} …; delete one of them")
+    if len(place) < len(files):
+        raise BadSample(f"{name}: two images of one frame, among {[f.name for f in files[:4]]} …; delete one of them")
     notes += [("mask without image left out", f"{name}/{m.name}") for m in masks if key(m) not in place]
     return dict(sorted((place[key(m)], m) for m in masks if key(m) in place))
 
 
-def same_sized(files: Iterable[Path], size: Sequence[int] | None, name: str, notes: list[tuple[str, str]]) -> np.ndarray:
+def same_sized(files: Iterable[Path], size: Sequence[int] | None, name: str,
+               notes: list[tuple[str, str]]) -> np.ndarray:
     "[T, H, W, 3] of the images of a clip whose masks are of `size`. `BadSample` where they are of different sizes."
     pixels = [read_image(f, size=size, notes=notes) for f in files]
-    if len(sizes := {p.shape[:2] for p in pixels}) > 1: raise BadSample(f"{name}: images of different sizes, {sorted(sizes)}; download the clip again")
+    if len(sizes := {p.shape[:2] for p in pixels}) > 1:
+        raise BadSample(f"{name}: images of different sizes, {sorted(sizes)}; download the clip again")
     return np.stack(pixels)
 
 
@@ -406,7 +437,8 @@ def ids_of(index: np.ndarray) -> np.ndarray:
 
 
 class Davis:
-    """DAVIS layout: `JPEGImages/480p/CLIP/*.jpg`, `Annotations/480p/CLIP/*.png`, `ImageSets/YEAR/SPLIT.txt`; in 2016 all objects are one.
+    """DAVIS layout: `JPEGImages/480p/CLIP/*.jpg`, `Annotations/480p/CLIP/*.png`, `ImageSets/YEAR/SPLIT.txt`; in 2016
+    all objects are one.
 
     The archive of 2016 has its own lists, of files: `ImageSets/480p/SPLIT.txt`."""
     kind = "clips"
@@ -414,11 +446,15 @@ class Davis:
     def __init__(self, path: str | Path, split: str = "val", year: int = 2017, resolution: str = "480p",
                  truth: str = "auto"):  # what of the masks is public: of `TRUTHS`
         self.path, self.year, self.resolution, self.notes = Path(path), year, resolution, []
-        lists = [self.path / "ImageSets" / str(year) / f"{split}.txt", self.path / "ImageSets" / resolution / f"{split}.txt"]
+        lists = [self.path / "ImageSets" / str(year) / f"{split}.txt",
+                 self.path / "ImageSets" / resolution / f"{split}.txt"]
         listed = next((f for f in lists[:1 + (year == 2016)] if f.exists()), None)
-        if not listed: raise FileNotFoundError(f"no {lists[0]}; there: {[str(p) for p in sorted(self.path.glob('ImageSets/*/*.txt'))]}")
+        if not listed:
+            raise FileNotFoundError(f"no {lists[0]}; there: "
+                                    f"{[str(p) for p in sorted(self.path.glob('ImageSets/*/*.txt'))]}")
         lines = [line.strip() for line in listed.read_text("utf-8-sig").splitlines() if line.strip()]
-        if listed == lists[1]: lines = [line.split("/")[3] for line in lines if line.count("/") > 3]  # /JPEGImages/480p/CLIP/00000.jpg /Annotations/…
+        # /JPEGImages/480p/CLIP/00000.jpg /Annotations/…
+        if listed == lists[1]: lines = [line.split("/")[3] for line in lines if line.count("/") > 3]
         self.names = list(dict.fromkeys(lines))
         self._open(truth, str(listed))
 
@@ -445,8 +481,9 @@ class Davis:
     def __len__(self) -> int: return len(self.names)
 
     def _looked_over(self, name: str, drawn: dict[int, Path]) -> tuple[bool, bool]:
-        """Of all the masks of a clip: whether they are one object in black and white; and whether each shows an object that is in none
-        before, as where only the masks that open tracks are published. As few are opened as answer that."""
+        """Of all the masks of a clip: whether they are one object in black and white; and whether each shows an object
+        that is in none before, as where only the masks that open tracks are published. As few are opened as answer
+        that."""
         if name not in self.known:
             seen, opening = {0}, True
             for file in drawn.values():
@@ -465,11 +502,14 @@ class Davis:
         name, notes = self.names[i], []
         files, masks = self._images(name), self._masks(name)
         drawn = by_image(files, masks, name, notes)
-        if not drawn: raise BadSample(f"{name}: {len(files)} images and {len(masks)} masks below {self.path}, none of one name; download the clip again")
+        if not drawn:
+            raise BadSample(f"{name}: {len(files)} images and {len(masks)} masks below {self.path}, none of one name; "
+                            f"download the clip again")
         single, opening = self._looked_over(name, drawn)
         public = self.truth == "all" or self.truth == "auto" and (len(drawn) == len(files) or not opening)
         window = _window(len(files), frames, start, rng, lambda k: k in drawn, name, most)
-        pixels = same_sized([files[k] for k in window], next((mask_size(drawn[k]) for k in window if k in drawn), None), name, notes)
+        pixels = same_sized([files[k] for k in window], next((mask_size(drawn[k]) for k in window if k in drawn), None),
+                            name, notes)
         index = np.zeros(pixels.shape[:3], np.uint8)
         for t, k in enumerate(window):
             if k in drawn: index[t] = palette_mask(drawn[k], pixels.shape[1:3], notes)
@@ -483,7 +523,8 @@ class Davis:
         codes = RunMasks(found, index.shape[1:])
         for n, t in np.argwhere(seen[keep]): codes[n, t] = index[t] == ids[keep[n]]
         annotated = np.tile([k in drawn for k in window], (len(keep), 1)) if public else seen[keep]
-        return ClipSample(name, pixels, codes, annotated, [int(ids[k]) for k in keep], list(window), notes=notes, public=public)
+        return ClipSample(name, pixels, codes, annotated, [int(ids[k]) for k in keep], list(window), notes=notes,
+                          public=public)
 
 # %% ../../nbs/01b_readers.ipynb #c033
 class SaCoImages:
@@ -497,7 +538,8 @@ class SaCoImages:
         record = fields_of(_load(self.files[0], str(self.files[0])), self.files[0], wanted, self.notes)
         self.pairs, self.marks, known = defaultdict(list), defaultdict(list), set()
         for pair in record["images"]:
-            if not pair["text_input"].strip(): self.notes.append(("empty phrase left out", f"{pair['file_name']}, pair {pair['id']}")); continue
+            if not pair["text_input"].strip():
+                self.notes.append(("empty phrase left out", f"{pair['file_name']}, pair {pair['id']}")); continue
             if pair["id"] in known: raise ValueError(f"{self.files[0]}: pair {pair['id']} twice; number them anew")
             known.add(pair["id"])
             self.pairs[pair["file_name"]].append(pair)
@@ -506,7 +548,9 @@ class SaCoImages:
         self.names = sorted(self.pairs)
         if not self.names: raise FileNotFoundError(f"{self.files[0]}: no image in it")
         if not some_there(self.media / n for n in self.names):
-            self.notes.append((NO_MEDIA, f"none of the {len(self.names)} images of {self.files[0]} at {self.media / self.names[0]} and the like"))
+            self.notes.append((NO_MEDIA,
+                               f"none of the {len(self.names)} images of {self.files[0]} at "
+                               f"{self.media / self.names[0]} and the like"))
 
     def __len__(self) -> int: return len(self.names)
 
@@ -522,7 +566,8 @@ class SaCoImages:
         "Image i with its phrases. `BadSample` when image or masks cannot be used."
         name, notes, known, masks, phrases = self.names[i], [], {}, [], []
         pairs = self.pairs[name]
-        stated = next(filter(None, map(stated_size, pairs)), None) or rle_size(m for p in pairs for m in self.marks[p["id"]])
+        stated = next(filter(None, map(stated_size, pairs)),
+                      None) or rle_size(m for p in pairs for m in self.marks[p["id"]])
         image = read_image(self.media / name, size=stated, notes=notes)
         for k in choose(len(pairs), limit, rng):
             pair = pairs[k]
@@ -531,12 +576,14 @@ class SaCoImages:
                 notes.append(("phrase without instance labels", f"{name}: {pair['text_input']}")); continue
             members = []
             for mark in marks:
-                code = checked_rle(mark.get("segmentation"), image.shape[:2], f"{name}, annotation {mark.get('id', 'without id')}")
+                code = checked_rle(mark.get("segmentation"), image.shape[:2],
+                                   f"{name}, annotation {mark.get('id', 'without id')}")
                 if not code: notes.append(("empty mask left out", f"{name}: {pair['text_input']}")); continue
                 number = known.setdefault(code["counts"], len(known))
                 if number == len(masks): masks.append(code)
                 members.append(number)
-            phrases.append(Phrase(pair["text_input"], tuple(members), "" if members else pair.get("negative") or "easy", pair["id"]))
+            phrases.append(Phrase(pair["text_input"], tuple(members), "" if members else pair.get(
+                "negative") or "easy", pair["id"]))
         return ImageSample(name, image, RunMasks(masks, image.shape[:2]), phrases, notes)
 
 # %% ../../nbs/01b_readers.ipynb #c036
@@ -545,7 +592,8 @@ def _frame_files(media: Path, files: Sequence[str]) -> list[Path]:
     first = media / files[0]
     folder = first.parent
     if first.exists() or not folder.parent.is_dir(): return [media / f for f in files]
-    movies = [f for f in sorted(folder.parent.glob(f"{escape(folder.name)}.*")) if is_media(f, VIDEOS) and f.stem == folder.name]
+    movies = [f for f in sorted(folder.parent.glob(f"{escape(folder.name)}.*")) if is_media(f, VIDEOS)
+              and f.stem == folder.name]
     return movies[:1] or [media / f for f in files]
 
 
@@ -564,26 +612,32 @@ def _outline(mark: dict[str, Any]) -> tuple:
 
 # %% ../../nbs/01b_readers.ipynb #c037
 class SaCoVideo:
-    "SA-Co/VEval: one JSON, and the folder of its frames (`file_names`) or of mp4s `VIDEO.mp4`, where `00012.jpg` stands for frame 12."
+    """SA-Co/VEval: one JSON, and the folder of its frames (`file_names`) or of mp4s `VIDEO.mp4`, where `00012.jpg`
+    stands for frame 12."""
     kind = "clips"
 
     def __init__(self, annotations: Where, media: str | Path):
         self.media, self.notes, self.files = Path(media), [], places(annotations)
-        wanted: Fields = {"videos": {"id": ID, "file_names": list}, "video_np_pairs": {"video_id": ID, "category_id": ID, "noun_phrase": TEXT},
+        wanted: Fields = {"videos": {"id": ID, "file_names": list},
+                          "video_np_pairs": {"video_id": ID, "category_id": ID, "noun_phrase": TEXT},
                           "annotations": {"video_id": ID, "category_id": ID}}
         record = fields_of(_load(self.files[0], str(self.files[0])), self.files[0], wanted, self.notes)
         self.videos, self.pairs, self.marks = record["videos"], defaultdict(list), defaultdict(list)
         for pair in record["video_np_pairs"]:
             there = {p["category_id"] for p in self.pairs[pair["video_id"]]}
-            kind = "empty phrase left out" if not pair["noun_phrase"].strip() else "phrase given twice" if pair["category_id"] in there else ""
+            kind = ("empty phrase left out" if not pair["noun_phrase"].strip() else "phrase given twice"
+                    if pair["category_id"] in there else "")
             if kind: self.notes.append((kind, f"video {pair['video_id']}, category {pair['category_id']}"))
             else: self.pairs[pair["video_id"]].append(pair)
-        for mark in record["annotations"]: self.marks[mark["video_id"], mark["category_id"]].append(mark)  # crowds too: the metric wants them
-        self.names = [PurePosixPath(str(v["file_names"][0])).parent.name if v["file_names"] else str(v["id"]) for v in self.videos]
+        # crowds too: the metric wants them
+        for mark in record["annotations"]: self.marks[mark["video_id"], mark["category_id"]].append(mark)
+        self.names = [PurePosixPath(str(v["file_names"][0])).parent.name if v["file_names"] else str(v["id"])
+                      for v in self.videos]
         if not self.names: raise FileNotFoundError(f"{self.files[0]}: no video in it")
         if not any(some_there(_frame_files(self.media, v["file_names"])) for v in self.videos if v["file_names"]):
             files = f"neither {self.names[0]}/*.jpg nor {self.names[0]}.mp4 and the like"
-            self.notes.append((NO_MEDIA, f"none of the {len(self.names)} videos of {self.files[0]} below {self.media}, {files}"))
+            self.notes.append((
+                NO_MEDIA, f"none of the {len(self.names)} videos of {self.files[0]} below {self.media}, {files}"))
 
     def __len__(self) -> int: return len(self.videos)
 
@@ -605,7 +659,8 @@ class SaCoVideo:
             found = [m for m in self.marks[video["id"], pair["category_id"]] if not m.get("iscrowd")]
             for m in found:
                 if len(m.get("segmentations") or ()) != len(video["file_names"]):
-                    raise BadSample(f"{name}, annotation {m.get('id')}: {len(m.get('segmentations') or ())} masks for {len(video['file_names'])} frames; download the annotation again")
+                    raise BadSample(f"{name}, annotation {m.get('id')}: {len(m.get('segmentations') or ())} masks for "
+                                    f"{len(video['file_names'])} frames; download the annotation again")
                 if number.setdefault(_outline(m), len(number)) == len(marks): marks.append(m)
             members.append({number[_outline(m)] for m in found})
         seen = lambda k: [rle_area(m["segmentations"][k], name) > 0 for m in marks]
@@ -615,23 +670,30 @@ class SaCoVideo:
         pixels, numbers = _stills(self.media, video["file_names"], list(window), stated, name, notes)
         size, shape = pixels.shape[1:3], (len(keep), len(window))
         codes = np.empty(shape, object)
-        for at, n in enumerate(keep): codes[at] = [checked_rle(marks[n]["segmentations"][k], size, f"{name}, annotation {marks[n].get('id')}") for k in window]
+        for at, n in enumerate(keep):
+            codes[at] = [checked_rle(marks[n]["segmentations"][k], size, f"{name}, annotation {marks[n].get('id')}")
+                         for k in window]
         here = [tuple(k for k, n in enumerate(keep) if n in m) for m in members]
-        phrases = [Phrase(p["noun_phrase"], k, "" if k else p.get("negative") or "easy", p["category_id"]) for p, k in zip(pairs, here)]
-        return ClipSample(name, pixels, RunMasks(codes, size), np.ones(shape, bool), [marks[n].get("id", n) for n in keep], numbers, phrases, notes)
+        phrases = [Phrase(p["noun_phrase"], k, "" if k else p.get("negative") or "easy", p["category_id"]) for p,
+                   k in zip(pairs, here)]
+        return ClipSample(name, pixels, RunMasks(codes, size), np.ones(shape, bool),
+                          [marks[n].get("id", n) for n in keep], numbers, phrases, notes)
 
 # %% ../../nbs/01b_readers.ipynb #c042
 class Videos:
-    """Plain video: files (suffixes in `VIDEOS`) and folders of images (`PICTURES`), anywhere below some folders. Its clips have no tracks.
+    """Plain video: files (suffixes in `VIDEOS`) and folders of images (`PICTURES`), anywhere below some folders. Its
+    clips have no tracks.
 
-    Images beside videos are covers or thumbnails, not frames. They, and files of other kinds, are left out and noted."""
+    Images beside videos are covers or thumbnails, not frames. They, and files of other kinds, are left out and
+    noted."""
     kind, labelled = "clips", False
 
     def __init__(self, path: Where,     # folder, file, pattern, or several
                  every: int = 4,        # video frames to one of a clip: 24 fps to SA-V's 6
                  without: Where = ()):  # files or folders to leave out; may find nothing
         self.every, self.notes, found = every, [], places(path, without)
-        files = [f for p in found for f in (below(p, without) if p.is_dir() else kept_places([p], without)) if not f.is_dir()]
+        files = [f for p in found for f in (below(p, without) if p.is_dir() else kept_places([p], without))
+                 if not f.is_dir()]
         videos = {f for f in files if is_media(f, VIDEOS)}
         beside = {f.parent for f in videos}
         stills = {f for f in files if is_media(f, IMAGES)}
@@ -656,11 +718,13 @@ class Videos:
     @bad_only
     def read(self, i: int, rng: np.random.Generator | None = None, frames: int = 0, limit: int = 0,
              start: int | None = None, most: int = 0) -> ClipSample:
-        "A clip of video i (arguments as in `SaV.read`; there is nothing to `limit`). `BadSample` when it cannot be read."
+        """A clip of video i (arguments as in `SaV.read`; there is nothing to `limit`). `BadSample` when it cannot be
+        read."""
         path, notes = self.paths[i], []
         stills = self._images(path)
         video = None if stills else Video(path)
         length = -(-len(stills or video) // self.every)
         numbers = [k * self.every for k in _window(length, frames, start, rng, lambda k: True, path.name, most)]
         pixels = video.frames(numbers) if video else same_sized([stills[k] for k in numbers], None, str(path), notes)
-        return ClipSample(self.names[i], pixels, np.zeros((0, *pixels.shape[:3]), bool), np.zeros((0, len(numbers)), bool), [], numbers, notes=notes)
+        return ClipSample(self.names[i], pixels, np.zeros((0, *pixels.shape[:3]), bool),
+                          np.zeros((0, len(numbers)), bool), [], numbers, notes=notes)

@@ -24,7 +24,8 @@ from .toyworld import held_out, toyworld
 
 # %% ../../nbs/01h_recipes.ipynb #c019
 READERS: Mapping[str, Sequence[type]] = {
-    "sa1b": (Sa1b,), "sav": (SaV,), "davis": (Davis,), "saco_images": (SaCoImages,), "saco_video": (SaCoVideo,), "coco": (Coco,), "vos": (Vos,),
+    "sa1b": (Sa1b,), "sav": (SaV,), "davis": (Davis,), "saco_images": (SaCoImages,), "saco_video": (SaCoVideo,),
+    "coco": (Coco,), "vos": (Vos,),
     "sav_folders": (SaVFolders,), "videos": (Videos,), "folder": (FolderImages, FolderVideos)}
 KINDS = ("images", "clips", "concept_images", "concept_clips")
 CONCEPTS = ("concept_images", "concept_clips")
@@ -41,7 +42,8 @@ def reader_for(word: str, kind: str) -> type | None:
 def as_kind(part: Mapping[str, Any], kind: str,
             has: Callable[[str], Any]  # kind → whether the part has it
             ) -> str:
-    "The kind as which a part of a mixture of some kind is read: that one, or images for clips; empty where it has neither."
+    """The kind as which a part of a mixture of some kind is read: that one, or images for clips; empty where it has
+    neither."""
     still = STILL.get(kind, kind)
     wanted = {"images": (still,), "clips": (kind,)}.get(part.get("kind"), (kind, still))
     return next((k for k in wanted if has(k)), "")
@@ -53,7 +55,8 @@ def _check_keys(part: Said, at: tuple, known: Sequence[str], needed: Sequence[st
         if key not in known: raise value.wrong(at, f"has an {nearest(str(key), [*known], 'key')}")
         if key in KEYS: KEYS[key].check(value, (*at, key))
     for key in needed:
-        if key not in part.value: raise part.wrong(at, f"lacks a key: format {_format(part) or 'mixture'} needs `{key}`")
+        if key not in part.value:
+            raise part.wrong(at, f"lacks a key: format {_format(part) or 'mixture'} needs `{key}`")
 
 # %% ../../nbs/01h_recipes.ipynb #c023
 def _check_part(part: Said, kind: str, at: tuple, via: tuple[Path, ...], mixed: bool = False) -> None:
@@ -62,23 +65,31 @@ def _check_part(part: Said, kind: str, at: tuple, via: tuple[Path, ...], mixed: 
     if mixed and isinstance(part.value, dict) and "recipe" in part.value:
         _check_keys(part, at, ["recipe", "share", "kind"], ["share"])
         return _check_recipe(part, kind, at, via)
-    if not isinstance(part.value, dict) or "format" not in part.value: raise part.wrong(at, f"has no `format`; valid: {', '.join([*READERS, 'mixture'])}")
+    if not isinstance(part.value, dict) or "format" not in part.value:
+        raise part.wrong(at, f"has no `format`; valid: {', '.join([*READERS, 'mixture'])}")
     word = part.value["format"]
     if word.value == "mixture": return _check_mixture(part, kind, at, via)
-    if word.value not in READERS: raise word.wrong(at, f"has an {nearest(str(word.value), [*READERS, 'mixture'], 'format')}")
+    if word.value not in READERS:
+        raise word.wrong(at, f"has an {nearest(str(word.value), [*READERS, 'mixture'], 'format')}")
     found = as_kind(part.plain(), kind, lambda k: reader_for(word.value, k)) if mixed else kind
     reader = reader_for(word.value, found) if found else None
-    if reader is None: raise word.wrong(at, f"has no {kind}: format {word.value} is read as {' or '.join(k for k in KINDS if reader_for(word.value, k))}")
+    if reader is None:
+        raise word.wrong(at,
+                         f"has no {kind}: format {word.value} is read as "
+                         f"{' or '.join(k for k in KINDS if reader_for(word.value, k))}")
     takes = inspect.signature(reader).parameters
-    _check_keys(part, at, ["format", *more, *takes], [*(n for n, p in takes.items() if p.default is p.empty), *(["share"] if mixed else [])])
+    _check_keys(part, at, ["format", *more, *takes], [*(n for n, p in takes.items() if p.default is p.empty),
+                                                      *(["share"] if mixed else [])])
 
 
 def _check_mixture(part: Said, kind: str, at: tuple, via: tuple[Path, ...]) -> None:
     "A mixture: of training data alone, since what is held out is judged set by set."
-    if at[1] != "train": raise part.wrong(at, "is a mixture, and these are for training: held-out data are scored set by set")
+    if at[1] != "train":
+        raise part.wrong(at, "is a mixture, and these are for training: held-out data are scored set by set")
     _check_keys(part, at, ["format", "parts", "share", "kind"] if len(at) > 3 else ["format", "parts"], ["parts"])
     parts = part.value["parts"]
-    if not isinstance(parts.value, list) or len(parts.value) < 2: raise parts.wrong((*at, "parts"), "is a list of two parts or more")
+    if not isinstance(parts.value, list) or len(parts.value) < 2:
+        raise parts.wrong((*at, "parts"), "is a list of two parts or more")
     for k, one in enumerate(parts.value, 1): _check_part(one, kind, (*at, f"part {k}"), via, mixed=True)
 
 
@@ -89,17 +100,21 @@ def _check_recipe(part: Said, kind: str, at: tuple, via: tuple[Path, ...]) -> No
     except ValueError as e: raise word.wrong(at, f"has an {e}") from e
     if path.resolve() in via: raise word.wrong(at, f"goes in a circle: {' → '.join(p.stem for p in (*via, path))}")
     there = _loaded(path, via)["splits"].get("train", {})
-    if not as_kind(part.plain(), kind, there.get): raise word.wrong(at, f"has no {kind}: recipe {word.value} trains on {', '.join(there) or 'nothing'}")
+    if not as_kind(part.plain(), kind, there.get):
+        raise word.wrong(at, f"has no {kind}: recipe {word.value} trains on {', '.join(there) or 'nothing'}")
 
 # %% ../../nbs/01h_recipes.ipynb #c024
 def _check_splits(splits: Said, via: tuple[Path, ...]) -> None:
     "All readers of all splits."
-    for at, level in [(("splits",), splits), *((("splits", name), split) for name, split in (splits.items() if isinstance(splits.value, dict) else ()))]:
+    for at, level in [(("splits",), splits), *((("splits", name), split) for name,
+                                               split in (splits.items() if isinstance(splits.value, dict) else ()))]:
         if not isinstance(level.value, dict) or not level.value:
-            raise level.wrong(at, f"expected lines `{'kind of data' if len(at) > 1 else 'split'}: …`, got {level.plain()!r}")
+            raise level.wrong(at,
+                              f"expected lines `{'kind of data' if len(at) > 1 else 'split'}: …`, got {level.plain()!r}")
     for name, split in splits.items():
         for kind, part in split.items():
-            if kind not in KINDS: raise part.wrong(("splits", name), f"has an {nearest(str(kind), KINDS, 'kind of data')}")
+            if kind not in KINDS:
+                raise part.wrong(("splits", name), f"has an {nearest(str(kind), KINDS, 'kind of data')}")
             _check_part(part, kind, ("splits", name, kind), via)
 
 # %% ../../nbs/01h_recipes.ipynb #c026
@@ -115,16 +130,20 @@ def _check_read(given: Said) -> None:
     "`ValueError` for a key that nothing would read."
     train = given.value["splits"].value.get("train")
     kinds = train.value if train else {}
-    used = {str(k): v for k, v in given.items()} | {f"{key}: {k}": v for key in ("sampling", "stages") if key in given.value for k, v in given.value[key].items()}
+    used = {str(k): v for k, v in given.items()} | {f"{key}: {k}": v for key in ("sampling",
+        "stages") if key in given.value for k, v in given.value[key].items()}
     for key, said in used.items():
         if not (read := READ_BY.get(key)) or any(k in kinds for k in read) or said.value in ("", {}): continue
         why = f"`train` has no {' or '.join(read)}" if kinds else "it has no split `train`"
-        mend = "delete the line" if said.source == given.source else f"take it away with `{key.replace(': ', ': {')}: null{'}' * (': ' in key)}`"
+        mend = "delete the line" if said.source == given.source else (f"take it away with "
+                                                                      f"`{key.replace(': ', ': {')}: null{'}' * (': ' in key)}`")
         raise said.wrong((), f"nothing reads `{key}`, since {why}; {mend}")
 
 # %% ../../nbs/01h_recipes.ipynb #c028
-TOYS: Mapping[str, Callable[[str], Path]] = {"toyworld": lambda split: held_out() if split == "held_out" else toyworld(split),
-                                             "toyworld/tiny": lambda split: toyworld("tiny")}  # roots that are written when they are first asked for
+TOYS: Mapping[str, Callable[[str], Path]] = {"toyworld": lambda split: held_out() if split == "held_out"
+                                             else toyworld(split),
+                                             # roots that are written when they are first asked for
+                                             "toyworld/tiny": lambda split: toyworld("tiny")}
 
 
 def _placed(given: Said) -> str:
@@ -138,7 +157,8 @@ def _start(given: Said) -> str:
     "What a backbone starts from: one of `STARTS`, nothing, or a file."
     word = os.path.expanduser(os.path.expandvars(given.value))
     if word in ("", *STARTS): return word
-    if not Path(word).suffix: raise given.wrong(("weights",), f"has {nearest(word, STARTS, 'weights')}, or a file (.safetensors, .pth, .pt)")
+    if not Path(word).suffix:
+        raise given.wrong(("weights",), f"has {nearest(word, STARTS, 'weights')}, or a file (.safetensors, .pth, .pt)")
     return _placed(given)
 
 
@@ -147,7 +167,8 @@ def _plain_part(part: Said) -> dict[str, Any]:
     found = part.plain()
     if "parts" in part.value: found["parts"] = [_plain_part(p) for p in part.value["parts"].value]
     if "root" in part.value: found["root"] = _placed(part.value["root"])
-    if "recipe" in part.value and found["recipe"].endswith((".yaml", ".yml")): found["recipe"] = str(_recipe_path(found["recipe"], part.folder))
+    if "recipe" in part.value and found["recipe"].endswith((".yaml", ".yml")):
+        found["recipe"] = str(_recipe_path(found["recipe"], part.folder))
     return found
 
 # %% ../../nbs/01h_recipes.ipynb #c029
@@ -161,7 +182,8 @@ def _loaded(path: Path, via: tuple[Path, ...] = ()) -> dict[str, Any]:
     _check_read(given)
     found = {**DEFAULTS, "name": path.stem, **given.plain(), "root": _placed(given.value["root"])}
     if "weights" in given.value: found["weights"] = _start(given.value["weights"])
-    splits = {name: {kind: _plain_part(p) for kind, p in split.items()} for name, split in given.value["splits"].items()}
+    splits = {name: {kind: _plain_part(p) for kind, p in split.items()} for name,
+              split in given.value["splits"].items()}
     return {**found, "splits": splits, "sampling": {**SAMPLING, **found["sampling"]}}
 
 # %% ../../nbs/01h_recipes.ipynb #c030
@@ -174,7 +196,8 @@ def _shares(word: str) -> dict[str, float]:
     usual = "a mixture is NAME:SHARE+NAME:SHARE, as sav:0.9+davis:0.1"
     for name, share in found:
         if not share > 0: raise ValueError(f"recipe '{word}': {name} has no share above 0; {usual}")
-    if len(dict(found)) < max(2, len(found)): raise ValueError(f"recipe '{word}': two recipes or more, each once; {usual}")
+    if len(dict(found)) < max(2, len(found)):
+        raise ValueError(f"recipe '{word}': two recipes or more, each once; {usual}")
     return dict(found)
 
 
@@ -184,21 +207,27 @@ def _mixed(word: str) -> dict[str, Any]:
     paths = {name: _recipe_path(name, Path.cwd()) for name in shares}
     recipes, total = {name: _loaded(path) for name, path in paths.items()}, sum(shares.values())
     first, trains = next(iter(recipes.values())), {name: r["splits"].get("train", {}) for name, r in recipes.items()}
-    has = {kind: [name for name, train in trains.items() if as_kind({}, kind, train.get)] for kind in first["splits"].get("train", {})}
+    has = {kind: [name for name, train in trains.items() if as_kind({}, kind, train.get)]
+           for kind in first["splits"].get("train", {})}
     for name, train in trains.items():
         if not any(name in some for some in has.values()):
-            raise ValueError(f"recipe '{word}': {name} trains on {' and '.join(train) or 'nothing'}, and what {first['name']} trains on is {' and '.join(has) or 'nothing'}")
-    part = lambda name: {"share": shares[name], "recipe": paths[name].stem if paths[name].parent == RECIPES else str(paths[name].absolute())}
+            raise ValueError(f"recipe '{word}': {name} trains on {' and '.join(train) or 'nothing'}, and what "
+                             f"{first['name']} trains on is {' and '.join(has) or 'nothing'}")
+    part = lambda name: {"share": shares[name], "recipe": paths[name].stem if paths[name].parent == RECIPES
+                         else str(paths[name].absolute())}
     mixed = {kind: {"format": "mixture", "parts": [*map(part, some)]} for kind, some in has.items() if len(some) > 1}
     called = "+".join(f"{r['name']}-{f'{shares[name] / total:.6f}'.rstrip('0')}" for name, r in recipes.items())
     return {**first, "name": called, "splits": {**first["splits"], "train": {**trains[next(iter(trains))], **mixed}}}
 
 # %% ../../nbs/01h_recipes.ipynb #c031
-def load_recipe(recipe: str | Path  # a name in `data_recipes/`, a path ending in .yaml, or a mixture of such: "sav:0.9+davis:0.1"
+# a name in `data_recipes/`, a path ending in .yaml, or a mixture of such: "sav:0.9+davis:0.1"
+def load_recipe(recipe: str | Path
                 ) -> dict[str, Any]:
-    """A checked recipe with every key of `DEFAULTS`. `ValueError` names file, line and key, what is wrong there and the nearest right word.
+    """A checked recipe with every key of `DEFAULTS`. `ValueError` names file, line and key, what is wrong there and the
+    nearest right word.
 
-    A mixture is the first recipe with other training data: of each kind of it, that of all that have such, by their shares of the steps."""
+    A mixture is the first recipe with other training data: of each kind of it, that of all that have such, by their
+    shares of the steps."""
     word = str(recipe)
     if not Path(word).is_file() and ("+" in word or re.fullmatch(r".+:\d*\.?\d+", word)): return _mixed(word)
     return _loaded(_recipe_path(word, Path.cwd()))
@@ -206,16 +235,20 @@ def load_recipe(recipe: str | Path  # a name in `data_recipes/`, a path ending i
 # %% ../../nbs/01h_recipes.ipynb #c038
 def with_sampling(recipe: Mapping[str, Any], changes: str  # YAML without its braces: "tracks: 2, frames: [4, 4]"
                   ) -> dict[str, Any]:
-    "A loaded recipe with some of its `sampling` changed, as a run's parameter does. `ValueError` names the nearest right word."
+    """A loaded recipe with some of its `sampling` changed, as a run's parameter does. `ValueError` names the nearest
+    right word."""
     given = _Tree("{" + changes + "}", f"sampling={changes!r}", Path(), lines=False).top
     _check(given, TABLE["sampling"], ("sampling",))
     return {**recipe, "sampling": {**recipe["sampling"], **given.plain()}}
 
 # %% ../../nbs/01h_recipes.ipynb #c041
 def _reader(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: str) -> Any:
-    "The reader of one part that is no mixture, though its media may not be there. `FileNotFoundError` says what to download."
-    root, told = part.get("root", recipe["root"]), f"\n{recipe['name']}: {recipe['download']}" * bool(recipe["download"])
-    if "$" in root: raise FileNotFoundError(f"{root}: set this environment variable to the folder of your data sets{told}")
+    """The reader of one part that is no mixture, though its media may not be there. `FileNotFoundError` says what to
+    download."""
+    root, told = part.get("root",
+                          recipe["root"]), f"\n{recipe['name']}: {recipe['download']}" * bool(recipe["download"])
+    if "$" in root:
+        raise FileNotFoundError(f"{root}: set this environment variable to the folder of your data sets{told}")
     folder = TOYS[root](split) if root in TOYS else Path(root)
     at = lambda v: [folder / p for p in v] if isinstance(v, list) else folder / v
     given = {k: at(v) if k in PLACES else v for k, v in part.items() if k not in ("format", "share", "kind", "root")}
@@ -224,7 +257,8 @@ def _reader(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind
 
 
 def _open(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: str) -> Any:
-    "The reader of one part of a split. `FileNotFoundError` says what to download, also where there are annotations alone."
+    """The reader of one part of a split. `FileNotFoundError` says what to download, also where there are annotations
+    alone."""
     if part.get("format") == "mixture": return _open_mixture(part, recipe, split, kind)
     reader = _reader(part, recipe, split, kind)
     lacking = [detail for what, detail in reader.notes if what == NO_MEDIA]
@@ -247,7 +281,8 @@ def _open_mixture(part: Mapping[str, Any], recipe: Mapping[str, Any], split: str
 def _open_one(one: Mapping[str, Any], recipe: Mapping[str, Any], split: str, kind: str) -> Any:
     "The reader of a part of a mixture; one of images, where clips are mixed, as `Stills`."
     other = load_recipe(one["recipe"]) if "recipe" in one else None
-    has = other["splits"]["train"].get if other else lambda k: one["format"] == "mixture" or reader_for(one["format"], k)
+    has = other["splits"]["train"].get if other else lambda k: one["format"] == "mixture" or reader_for(one["format"],
+        k)
     found = as_kind(one, kind, has)
     reader = open_dataset(other, "train", found) if other else _open(one, recipe, split, found)
     return reader if found == kind else Stills(reader)
@@ -257,11 +292,13 @@ def open_dataset(recipe: str | Path | Mapping[str, Any],  # or a loaded one
                  split: str = "train",
                  kind: str = ""                           # of `KINDS`; may be left out where a split holds one
                  ) -> Any:                                # a reader
-    "Open the reader of one part of a recipe. `ValueError` for an unknown part; `FileNotFoundError` says what to download."
+    """Open the reader of one part of a recipe. `ValueError` for an unknown part; `FileNotFoundError` says what to
+    download."""
     recipe = recipe if isinstance(recipe, Mapping) else load_recipe(recipe)
     if split not in recipe["splits"]: raise ValueError(nearest(split, recipe["splits"], f"split of {recipe['name']}"))
     parts = recipe["splits"][split]
-    if not kind and len(parts) > 1: raise ValueError(f"{recipe['name']}, {split} holds several kinds of data, say which: {', '.join(parts)}")
+    if not kind and len(parts) > 1:
+        raise ValueError(f"{recipe['name']}, {split} holds several kinds of data, say which: {', '.join(parts)}")
     kind = kind or next(iter(parts), "")
     if kind not in parts: raise ValueError(nearest(kind, parts, f"kind of data in {recipe['name']}, {split}"))
     return _open(parts[kind], recipe, split, kind)

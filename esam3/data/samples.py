@@ -47,16 +47,19 @@ class Reported:
     def counts(self) -> dict[str, int]: return {kind: len(details) for kind, details in self.found.items()}
 
     def __str__(self) -> str:
-        return "\n".join(f"{len(d)} × {kind}, for instance {next(iter(d))}" for kind, d in self.found.items()) or "nothing to report"
+        return "\n".join(f"{len(d)} × {kind}, for instance {next(iter(d))}" for kind,
+                         d in self.found.items()) or "nothing to report"
 
 # %% ../../nbs/01a_samples.ipynb #c007b
 IMAGES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"))  # suffixes, whatever their case
-VIDEOS = frozenset((".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".mts", ".m2ts"))
+VIDEOS = frozenset((
+    ".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".mts", ".m2ts"))
 
 
 def natural(name: str) -> tuple:
     "A sort key by which `2.jpg` comes before `10.jpg`."
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split("([0-9]+)", name) if part), name
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split("([0-9]+)", name)
+                 if part), name
 
 
 def is_media(file: Path, suffixes: Collection[str]) -> bool:
@@ -84,7 +87,8 @@ def boxes_of(masks: "np.ndarray | RunMasks"  # [N, H, W] bool
 # %% ../../nbs/01a_samples.ipynb #c013
 def deepest_points(masks: "np.ndarray | RunMasks"  # [N, H, W] bool
                    ) -> np.ndarray:                # [N, 2] float32
-    "The pixel centre (x, y), continuous px, farthest from the outside of each mask; the image's border is outside. NaN for an empty mask."
+    """The pixel centre (x, y), continuous px, farthest from the outside of each mask; the image's border is outside.
+    NaN for an empty mask."""
     if not isinstance(masks, np.ndarray): return masks.points()  # `RunMasks`, below
     points = np.full((len(masks), 2), np.nan, np.float32)
     for n, (mask, box) in enumerate(zip(masks, boxes_of(masks))):
@@ -111,7 +115,8 @@ class Phrase(NamedTuple):
     text: str
     instances: tuple[int, ...]
     negative: str = ""  # "" where there are instances, else "easy" or what the file says: "hard…"
-    pair: Any = None    # the file's own id of this query: SA-Co images have one for each pair, videos that of the category
+    # the file's own id of this query: SA-Co images have one for each pair, videos that of the category
+    pair: Any = None
 
 
 @dataclass
@@ -121,7 +126,8 @@ class ImageSample:
     image: np.ndarray                                 # [H, W, 3] uint8, RGB, upright
     masks: "np.ndarray | RunMasks"                    # [N, H, W] bool
     phrases: list[Phrase] = field(default_factory=list)
-    notes: list[tuple[str, str]] = field(default_factory=list)  # (kind, detail) of what was mended or passed over on the way
+    # (kind, detail) of what was mended or passed over on the way
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
     @cached_property
     def boxes(self) -> np.ndarray:
@@ -140,12 +146,14 @@ class ClipSample:
     name: str
     frames: np.ndarray                                # [T, H, W, 3] uint8, RGB
     masks: "np.ndarray | RunMasks"                    # [N, T, H, W] bool
-    annotated: np.ndarray                             # [N, T] bool: False where nobody looked, so an empty mask says nothing
+    # [N, T] bool: False where nobody looked, so an empty mask says nothing
+    annotated: np.ndarray
     ids: list[int]                                    # N, the file's own
     numbers: list[int]                                # T, frame numbers in the file
     phrases: list[Phrase] = field(default_factory=list)
     notes: list[tuple[str, str]] = field(default_factory=list)
-    public: bool = True                               # False where only the masks that open tracks are published: nothing to score
+    # False where only the masks that open tracks are published: nothing to score
+    public: bool = True
 
     @property
     def visible(self) -> np.ndarray:
@@ -158,8 +166,10 @@ def rle_runs(counts: str | bytes | Sequence[float]  # COCO counts: compressed te
     "The run lengths of a COCO mask, in column order. `ValueError` for text that is no such instance."
     if not isinstance(counts, str | bytes): return np.asarray(counts, np.float64).astype(np.int64)
     c = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero((c & 32) == 0)                             # a number is a chain of 5-bit digits, bit 6 says "goes on"
-    if len(c) == 0 or c.min() < 0 or c.max() > 63 or len(ends) == 0 or ends[-1] != len(c) - 1: raise ValueError("not run lengths")
+    # a number is a chain of 5-bit digits, bit 6 says "goes on"
+    ends = np.flatnonzero((c & 32) == 0)
+    if len(c) == 0 or c.min() < 0 or c.max() > 63 or len(ends) == 0 or ends[-1] != len(c) - 1:
+        raise ValueError("not run lengths")
     digits = np.diff(ends, prepend=-1)
     if digits.max() > 7: raise ValueError("not run lengths")
     place = 5 * (np.arange(len(c)) - np.repeat(ends - digits + 1, digits))
@@ -178,11 +188,15 @@ def checked_rle(rle: dict[str, Any] | None,  # {"size": [H, W], "counts": …}; 
     try: (h, w), runs = (int(s) for s in rle["size"]), rle_runs(rle["counts"])
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise BadSample(f"{where}: unreadable run lengths ({e}); download the annotation again") from e
-    if (h, w) != tuple(size): raise BadSample(f"{where}: mask of {h}×{w} px on an image of {size[0]}×{size[1]}; annotation and media do not belong together")
-    if (runs < 0).any() or runs.sum() != h * w: raise BadSample(f"{where}: run lengths of {runs.sum()} px for {h}×{w}; download the annotation again")
+    if (h, w) != tuple(size):
+        raise BadSample(f"{where}: mask of {h}×{w} px on an image of {size[0]}×{size[1]}; annotation and media do not "
+                        f"belong together")
+    if (runs < 0).any() or runs.sum() != h * w:
+        raise BadSample(f"{where}: run lengths of {runs.sum()} px for {h}×{w}; download the annotation again")
     if not runs[1::2].any(): return None
     counts = rle["counts"]
-    if not isinstance(counts, str | bytes): counts = coco.frPyObjects({"size": [h, w], "counts": runs.tolist()}, h, w)["counts"]
+    if not isinstance(counts, str | bytes):
+        counts = coco.frPyObjects({"size": [h, w], "counts": runs.tolist()}, h, w)["counts"]
     return {"size": [h, w], "counts": counts if isinstance(counts, str) else counts.decode()}
 
 
@@ -224,13 +238,16 @@ def _mask(code: dict[str, Any] | Cut | None, size: Sequence[int]) -> np.ndarray:
 
 # %% ../../nbs/01a_samples.ipynb #c027r
 class RunMasks:
-    """Masks as run lengths, or windows, to be read like an array of bools: [N, T, H, W], or [T, H, W] of one track, or [N, H, W] of an image.
+    """Masks as run lengths, or windows, to be read like an array of bools: [N, T, H, W], or [T, H, W] of one track, or
+    [N, H, W] of an image.
 
-    What stays a part of tracks stays run lengths (`masks[keep]`, `masks[:, 2:5]`, `masks[n]`); one mask, or several of one frame, are decoded
-    (`masks[n, t]`, `masks[:, t]`). `any` over pixels decodes nothing; whatever else is asked of it is asked of the whole array."""
+    What stays a part of tracks stays run lengths (`masks[keep]`, `masks[:, 2:5]`, `masks[n]`); one mask, or several of
+    one frame, are decoded (`masks[n, t]`, `masks[:, t]`). `any` over pixels decodes nothing; whatever else is asked of
+    it is asked of the whole array."""
     dtype = np.dtype(bool)
 
-    def __init__(self, codes: np.ndarray | Sequence,  # [N, T], or [T]: compressed run lengths, a `Cut`, or None for an empty mask
+    # [N, T], or [T]: compressed run lengths, a `Cut`, or None for an empty mask
+    def __init__(self, codes: np.ndarray | Sequence,
                  size: Sequence[int]):                # H, W
         self.size = tuple(size)
         if not isinstance(codes, np.ndarray):
@@ -314,9 +331,11 @@ RunMasks.__getitem__, RunMasks.any = _item, _any
 
 # %% ../../nbs/01a_samples.ipynb #c027s
 def _cut(code: dict[str, Any], rows: np.ndarray, columns: np.ndarray) -> Cut | None:
-    "A mask of run lengths at some rows and columns; None where it has no pixel there. Only the columns that the object is in are decoded."
+    """A mask of run lengths at some rows and columns; None where it has no pixel there. Only the columns that the
+    object is in are decoded."""
     high, ends = code["size"][0], rle_runs(code["counts"]).cumsum()
-    first, last = ends[0] // high, (ends[len(ends) // 2 * 2 - 1] - 1) // high          # columns of the first and the last pixel
+    # columns of the first and the last pixel
+    first, last = ends[0] // high, (ends[len(ends) // 2 * 2 - 1] - 1) // high
     across = np.flatnonzero((columns >= first) & (columns <= last))
     if not len(across): return None
     first, last = np.sort(columns[across[[0, -1]]])
@@ -340,7 +359,8 @@ def _seen_at(self: RunMasks, rows: np.ndarray, columns: np.ndarray) -> "RunMasks
 RunMasks.seen_at = _seen_at
 
 # %% ../../nbs/01a_samples.ipynb #c027w
-def _windows(self: RunMasks) -> list[Cut]: return [c if isinstance(c, Cut) else Cut(0, 0, _mask(c, self.size)) for c in self.codes]
+def _windows(self: RunMasks) -> list[Cut]:
+    return [c if isinstance(c, Cut) else Cut(0, 0, _mask(c, self.size)) for c in self.codes]
 
 def _boxes(self: RunMasks) -> np.ndarray:
     "[N, 4] of masks [N, H, W], as `boxes_of`."
@@ -368,11 +388,13 @@ def _upright(image: Image.Image, size: Sequence[int] | None, name: str, notes: l
     "An image in the frame in which its annotation, of `size`, lies."
     turn, stored = image.getexif().get(TURN, 1), image.size[::-1]
     shown = stored[::-1] if turn in (5, 6, 7, 8) else stored
-    fits = [near(s, size) for near in (lambda a, b: tuple(a) == tuple(b), same_shape) for s in (shown, stored)] if size else [True]
+    fits = [near(s, size) for near in (lambda a, b: tuple(a) == tuple(b), same_shape)
+            for s in (shown, stored)] if size else [True]
     if any(fits) and fits.index(True) % 2:
         notes.append(("read as stored, since its annotation is: EXIF would turn it", name))
         return image
-    if size and turn in range(2, 9) and fits[0] and fits[1]: notes.append(("turned by EXIF, and no size says whether its annotation is", name))
+    if size and turn in range(2, 9) and fits[0] and fits[1]:
+        notes.append(("turned by EXIF, and no size says whether its annotation is", name))
     return ImageOps.exif_transpose(image)
 
 # %% ../../nbs/01a_samples.ipynb #c029e
@@ -380,7 +402,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     "An image of one channel of more than 8 bits, scaled to 8. `ValueError` where nothing says what is white."
     values = np.asarray(image)
     if image.mode == "F":
-        if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1): raise ValueError("floats beyond 0…1; scale them")
+        if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 1):
+            raise ValueError("floats beyond 0…1; scale them")
         return Image.fromarray(np.round(255 * values).astype(np.uint8))
     if values.min() < 0 or values.max() > 65535 or image.mode == "I" and image.format not in ("PNG", "PPM"):
         raise ValueError("32 bits a value; convert it to 8 or 16")
@@ -392,7 +415,8 @@ def read_image(data: bytes | Path,              # the file, or its content
                  size: Sequence[int] | None = None,      # H, W that its annotation gives
                  notes: list[tuple[str, str]] | None = None  # told what EXIF did to it
                  ) -> np.ndarray:                 # [H, W, 3] uint8
-    "Decode an image, in the frame of its annotation where that is one of its own. `BadSample` when it is missing, cut short or something else."
+    """Decode an image, in the frame of its annotation where that is one of its own. `BadSample` when it is missing, cut
+    short or something else."""
     name, notes = name or str(data if isinstance(data, Path) else "picture"), [] if notes is None else notes
     try:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
@@ -415,10 +439,13 @@ def resized(mask: np.ndarray, size: tuple[int, int],  # H, W of its image
             where: str,
             notes: list[tuple[str, str]]              # told when it had to be resized
             ) -> np.ndarray:                          # [H, W]
-    "A mask, or a map of ids, at the size of its image, nearest neighbour. `BadSample` where it has another shape by more than 1 %."
+    """A mask, or a map of ids, at the size of its image, nearest neighbour. `BadSample` where it has another shape by
+    more than 1 %."""
     (h, w), (mh, mw) = size, mask.shape
     if (mh, mw) == (h, w): return mask
-    if not same_shape((mh, mw), (h, w)): raise BadSample(f"{where}: mask of {mh}×{mw} px on an image of {h}×{w}; annotation and media do not belong together")
+    if not same_shape((mh, mw), (h, w)):
+        raise BadSample(f"{where}: mask of {mh}×{mw} px on an image of {h}×{w}; annotation and media do not belong "
+                        f"together")
     notes.append(("mask resized to its image", f"{where}: {mw}×{mh} → {w}×{h}"))
     return np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.NEAREST))
 
@@ -437,11 +464,15 @@ def palette_mask(file: Path,             # PNG whose pixel values are object ids
     "Object ids at the size of the image. `BadSample` for what is no such mask, or of another shape by more than 1 %."
     try:
         with Image.open(file) as image: index = np.asarray(image)
-    except Exception as e: raise BadSample(f"{file}: not a readable mask ({e}); download it again") from e  # a decoder raises anything
+    # a decoder raises anything
+    except Exception as e: raise BadSample(f"{file}: not a readable mask ({e}); download it again") from e
     where = f"{file.parent.name}/{file.name}"
-    if index.ndim != 2 or not same_shape(index.shape, size): raise BadSample(f"{file}: shape {index.shape} is no palette mask of a {size[0]}×{size[1]} image; download it again")
+    if index.ndim != 2 or not same_shape(index.shape, size):
+        raise BadSample(f"{file}: shape {index.shape} is no palette mask of a {size[0]}×{size[1]} image; download it "
+                        f"again")
     if index.dtype.kind not in "bui" or index.max(initial=0) > 255 or index.min(initial=0) < 0:
-        raise BadSample(f"{file}: values up to {index.max(initial=0)}; a mask holds object ids 1 … 255, number them anew")
+        raise BadSample(f"{file}: values up to {index.max(initial=0)}; a mask holds object ids 1 … 255, number them "
+                        f"anew")
     return resized(index.astype(np.uint8, copy=False), size, where, notes)
 
 # %% ../../nbs/01a_samples.ipynb #c034a
@@ -471,7 +502,8 @@ def _opened(path: Path) -> Iterator[tuple["av.container.InputContainer", "av.Vid
         stream = box.streams.best("video")
         if stream is None: raise BadSample(f"{path}: not a readable video (it has no images); delete it")
         if stream.codec_context is None:
-            raise BadSample(f"{path}: {_spoken(_unknown(box))} video, for which there is no decoder here; convert it to H.264")
+            raise BadSample(f"{path}: {_spoken(_unknown(box))} video, for which there is no decoder here; convert it "
+                            f"to H.264")
         stream.codec_context.thread_count = 1
         yield box, stream
 
@@ -480,12 +512,14 @@ def _opened(path: Path) -> Iterator[tuple["av.container.InputContainer", "av.Vid
 class VideoIndex:
     "What a video file holds."
     codec: str                                     # FFmpeg's name: h264, hevc, av1 …
-    clean: bool                                    # read by `times`, `keys` and `spare`; other streams by what stands before these
+    # read by `times`, `keys` and `spare`; other streams by what stands before these
+    clean: bool
     count: int = 0                                 # frames of a decode from the start
     whole: int = 0                                 # those before the first that cannot be decoded
     size: Sequence[int] = (0, 0)                   # height and width, px, before turning
     turn: int = 0                                  # quarter turns, counter-clockwise, that make it upright
-    safe: Sequence[Sequence[int]] = ()             # (where to seek to, when the frame is shown, its number), times in ticks, in order
+    # (where to seek to, when the frame is shown, its number), times in ticks, in order
+    safe: Sequence[Sequence[int]] = ()
     times: Sequence[int] = ()                      # when each frame is shown, in ticks
     keys: Sequence[Sequence[int]] = ()             # (when decoded, in ticks; number) of each keyframe, in order
     spare: Sequence[int] = ()                      # numbers of the frames that no other refers to
@@ -533,7 +567,8 @@ def _units(packet: "av.Packet",
 
 # %% ../../nbs/01a_samples.ipynb #c034k
 def _clean(path: Path) -> VideoIndex | None:
-    "The index of H.264 in mp4, whole, each keyframe an IDR image, evenly timed from 0, no edits; None of anything else."
+    """The index of H.264 in mp4, whole, each keyframe an IDR image, evenly timed from 0, no edits; None of anything
+    else."""
     with _opened(path) as (box, stream):
         head, packets = bytes(stream.codec_context.extradata or b""), []
         codec = stream.codec_context.codec.canonical_name
@@ -553,7 +588,8 @@ def _clean(path: Path) -> VideoIndex | None:
         if not even or len(times) != stream.frames: return None
     number = {t: n for n, t in enumerate(times)}
     keys = sorted(((dts, number[pts]) for pts, dts, key, _ in packets if key), key=lambda k: k[1])
-    return VideoIndex("h264", True, len(times), len(times), times=times, keys=keys, spare=sorted(number[p[0]] for p in packets if p[3]))
+    return VideoIndex("h264", True, len(times), len(times), times=times, keys=keys,
+                      spare=sorted(number[p[0]] for p in packets if p[3]))
 
 # %% ../../nbs/01a_samples.ipynb #c034g
 def _numbered(path: Path, index: VideoIndex, n: int) -> Iterator[tuple[int, "av.VideoFrame"]]:
@@ -588,8 +624,8 @@ def _agrees(path: Path, at: int, number: dict[int, int], sums: list[int], first:
 
 def _safe_points(path: Path, keys: list[tuple[int, int]], number: dict[int, int], sums: list[int],
                  apart: int = 12) -> list[tuple[int, int, int]]:
-    """The `safe` of an index, from the times (shown, decoded) of keyframes, at least `apart` frames from each other. Some containers
-    seek by the time a packet is shown, some by the time it is decoded."""
+    """The `safe` of an index, from the times (shown, decoded) of keyframes, at least `apart` frames from each other.
+    Some containers seek by the time a packet is shown, some by the time it is decoded."""
     chosen, safe, end = [(0, 0, 0)], [], len(sums)
     for shown, decoded in sorted(k for k in keys if k[0] in number):
         if number[shown] - chosen[-1][-1] >= apart: chosen.append((shown, decoded, number[shown]))
@@ -600,7 +636,8 @@ def _safe_points(path: Path, keys: list[tuple[int, int]], number: dict[int, int]
 
 # %% ../../nbs/01a_samples.ipynb #c034h
 class _Packet(NamedTuple):
-    "What is said of a packet: time shown and time decoded in ticks; whether it is a keyframe, cut short or dropped by an edit list."
+    """What is said of a packet: time shown and time decoded in ticks; whether it is a keyframe, cut short or dropped by
+    an edit list."""
     pts: int | None
     dts: int | None
     key: bool
@@ -620,8 +657,8 @@ def _held(path: Path) -> tuple[list[_Packet], bool]:
 
 
 def _lacking_none(times: list[int | None], last: _Packet) -> int:
-    """How many of the frames of a file that is cut short are sure to come before the first that was lost, where `last` is the last
-    packet, lost or not: no image is shown before its decoding time."""
+    """How many of the frames of a file that is cut short are sure to come before the first that was lost, where `last`
+    is the last packet, lost or not: no image is shown before its decoding time."""
     if last.dts is None or None in times: return len(times)
     return sum(t < last.dts + (not last.corrupt) for t in times)
 
@@ -639,7 +676,8 @@ def _decoded_once(path: Path) -> VideoIndex:
             times.append(frame.pts); sums.append(_sum(frame))
     except av.FFmpegError: damaged = True
     whole = _lacking_none(times, packets[-1]) if short and not damaged else len(times)
-    if codec == "av1" and times and None not in times and not short:  # each packet is an image; broken ones are passed over
+    # each packet is an image; broken ones are passed over
+    if codec == "av1" and times and None not in times and not short:
         lost = {p.pts for p in packets if not p.dropped and p.pts is not None and p.pts > times[0]}.difference(times)
         if lost: damaged, whole = True, sum(t < min(lost) for t in times)
     if not whole:
@@ -664,7 +702,8 @@ def _kept_index(file: Path) -> VideoIndex | None:
 def video_index(path: str | Path,
                 trusting: bool = True  # False: decode it, although it looks clean
                 ) -> VideoIndex:
-    "What a video file holds, from the cache folder while name, size and time of the file are the same. `BadSample` as `Video`."
+    """What a video file holds, from the cache folder while name, size and time of the file are the same. `BadSample` as
+    `Video`."""
     path = Path(path)
     stat = path.stat()
     key = fingerprint({"path": str(path.resolve()), "size": stat.st_size, "time": stat.st_mtime_ns, "form": 2})
@@ -677,7 +716,8 @@ def video_index(path: str | Path,
     return index
 
 # %% ../../nbs/01a_samples.ipynb #c035
-def _from(box: "av.container.InputContainer", stream: "av.VideoStream", decoded: int, shown: int) -> Iterator["av.Packet"]:
+def _from(box: "av.container.InputContainer", stream: "av.VideoStream", decoded: int,
+          shown: int) -> Iterator["av.Packet"]:
     "The packets from a keyframe on. `LookupError` where seeking does not find it."
     for at in (decoded, shown):
         box.seek(at, stream=stream)
@@ -687,8 +727,10 @@ def _from(box: "av.container.InputContainer", stream: "av.VideoStream", decoded:
     raise LookupError(shown)
 
 
-def _shown(packets: Iterable["av.Packet"], number: dict[int, int], passed: set[int]) -> Iterator[tuple[int, "av.VideoFrame"]]:
-    "Frames and their numbers, without those that are `passed` over. `LookupError` for a time that is nobody's, or a damaged packet."
+def _shown(packets: Iterable["av.Packet"], number: dict[int, int],
+           passed: set[int]) -> Iterator[tuple[int, "av.VideoFrame"]]:
+    """Frames and their numbers, without those that are `passed` over. `LookupError` for a time that is nobody's, or a
+    damaged packet."""
     for packet in packets:
         if packet.size and (packet.is_corrupt or number[packet.pts] in passed):
             if packet.is_corrupt: raise LookupError(packet.pts)
@@ -697,7 +739,8 @@ def _shown(packets: Iterable["av.Packet"], number: dict[int, int], passed: set[i
 
 # %% ../../nbs/01a_samples.ipynb #c035v
 class Video:
-    "A video file: `len(video)`, `video.frames([...])`; frame n is the n-th of a decode from the start. `BadSample` when it cannot be read."
+    """A video file: `len(video)`, `video.frames([...])`; frame n is the n-th of a decode from the start. `BadSample`
+    when it cannot be read."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -711,7 +754,9 @@ class Video:
         "Decode some frames. `BadSample` when one is not there, or cannot be decoded."
         numbers = list(map(int, numbers))
         beyond = [n for n in numbers if not 0 <= n < len(self)]
-        if beyond: raise BadSample(f"{self.path}: frame {max(beyond)} asked for, {len(self)} there; the video is cut short or belongs to another annotation")
+        if beyond:
+            raise BadSample(f"{self.path}: frame {max(beyond)} asked for, {len(self)} there; the video is cut short or "
+                            f"belongs to another annotation")
         if self.index.clean:
             try: return self._skim(numbers)
             except (av.FFmpegError, LookupError):  # it looks clean and is damaged inside
@@ -719,7 +764,8 @@ class Video:
         return self._decode(numbers)
 
     def _skim(self, numbers: list[int]) -> np.ndarray:
-        "Frames of a clean stream: [T, H, W, 3] uint8. `av.FFmpegError` or `LookupError` where it is not what it seemed."
+        """Frames of a clean stream: [T, H, W, 3] uint8. `av.FFmpegError` or `LookupError` where it is not what it
+        seemed."""
         index, rest, found = self.index, sorted({*numbers}), {}
         number, passed = {t: n for n, t in enumerate(index.times)}, {*index.spare} - {*rest}
         with _opened(self.path) as (box, stream):
@@ -727,13 +773,17 @@ class Video:
                 decoded, first = index.key(rest[0])
                 for n, frame in _shown(_from(box, stream, decoded, index.times[first]), number, passed):
                     if frame.is_corrupt: raise LookupError(n)
-                    if n == rest[0]: found[rest.pop(0)] = np.rot90(_pixels(frame, (frame.height, frame.width)), frame.rotation // 90 % 4)
+                    if n == rest[0]:
+                        found[rest.pop(0)] = np.rot90(_pixels(frame, (frame.height, frame.width)),
+                                                      frame.rotation // 90 % 4)
                     if not rest or index.key(rest[0])[-1] > n: break
                 else: raise LookupError(rest[0])
-        return np.stack([found[n] for n in numbers]) if numbers else np.empty((0, stream.height, stream.width, 3), np.uint8)
+        return np.stack([found[n] for n in numbers]) if numbers else np.empty((0, stream.height, stream.width, 3),
+            np.uint8)
 
     def _damaged(self, n: int) -> BadSample:
-        return BadSample(f"{self.path}: damaged, frame {n} of {len(self)} cannot be decoded ({_spoken(self.index.codec)}); download it again")
+        return BadSample(f"{self.path}: damaged, frame {n} of {len(self)} cannot be decoded "
+                         f"({_spoken(self.index.codec)}); download it again")
 
     def _decode(self, numbers: list[int]) -> np.ndarray:
         "Frames of a suspect stream: [T, H, W, 3] uint8."

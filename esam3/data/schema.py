@@ -57,14 +57,16 @@ class _Tree:
             self.top = self._said(node, 1) if node else Said(None, source, 1, folder)
         except yaml.MarkedYAMLError as e:
             mark = e.problem_mark or e.context_mark
-            raise ValueError(f"{source}{f':{mark.line + 1}' if mark and lines else ''}: not YAML ({e.problem or e.context})") from e
+            raise ValueError(f"{source}{f':{mark.line + 1}' if mark and lines else ''}: not YAML "
+                             f"({e.problem or e.context})") from e
         except yaml.YAMLError as e: raise ValueError(f"{source}: not YAML ({e})") from e
 
     def _said(self, node: yaml.Node, line: int) -> Said:
         place = Said(None, self.source, line if self.lines else 0, self.folder)
         if id(node) in self.open: raise place.wrong((), "an anchor inside itself")
         self.open.append(id(node))
-        value = self._mapping(node) if isinstance(node, yaml.MappingNode) else self._list(node) if isinstance(node, yaml.SequenceNode) else self.loader.construct_object(node)
+        value = self._mapping(node) if isinstance(node, yaml.MappingNode) else self._list(node) if isinstance(node,
+            yaml.SequenceNode) else self.loader.construct_object(node)
         self.open.pop()
         return Said(value, self.source, place.line, self.folder)
 
@@ -83,13 +85,17 @@ class _Tree:
                 continue
             if not isinstance(key, yaml.ScalarNode): raise place.wrong((), "a key is a word or a number")
             word = self.loader.construct_object(key)
-            if word in own: raise place.wrong((), f"`{word}` stands here and {f'in line {own[word].line}' if self.lines else 'before'}: keep one of them")
+            if word in own:
+                raise place.wrong((),
+                                  f"`{word}` stands here and "
+                                  f"{f'in line {own[word].line}' if self.lines else 'before'}: keep one of them")
             own[word] = self._said(value, line)
         return {**merged, **own}
 
 # %% ../../nbs/01g_schema.ipynb #c010
 def _recipe_path(word: str, folder: Path) -> Path:
-    "Where a recipe lies: a name in `data_recipes/`, or a path, which counts from a folder. `ValueError` names the nearest."
+    """Where a recipe lies: a name in `data_recipes/`, or a path, which counts from a folder. `ValueError` names the
+    nearest."""
     if word.endswith((".yaml", ".yml")): path = folder / Path(os.path.expandvars(word)).expanduser()
     else: path = RECIPES / f"{ALIASES.get(word, word)}.yaml"
     if not path.is_file(): raise ValueError(nearest(word, sorted(p.stem for p in RECIPES.glob("*.yaml")), "recipe"))
@@ -101,9 +107,11 @@ def _format(given: Said) -> Any: return given.value["format"].value if "format" 
 
 def _over(base: Said, own: Said) -> Said:
     "What `own` says over what a base says. Of a reader of another format nothing is kept."
-    if not (isinstance(base.value, dict) and isinstance(own.value, dict)) or _format(own) not in (None, _format(base)): return own
+    if not (isinstance(base.value, dict) and isinstance(own.value, dict)) or _format(own) not in (None, _format(base)):
+        return own
     kept = {k: v for k, v in base.items() if k not in own.value}
-    mine = {k: _over(base.value[k], v) if k in base.value else v for k, v in own.items() if v.value is not None or k not in base.value}
+    mine = {k: _over(base.value[k], v) if k in base.value else v for k,
+            v in own.items() if v.value is not None or k not in base.value}
     return Said({**kept, **mine}, own.source, own.line, own.folder)
 
 
@@ -111,14 +119,17 @@ def _given(path: Path, via: tuple[Path, ...] = ()) -> Said:
     "All that a recipe and those that it extends say. `ValueError` for what is no recipe, or extends itself."
     try: found = _Tree(path.read_text(encoding="utf-8"), path.name, path.parent.absolute()).top
     except (OSError, UnicodeDecodeError) as e: raise ValueError(f"{path.name}: not a text in UTF-8 ({e})") from e
-    if not isinstance(found.value, dict): raise found.wrong((), f"expected lines `recipe key: …`, got {found.plain()!r}")
+    if not isinstance(found.value, dict):
+        raise found.wrong((), f"expected lines `recipe key: …`, got {found.plain()!r}")
     told = found.value.pop("extends", None)
     if told is None: return found
-    if not isinstance(told.value, str): raise told.wrong(("extends",), f"is the name of a recipe, or a path, not {told.plain()!r}")
+    if not isinstance(told.value, str):
+        raise told.wrong(("extends",), f"is the name of a recipe, or a path, not {told.plain()!r}")
     try: above = _recipe_path(told.value, path.parent)
     except ValueError as e: raise told.wrong(("extends",), f"is an {e}") from e
     chain = (*via, path.resolve())
-    if above.resolve() in chain: raise told.wrong(("extends",), f"goes in a circle: {' → '.join(p.stem for p in (*chain, above.resolve()))}")
+    if above.resolve() in chain:
+        raise told.wrong(("extends",), f"goes in a circle: {' → '.join(p.stem for p in (*chain, above.resolve()))}")
     base = _given(above, chain)
     base.value.pop("name", None)
     return _over(base, found)
@@ -136,7 +147,8 @@ class Rule:
         "`ValueError` for a value that does not fit."
         value = given.plain()
         if self.fits(value): return
-        if self.words and isinstance(value, str): raise given.wrong(at, f"has an {nearest(value, self.words, self.noun)}")
+        if self.words and isinstance(value, str):
+            raise given.wrong(at, f"has an {nearest(value, self.words, self.noun)}")
         if value is None: raise given.wrong(at, f"is empty; it is {self.said}")
         raise given.wrong(at, f"is {self.said}, not {value!r}{_advice(value)}")
 
@@ -144,7 +156,8 @@ class Rule:
 def _advice(value: Any) -> str:
     "For numbers and words that YAML takes for one another."
     if isinstance(value, bool): return " (YAML reads yes, no, on and off as true and false: put a word in quotes)"
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value): return " (YAML reads this as a word: write 1.0e-3, not 1e-3)"
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return " (YAML reads this as a word: write 1.0e-3, not 1e-3)"
     return ""
 
 # %% ../../nbs/01g_schema.ipynb #c014
@@ -155,12 +168,15 @@ def _range(v: Any) -> bool: return _listed(v, lambda n: _whole(n, 1)) and len(v)
 def _word(v: Any) -> bool: return isinstance(v, str) and bool(v)
 
 
-def one_of(noun: str, *words: str) -> Rule: return Rule(f"one of {', '.join(words)}", lambda v: v in words and isinstance(v, str), words, noun)
+def one_of(noun: str, *words: str) -> Rule:
+    return Rule(f"one of {', '.join(words)}", lambda v: v in words and isinstance(v, str), words, noun)
 
 
-TEXT, WORD, FLAG = Rule("text", lambda v: isinstance(v, str)), Rule("text, and not empty", _word), Rule("true or false", lambda v: isinstance(v, bool))
+TEXT, WORD, FLAG = Rule("text", lambda v: isinstance(v, str)), Rule("text, and not empty", _word), Rule("true or false",
+    lambda v: isinstance(v, bool))
 COUNT, SOME = Rule("a number, 0 for all", _whole), Rule("a whole number from 1 on", lambda v: _whole(v, 1))
-PART, LEAST = Rule("a share, 0 … 1", lambda v: _number(v) and 0 <= v <= 1), Rule("a number from 0 on", lambda v: _number(v) and v >= 0)
+PART, LEAST = Rule("a share, 0 … 1", lambda v: _number(v) and 0 <= v <= 1), Rule("a number from 0 on",
+    lambda v: _number(v) and v >= 0)
 WHERE = Rule("a path or pattern, or a list of them", lambda v: _word(v) or _listed(v, _word) and len(v) > 0)
 BY_TYPE = {int: Rule("a whole number from 0 on", _whole), float: LEAST, bool: FLAG, str: TEXT}  # of a schedule's fields
 
@@ -174,25 +190,35 @@ def _setting(kind: Any) -> Rule:
 # %% ../../nbs/01g_schema.ipynb #c015
 SCHEDULES = ("paper", "proven")   # of 05_training: the paper's, and what the toy world showed to be needed
 STARTS = ("imagenet", "random")   # of a backbone, beside a file
-SETTINGS = {stage: {f.name: _setting(f.type) for f in fields(Schedule) if stage in STAGES_OF[f.name]} for stage in (1, 2, 3)}
+SETTINGS = {stage: {f.name: _setting(f.type) for f in fields(Schedule) if stage in STAGES_OF[f.name]}
+            for stage in (1, 2, 3)}
 TABLE: Mapping[str, Any] = {
-    "name": Rule("a name that a folder can have", lambda v: _word(v) and not re.search(r"^\.|[/\\]", v)), "about": TEXT, "licence": TEXT, "download": TEXT, "root": WORD, "teacher": WORD, "weights": TEXT, "after": TEXT,
+    "name": Rule("a name that a folder can have", lambda v: _word(v) and not re.search(r"^\.|[/\\]", v)), "about": TEXT,
+    "licence": TEXT, "download": TEXT, "root": WORD, "teacher": WORD, "weights": TEXT, "after": TEXT,
     "splits": {}, "schedule": one_of("schedule", *SCHEDULES), "stages": SETTINGS, "ranks": SOME,
-    "evaluation": dict.fromkeys(("images", "instances", "clips", "frames"), Rule("a number of samples, 0 for all", _whole)),
-    "sampling": {"instances": COUNT, "tracks": COUNT, "phrases": COUNT, "late": one_of("treatment of late tracks", "drop", "keep"),
+    "evaluation": dict.fromkeys(("images", "instances", "clips", "frames"),
+                                Rule("a number of samples, 0 for all", _whole)),
+    "sampling": {"instances": COUNT, "tracks": COUNT, "phrases": COUNT,
+                 "late": one_of("treatment of late tracks", "drop", "keep"),
                  "frames": Rule("[least, most] annotated frames of a clip", _range),
                  "bad": Rule("a share of samples, 0 … 1", PART.fits)},
-    "augment": {"short": Rule("[least, most] px of the short side", _range), "crop": SOME, "flip": PART, "jitter": LEAST,
+    "augment": {"short": Rule("[least, most] px of the short side", _range), "crop": SOME, "flip": PART,
+                "jitter": LEAST,
                 "hue": Rule("in turns, 0 … 0.5", lambda v: _number(v) and 0 <= v <= 0.5)}}
 KEYS: Mapping[str, Rule] = {
-    "path": WHERE, "without": WHERE, "annotations": WHERE, "media": WORD, "root": WORD, "recipe": WORD, "resolution": WORD, "split": WORD, "meta": TEXT,
-    "min_area": SOME, "every": SOME, "by": one_of("annotator", "manual", "auto"), "year": SOME, "truth": one_of("kind of truth", "auto", "all", "first"),
-    "share": Rule("a positive number", lambda v: _number(v) and v > 0), "kind": one_of("kind of data", "images", "clips")}
+    "path": WHERE, "without": WHERE, "annotations": WHERE, "media": WORD, "root": WORD, "recipe": WORD,
+    "resolution": WORD, "split": WORD, "meta": TEXT,
+    "min_area": SOME, "every": SOME, "by": one_of("annotator", "manual", "auto"), "year": SOME,
+    "truth": one_of("kind of truth", "auto", "all", "first"),
+    "share": Rule("a positive number", lambda v: _number(v) and v > 0),
+    "kind": one_of("kind of data", "images", "clips")}
 SAMPLING = {"instances": 16, "tracks": 8, "phrases": 0, "frames": [4, 8],  # the paper's; 0: all
             "late": "drop",                                                # of tracks that begin after frame 0
             "bad": 0.01}                                                   # share of samples that may be unreadable
-DEFAULTS = {"name": "", "about": "", "licence": "", "download": "", "root": "", "teacher": "facebook/sam3", "weights": "", "after": "",
-            "splits": {}, "sampling": {}, "augment": {}, "schedule": "paper", "evaluation": {}, "stages": {}, "ranks": 1}
+DEFAULTS = {"name": "", "about": "", "licence": "", "download": "", "root": "", "teacher": "facebook/sam3",
+            "weights": "", "after": "",
+            "splits": {}, "sampling": {}, "augment": {}, "schedule": "paper", "evaluation": {}, "stages": {},
+            "ranks": 1}
 
 # %% ../../nbs/01g_schema.ipynb #c016
 def _check(given: Said, rule: Rule | Mapping, at: tuple = ()) -> None:
@@ -203,6 +229,8 @@ def _check(given: Said, rule: Rule | Mapping, at: tuple = ()) -> None:
     if not isinstance(given.value, dict): raise given.wrong(at, f"expected lines `{noun}: …`, got {given.plain()!r}")
     for key, value in given.items():
         if key in rule: _check(value, rule[key], (*at, key)); continue
-        if at == ("stages",): raise value.wrong((), f"nothing reads `stages: {key}`: the stages are 1, 2 and 3" + ", without quotes" * isinstance(key, str))
+        if at == ("stages",):
+            raise value.wrong((), f"nothing reads `stages: {key}`: the stages are 1, 2 and 3" + ", without quotes"
+                              * isinstance(key, str))
         if at[:1] == ("stages",): _belongs([str(key)], at[1], f"{value.where}: `stages: {at[1]}`: ")
         raise value.wrong(at, "has an " * bool(at) + nearest(str(key), [*map(str, rule)], noun))

@@ -27,7 +27,8 @@ from pycocotools import mask as rle
 from ..core import atomically, cache_dir, nearest, seed_at, write_json
 
 # %% ../../nbs/01_toyworld.ipynb #c005
-COLORS = {"red": (215, 45, 45), "green": (45, 170, 65), "blue": (50, 85, 215), "yellow": (230, 210, 50), "purple": (145, 55, 185),
+COLORS = {"red": (215, 45, 45), "green": (45, 170, 65), "blue": (50, 85, 215), "yellow": (230, 210, 50),
+          "purple": (145, 55, 185),
           "orange": (240, 140, 35), "cyan": (50, 200, 210), "white": (240, 240, 240)}
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 PATTERNS = ("plain", "striped", "dotted")
@@ -80,7 +81,8 @@ class Instance:
         "x, y, radius, angle at time `t`."
         r, a = self.radius * (1 + self.swell * math.sin(0.7 * t)), self.angle + self.spin * t
         if self.path == "drift":
-            x, y = (_bounce(c + w * t, 0.6 * r, n - 0.6 * r) for c, w, n in zip(self.center, self.velocity, (width, height)))
+            x, y = (_bounce(c + w * t, 0.6 * r, n - 0.6 * r) for c, w,
+                    n in zip(self.center, self.velocity, (width, height)))
         elif self.path == "swing": x, y = self.center + self.velocity * math.cos(math.pi / 2 * t / self.when[0])
         elif self.path == "leave":
             gone = min(max((t - self.when[0]) / self.when[1], 0), 1)
@@ -123,17 +125,20 @@ def _paint(instance: Instance, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.ones_like(u)
 
 
-def place(instance: Instance, t: float, width: int, height: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
+def place(instance: Instance, t: float, width: int,
+          height: int) -> tuple[tuple[slice, slice], np.ndarray, np.ndarray, np.ndarray]:
     "The window (rows, columns) that an instance may touch at time `t`, and there: inside it or not, u and v."
     x, y, r, a = instance.at(t, width, height)
-    x0, x1, y0, y1 = (int(np.clip(k, 0, n)) for k, n in ((x - 1.3 * r, width), (x + 1.3 * r + 1, width), (y - 1.3 * r, height), (y + 1.3 * r + 1, height)))
+    x0, x1, y0, y1 = (int(np.clip(k, 0, n)) for k, n in ((x - 1.3 * r, width), (x + 1.3 * r + 1, width),
+                                                         (y - 1.3 * r, height), (y + 1.3 * r + 1, height)))
     dx, dy = np.arange(x0, max(x0, x1))[None] + 0.5 - x, np.arange(y0, max(y0, y1))[:, None] + 0.5 - y
     u, v = (math.cos(a) * dx + math.sin(a) * dy) / r, (math.cos(a) * dy - math.sin(a) * dx) / r
     return (slice(y0, max(y0, y1)), slice(x0, max(x0, x1))), inside_shape(instance.shape, u, v), u, v
 
 # %% ../../nbs/01_toyworld.ipynb #c013
 def draw(scene: Scene, t: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    "Image uint8 [H, W, 3], visible masks bool [N, H, W] and areas [N] in px before occlusion, at time `t` (annotated frames)."
+    """Image uint8 [H, W, 3], visible masks bool [N, H, W] and areas [N] in px before occlusion, at time `t` (annotated
+    frames)."""
     image, masks = _ground(scene, t), np.zeros((len(scene.instances), scene.height, scene.width), bool)
     areas = np.zeros(len(scene.instances), int)
     for i, instance in enumerate(scene.instances):
@@ -161,7 +166,8 @@ def _blank(rng: np.random.Generator) -> Scene:
 def _looks(rng: np.random.Generator, pool: list[tuple[str, str, str]]) -> dict:
     "Looks of an instance: usually a concept of the scene's pool, sometimes any."
     c, s, p = pool[rng.integers(len(pool))] if rng.random() < 0.75 else _concept(rng)
-    return dict(color=c, shape=s, pattern=p, rgb=np.array(COLORS[c]) + rng.uniform(-15, 15, 3), angle=rng.uniform(0, 6.28))
+    return dict(color=c, shape=s, pattern=p, rgb=np.array(COLORS[c]) + rng.uniform(-15, 15, 3),
+                angle=rng.uniform(0, 6.28))
 
 
 def _concept(rng: np.random.Generator) -> tuple[str, str, str]:
@@ -187,7 +193,8 @@ def sample_image(rng: np.random.Generator,
         for _ in range(count):
             r = float(rng.uniform(12, biggest))
             spots = rng.uniform([0.7 * r] * 2, [scene.width - 0.7 * r, scene.height - 0.7 * r], (12, 2))
-            gap = [min((math.hypot(*(s - o.center)) - 0.85 * (r + o.radius) for o in scene.instances), default=1.0) for s in spots]
+            gap = [min((math.hypot(*(s - o.center)) - 0.85 * (r + o.radius) for o in scene.instances), default=1.0)
+                   for s in spots]
             spot = spots[next((i for i, g in enumerate(gap) if g > 0), int(np.argmax(gap)))]
             scene.instances.append(Instance(**_looks(rng, pool), radius=r, center=spot))
         image, masks, areas = draw(scene, 0, rng)
@@ -209,9 +216,12 @@ def _twins(rng: np.random.Generator, scene: Scene, a: Instance, frames: int) -> 
     way = np.array([math.cos(angle), math.sin(angle)])
     reach = 0.5 * min(scene.width, scene.height) - 0.6 * a.radius
     middle = np.array([scene.width, scene.height]) / 2 + rng.uniform(-4, 4, 2)
-    side, crossing = np.array([-way[1], way[0]]) * rng.uniform(0.2, 0.5) * a.radius, float(rng.uniform(3, min(5, frames - 3)))
+    side, crossing = np.array([-way[1], way[0]]) * rng.uniform(0.2,
+                                                               0.5) * a.radius, float(rng.uniform(3,
+                                                                   min(5, frames - 3)))
     for instance, sign in ((a, 1), (b, -1)):
-        instance.path, instance.when, instance.center, instance.velocity = "swing", (crossing, 0), middle + sign * side, sign * way * reach
+        instance.path, instance.when, instance.center, instance.velocity = "swing", (crossing,
+            0), middle + sign * side, sign * way * reach
         instance.spin = float(rng.uniform(-0.15, 0.15))
     return a, b
 
@@ -227,7 +237,8 @@ def _leave(rng: np.random.Generator, scene: Scene, instance: Instance, frames: i
     return instance
 
 # %% ../../nbs/01_toyworld.ipynb #c020
-def sample_scene(rng: np.random.Generator, frames: int = 8, twins: bool | None = None, exits: bool | None = None) -> Scene:
+def sample_scene(rng: np.random.Generator, frames: int = 8, twins: bool | None = None,
+                 exits: bool | None = None) -> Scene:
     "A scene in motion for `frames` annotated frames; twins in half and exits in a third of the clips unless told."
     scene, pool = _blank(rng), _pool(rng)
     twins, exits = rng.random() < 0.5 if twins is None else twins, rng.random() < 1 / 3 if exits is None else exits
@@ -235,7 +246,8 @@ def sample_scene(rng: np.random.Generator, frames: int = 8, twins: bool | None =
         r = float(rng.uniform(14, 23))
         spots = rng.uniform([r, r], [scene.width - r, scene.height - r], (12, 2))
         gap = [min((math.hypot(*(s - o.center)) - (r + o.radius) for o in scene.instances), default=0.0) for s in spots]
-        scene.instances.append(_drift(rng, scene, Instance(**_looks(rng, pool), radius=r, center=spots[int(np.argmax(gap))])))
+        scene.instances.append(_drift(rng, scene, Instance(**_looks(
+            rng, pool), radius=r, center=spots[int(np.argmax(gap))])))
     if exits: _leave(rng, scene, scene.instances[0], frames)
     if twins:
         pair = _twins(rng, scene, scene.instances.pop(), frames)
@@ -244,7 +256,8 @@ def sample_scene(rng: np.random.Generator, frames: int = 8, twins: bool | None =
 
 
 def draw_clip(scene: Scene, frames: int, rng: np.random.Generator, every: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    "Frames uint8 [frames·every, H, W, 3] and masks bool [N, frames·every, H, W], `every` video frames to an annotated one."
+    """Frames uint8 [frames·every, H, W, 3] and masks bool [N, frames·every, H, W], `every` video frames to an annotated
+    one."""
     drawn = [draw(scene, t / every, rng) for t in range(frames * every)]
     return np.stack([d[0] for d in drawn]), np.stack([d[1] for d in drawn], 1)
 
@@ -297,8 +310,10 @@ def sa1b_record(number: int, image: np.ndarray, masks: np.ndarray) -> dict:
     def one(i: int, m: np.ndarray) -> dict:
         code, (ys, xs) = _rle(m), np.nonzero(m)
         k = len(xs) // 2
-        return {"id": number * 10 + i, "segmentation": code, "bbox": [float(b) for b in rle.toBbox(code)], "area": int(m.sum()),
-                "predicted_iou": 1.0, "stability_score": 1.0, "point_coords": [[float(xs[k]), float(ys[k])]], "crop_box": [0, 0, w, h]}
+        return {"id": number * 10 + i, "segmentation": code, "bbox": [float(b) for b in rle.toBbox(code)],
+                "area": int(m.sum()),
+                "predicted_iou": 1.0, "stability_score": 1.0, "point_coords": [[float(xs[k]), float(ys[k])]],
+                "crop_box": [0, 0, w, h]}
     return {"image": {"image_id": number, "width": w, "height": h, "file_name": f"sa_{number:06d}.jpg"},
             "annotations": [one(i, m) for i, m in enumerate(masks)]}
 
@@ -320,12 +335,14 @@ def enlarged(drawn: np.ndarray,     # an image uint8 [h, w, 3], or masks bool [.
 
 # %% ../../nbs/01_toyworld.ipynb #c028
 FINE = {"crf": "12", "preset": "veryfast"}  # of x264: quick, and nearly the drawing
-REPEATABLE = {"threads": "1", "x264-params": "no-mbtree=1"}  # x264's macroblock tree encodes the same frames in several ways
+# x264's macroblock tree encodes the same frames in several ways
+REPEATABLE = {"threads": "1", "x264-params": "no-mbtree=1"}
 
 
 def write_mp4(path: Path, frames: np.ndarray, rate: int = 24,
               size: tuple[int, int] | None = None,   # height and width to enlarge to; as drawn when missing
-              options: Mapping[str, str] = FINE      # of x264; none: its defaults, with B-frames and 250 frames to a key frame
+              # of x264; none: its defaults, with B-frames and 250 frames to a key frame
+              options: Mapping[str, str] = FINE
               ) -> None:
     "H.264 mp4 of uint8 [T, H, W, 3]; sides must be even. The same frames give the same bytes."
     import av
@@ -342,27 +359,36 @@ def sav_record(name: str, masks: np.ndarray, every: int) -> dict:
     "The `_manual.json` of SA-V for masks [N, T, H, W] at the annotated frames."
     n, t, h, w = masks.shape
     area, seen = masks.sum((2, 3)), masks.any((2, 3))
-    return {"video_id": name, "video_duration": t * every / 24, "video_frame_count": float(t * every), "video_height": float(h), "video_width": float(w),
+    return {"video_id": name, "video_duration": t * every / 24, "video_frame_count": float(t * every),
+            "video_height": float(h), "video_width": float(w),
             "video_resolution": float(h * w), "video_environment": "Toy", "video_split": "toy",
             "masklet": [[_rle(m) for m in masks[:, k]] for k in range(t)], "masklet_id": list(range(n)),
-            "masklet_size_rel": [float(a.mean() / (h * w)) for a in area], "masklet_size_abs": [float(a.mean()) for a in area],
-            "masklet_size_bucket": ["medium"] * n, "masklet_visibility_changes": [int((s[1:] != s[:-1]).sum()) for s in seen],
+            "masklet_size_rel": [float(a.mean() / (h * w)) for a in area],
+            "masklet_size_abs": [float(a.mean()) for a in area],
+            "masklet_size_bucket": ["medium"] * n, "masklet_visibility_changes": [int((s[1:] != s[:-1]).sum())
+                for s in seen],
             "masklet_first_appeared_frame": [float(s.argmax()) for s in seen], "masklet_frame_count": [t] * n,
-            "masklet_edited_frame_count": [0] * n, "masklet_type": ["manual"] * n, "masklet_stability_score": [None] * n, "masklet_num": n}
+            "masklet_edited_frame_count": [0] * n, "masklet_type": ["manual"] * n,
+            "masklet_stability_score": [None] * n, "masklet_num": n}
 
 # %% ../../nbs/01_toyworld.ipynb #c030
-def saco_pair(pair: int, file_name: str, text: str, kind: str, masks: np.ndarray, first: int) -> tuple[dict, list[dict]]:
-    "One (image, phrase) entry and its annotations; `masks` [n, H, W] are the phrase's instances, `first` the next annotation id."
+def saco_pair(pair: int, file_name: str, text: str, kind: str, masks: np.ndarray,
+              first: int) -> tuple[dict, list[dict]]:
+    """One (image, phrase) entry and its annotations; `masks` [n, H, W] are the phrase's instances, `first` the next
+    annotation id."""
     h, w = masks.shape[1:]
     image = {"id": pair, "file_name": file_name, "text_input": text, "width": w, "height": h, "queried_category": text,
              "is_instance_exhaustive": 1, "is_pixel_exhaustive": 1, "negative": "" if kind == "positive" else kind}
     codes = [_rle(m) for m in masks]
-    return image, [{"id": first + i, "image_id": pair, "category_id": 1, "iscrowd": 0, "segmentation": c, "area": float(m.sum() / (h * w)),
-                    "bbox": [float(b / n) for b, n in zip(rle.toBbox(c), (w, h, w, h))]} for i, (c, m) in enumerate(zip(codes, masks))]
+    return image, [{"id": first + i, "image_id": pair, "category_id": 1, "iscrowd": 0, "segmentation": c, "area": float(
+        m.sum() / (h * w)),
+                    "bbox": [float(b / n) for b, n in zip(rle.toBbox(c), (w, h, w, h))]} for i,
+                   (c, m) in enumerate(zip(codes, masks))]
 
 
 def veval_file(clips: list[tuple[str, np.ndarray, list[tuple[str, np.ndarray]], list[str]]]) -> dict:
-    "SA-Co/VEval ground truth for clips (name, masks [N, T, H, W], [(phrase, instances)], annotated frames' file names)."
+    """SA-Co/VEval ground truth for clips (name, masks [N, T, H, W], [(phrase, instances)], annotated frames' file
+    names)."""
     phrases = sorted({p for c in clips for p, _ in c[2]})
     number = {p: i + 1 for i, p in enumerate(phrases)}
     out = {"info": {"version": "v1", "description": "SA-Co/VEval toy world"}, "videos": [], "annotations": [],
@@ -375,8 +401,10 @@ def veval_file(clips: list[tuple[str, np.ndarray, list[tuple[str, np.ndarray]], 
             out["video_np_pairs"].append({"id": len(out["video_np_pairs"]), **key, "num_masklets": len(members)})
             for m in masks[members]:
                 codes = [_rle(f) if f.any() else None for f in m]
-                out["annotations"].append({"id": len(out["annotations"]), **key, "iscrowd": 0, "height": h, "width": w, "segmentations": codes,
-                                           "bboxes": [c and [float(b) for b in rle.toBbox(c)] for c in codes], "areas": [c and float(f.sum()) for c, f in zip(codes, m)]})
+                out["annotations"].append({"id": len(
+                    out["annotations"]), **key, "iscrowd": 0, "height": h, "width": w, "segmentations": codes,
+                                           "bboxes": [c and [float(b) for b in rle.toBbox(c)] for c in codes],
+                                           "areas": [c and float(f.sum()) for c, f in zip(codes, m)]})
     return out
 
 # %% ../../nbs/01_toyworld.ipynb #c032
@@ -408,11 +436,13 @@ def _end_with(parent: int) -> None:
 def _in_order(make: Callable[[int], Any], count: int) -> Iterator[Any]:
     "make(0), make(1), … in this order, on all cores where processes can be forked."
     if sys.platform != "linux" or count < 32: yield from map(make, range(count)); return
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), _end_with, (os.getpid(),)) as pool: yield from pool.map(make, range(count), chunksize=2)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"), _end_with, (os.getpid(),)) as pool:
+        yield from pool.map(make, range(count), chunksize=2)
 
 # %% ../../nbs/01_toyworld.ipynb #c033
 def _image(split: Split, number: int) -> tuple[np.ndarray, dict, bytes, list[tuple[str, str, np.ndarray]]]:
-    "An image of a split: pixels, SA-1B record, JPEG, and three phrases (kind, text, instances): positive, easy negative, hard negative."
+    """An image of a split: pixels, SA-1B record, JPEG, and three phrases (kind, text, instances): positive, easy
+    negative, hard negative."""
     rng, phrases = _rng(split, "picture", number), []
     image, masks, there = sample_image(rng, 1 + number % 5)
     for kind in ("positive", "easy", "hard-shape" if number % 2 else "hard-other"):
@@ -433,12 +463,14 @@ def _write_images(folder: Path, split: Split, digest) -> None:
                 pair, found = saco_pair(len(pairs), f"pictures/sa_{k:06d}.jpg", text, kind, instances, len(marks))
                 pairs.append(pair); marks += found
             digest.update(image.tobytes() + json.dumps(record).encode())
-    write_json(folder / "saco" / "images.json", {"info": {"description": "toy world"}, "images": pairs, "annotations": marks, "categories": [{"id": 1, "name": "object"}]})
+    write_json(folder / "saco" / "images.json", {"info": {"description": "toy world"}, "images": pairs,
+                                                 "annotations": marks, "categories": [{"id": 1, "name": "object"}]})
     digest.update(json.dumps([pairs, marks]).encode())
 
 # %% ../../nbs/01_toyworld.ipynb #c034
 def _clip(folder: Path, split: Split, kind: str, frames: int, number: int) -> tuple[bytes, dict, tuple]:
-    "Write a clip's mp4 and JSON, and a long one's annotated frames; its pixels, its record, and what `veval_file` takes."
+    """Write a clip's mp4 and JSON, and a long one's annotated frames; its pixels, its record, and what `veval_file`
+    takes."""
     rng = _rng(split, kind, number)
     scene = sample_scene(rng, frames, twins=number % 2 == 0, exits=number % 3 == 0)
     images, masks = draw_clip(scene, frames, rng, EVERY)
@@ -470,19 +502,22 @@ def _write_clips(folder: Path, split: Split, kind: str, count: int, frames: int,
 def toyworld(split: str = "train") -> Path:
     """Folder of a split of the toy world, written first if it is not in the cache.
 
-    `images.tar` (SA-1B), `saco/images.json` + `saco/pictures/` (SA-Co/Gold), `clip/*.mp4, *_manual.json` (SA-V), `long/` (SA-V and
-    SA-Co/VEval `veval.json` with JPEG frames), `manifest.json`. `ValueError` names the nearest split."""
+    `images.tar` (SA-1B), `saco/images.json` + `saco/pictures/` (SA-Co/Gold), `clip/*.mp4, *_manual.json` (SA-V),
+    `long/` (SA-V and SA-Co/VEval `veval.json` with JPEG frames), `manifest.json`. `ValueError` names the nearest
+    split."""
     if split not in SPLITS: raise ValueError(nearest(split, SPLITS, "split of the toy world"))
     spec = SPLITS[split]
     folder = cache_dir() / f"toyworld-{split}-{sha256(repr((VERSION, spec)).encode()).hexdigest()[:8]}"
     if not (folder / "manifest.json").exists():
-        print(f"writing the toy world's '{split}' split to the cache folder {folder.name} ({spec.images} images, {spec.clips} + {spec.long_clips} clips)")
+        print(f"writing the toy world's '{split}' split to the cache folder {folder.name} ({spec.images} images, "
+              f"{spec.clips} + {spec.long_clips} clips)")
         with atomically(folder) as new:
             digest = sha256()
             new.mkdir(); _write_images(new, spec, digest)
             _write_clips(new, spec, "clip", spec.clips, 8, digest)
             if spec.long_clips: _write_clips(new, spec, "long", spec.long_clips, 32, digest)
-            write_json(new / "manifest.json", {"split": split, "version": VERSION, **spec.__dict__, "digest": digest.hexdigest()})
+            write_json(new / "manifest.json", {"split": split, "version": VERSION, **spec.__dict__,
+                                               "digest": digest.hexdigest()})
     return folder
 
 
@@ -493,10 +528,12 @@ HELD_OUT_DIGEST = "fcdcec2ba7cbd96fea4221db06f4ba7014ceadfa9d6fddc261a4b7cd40e59
 
 
 def held_out() -> Path:
-    "Folder of the frozen evaluation (500 images, 64 clips of 8 and 32 of 32 annotated frames); warns where its digest is not the frozen one."
+    """Folder of the frozen evaluation (500 images, 64 clips of 8 and 32 of 32 annotated frames); warns where its digest
+    is not the frozen one."""
     import warnings
     folder = toyworld("held_out")
     digest = json.loads((folder / "manifest.json").read_text())["digest"]
     if digest != HELD_OUT_DIGEST:
-        warnings.warn(f"the held-out toy world on this machine ({digest[:12]}) is not the frozen one ({HELD_OUT_DIGEST[:12]}): figures are not exactly comparable", stacklevel=2)
+        warnings.warn(f"the held-out toy world on this machine ({digest[:12]}) is not the frozen one "
+                      f"({HELD_OUT_DIGEST[:12]}): figures are not exactly comparable", stacklevel=2)
     return folder

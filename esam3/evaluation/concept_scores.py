@@ -28,7 +28,8 @@ from ..models.concept_video import Kernels, follow_concepts, meaning
 from ..models.teacher import Concepts, Detections, Sam3, keep_concepts
 
 # %% ../../nbs/33_concept_scores.ipynb #c006
-def answers(model: Sam3, found: Detections, n: int, batch: ImageBatch, b: int, least: float = 0.5, overlap: float = 0.5) -> list[tuple[float, np.ndarray]]:
+def answers(model: Sam3, found: Detections, n: int, batch: ImageBatch, b: int, least: float = 0.5,
+            overlap: float = 0.5) -> list[tuple[float, np.ndarray]]:
     "Scores above `least` and masks (bool, source px) of what is found for concept n in image b, best first."
     p = found.scores()[n]
     some = p > least
@@ -67,8 +68,10 @@ def exemplars_of(model: Sam3, batch: ImageBatch, instances: Sequence[int]) -> Co
     "Concepts without a phrase: each the box of one instance of a batch, in its own image."
     some = torch.tensor(instances, device=model.device)
     image_index = batch.image_index[some]
-    boxes = box_convert(batch.spaces.boxes(batch.boxes[some], image_index, "source", model.space) / model.image_size, "xyxy", "cxcywh")[:, None]
-    return model.concepts([None] * len(some), image_index, boxes, torch.ones(len(some), 1, dtype=torch.long, device=model.device))
+    boxes = box_convert(batch.spaces.boxes(batch.boxes[some], image_index, "source", model.space) / model.image_size,
+                        "xyxy", "cxcywh")[:, None]
+    return model.concepts([None] * len(some), image_index, boxes,
+                          torch.ones(len(some), 1, dtype=torch.long, device=model.device))
 
 
 def shown_instance(reader: Any, i: int, pair: int, crop: bool = False, margin: float = 0.3) -> ImageSample:
@@ -80,7 +83,8 @@ def shown_instance(reader: Any, i: int, pair: int, crop: bool = False, margin: f
     x0, y0, x1, y1 = boxes_of(mask)[0]
     h, w = mask.shape[1:]
     across, down = margin * (x1 - x0), margin * (y1 - y0)
-    rows, columns = (slice(max(0, int(a)), min(n, int(np.ceil(b)))) for a, b, n in ((y0 - down, y1 + down, h), (x0 - across, x1 + across, w))) if crop else (slice(h), slice(w))
+    rows, columns = (slice(max(0, int(a)), min(n, int(np.ceil(b)))) for a, b,
+                     n in ((y0 - down, y1 + down, h), (x0 - across, x1 + across, w))) if crop else (slice(h), slice(w))
     return ImageSample(sample.name, sample.image[rows, columns], mask[:, rows, columns])
 
 
@@ -97,17 +101,22 @@ def _units(reader: Any, part: range, batch: ImageBatch) -> list[tuple[int, dict,
     return [(b, pair, concepts[b][pair["id"]]) for b, pair in pairs if _labelled(reader)(pair)]
 
 
-def _told(model: Sam3, reader: Any, part: range, shown: str, lenders: Mapping[int, tuple[int, str]]) -> list[tuple[dict, list[dict]]]:
+def _told(model: Sam3, reader: Any, part: range, shown: str,
+          lenders: Mapping[int, tuple[int, str]]) -> list[tuple[dict, list[dict]]]:
     "For each query of some images: its pair, and its predictions."
     batch = as_batch(model, [reader.read(i) for i in part])
-    units = [u for u in _units(reader, part, batch) if not shown or (u[2].instances and (shown == "own" or u[1]["id"] in lenders))]
+    units = [u for u in _units(reader, part, batch) if not shown
+             or (u[2].instances and (shown == "own" or u[1]["id"] in lenders))]
     if not units: return []
     seen, image_index = look(model, batch), torch.tensor([b for b, *_ in units], device=model.device)
     if not shown: concepts = model.concepts([p.text for *_, p in units], image_index)
     elif shown == "own": concepts = exemplars_of(model, batch, [p.instances[0] for *_, p in units])
-    else: concepts = lent(model, [shown_instance(reader, *lenders[pair["id"]], crop=shown == "crop") for _, pair, _ in units], image_index)
+    else:
+        concepts = lent(model, [shown_instance(reader, *lenders[pair["id"]], crop=shown == "crop") for _, pair,
+                                _ in units], image_index)
     found = model.detect(seen, concepts)
-    return [(pair, [{"image_id": pair["id"], "score": s, "segmentation": rle(m)} for s, m in answers(model, found, n, batch, b)]) for n, (b, pair, _) in enumerate(units)]
+    return [(pair, [{"image_id": pair["id"], "score": s, "segmentation": rle(
+        m)} for s, m in answers(model, found, n, batch, b)]) for n, (b, pair, _) in enumerate(units)]
 
 # %% ../../nbs/33_concept_scores.ipynb #c013
 def _judged(judge: Callable[[Path, Path], dict[str, float]], truth: dict, predictions: list[dict]) -> dict[str, float]:
@@ -120,12 +129,15 @@ def _judged(judge: Callable[[Path, Path], dict[str, float]], truth: dict, predic
 
 @torch.no_grad()
 def image_scores(model: Sam3, reader: Any, count: int = 0, size: int = 8, shared: bool = False,
-                 shown: str = ""  # of `SHOWN`; with exemplars only concepts that are there are asked for, and only `pmF1` means something
+                 # of `SHOWN`; with exemplars only concepts that are there are asked for, and only `pmF1` means
+                 # something
+                 shown: str = ""
                  ) -> dict[str, float]:
     "`cgF1`, `IL_MCC`, `pmF1` of the first `count` images (0: all) of SA-Co. `shared`: by all ranks together."
     if shown not in SHOWN: raise ValueError(nearest(shown, SHOWN, "way to show a concept"))
     lenders = lending(reader) if shown in ("other", "crop") else {}
-    rows = in_parts(lambda part: _told(model, reader, part, shown, lenders), count or len(reader), size, shown or "phrases", shared)
+    rows = in_parts(lambda part: _told(model, reader, part, shown, lenders), count or len(reader), size,
+                    shown or "phrases", shared)
     pairs = [pair for pair, _ in rows]
     truth = {"images": pairs, "annotations": [m for pair in pairs for m in reader.marks[pair["id"]]]}
     return _judged(pcs_image, truth, [p for _, some in rows for p in some])
@@ -143,11 +155,13 @@ def _masklets(model: Sam3, reader: Any, i: int) -> list[dict]:
 
 
 def video_scores(model: Sam3, reader: Any, count: int = 0, shared: bool = False) -> dict[str, float]:
-    "`cgF1`, `IL_MCC`, `pmF1`, `pHOTA`, `DetA`, `AssA` of the first `count` videos (0: all) of SA-Co/VEval. `shared`: by all ranks together."
+    """`cgF1`, `IL_MCC`, `pmF1`, `pHOTA`, `DetA`, `AssA` of the first `count` videos (0: all) of SA-Co/VEval. `shared`:
+    by all ranks together."""
     n = count or len(reader)
     predictions = in_parts(lambda part: [p for i in part for p in _masklets(model, reader, i)], n, 1, "videos", shared)
     ids = {v["id"] for v in reader.videos[:n]}
-    truth = {"videos": reader.videos[:n], "annotations": [m for (v, _), marks in reader.marks.items() if v in ids for m in marks],
+    truth = {"videos": reader.videos[:n], "annotations": [m for (v, _),
+                                                          marks in reader.marks.items() if v in ids for m in marks],
              "video_np_pairs": [p for v, pairs in reader.pairs.items() if v in ids for p in pairs]}
     return _judged(pcs_video, truth, predictions)
 
@@ -155,32 +169,39 @@ def video_scores(model: Sam3, reader: Any, count: int = 0, shared: bool = False)
 def reliability(p: np.ndarray,      # [N] scores in 0…1
                 right: np.ndarray,  # [N] bool
                 bins: int = 10) -> tuple[np.ndarray, float]:
-    "Rows (mean score, share that is right, count) of the bins that are not empty, and the expected calibration error in 0…1."
+    """Rows (mean score, share that is right, count) of the bins that are not empty, and the expected calibration error
+    in 0…1."""
     k = np.minimum((p * bins).astype(int), bins - 1)
     rows = np.array([(p[k == b].mean(), right[k == b].mean(), (k == b).sum()) for b in np.unique(k)]).reshape(-1, 3)
     return rows, float((np.abs(rows[:, 0] - rows[:, 1]) * rows[:, 2]).sum() / max(1, len(p)))
 
 # %% ../../nbs/33_concept_scores.ipynb #c021
 @torch.no_grad()
-def score_pairs(model: Sam3, reader: Any, count: int = 0, size: int = 8, least: float = 0.05) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "`presence` of all labelled queries and `instance` scores of all candidates above `least`: (scores, whether they are right)."
+def score_pairs(model: Sam3, reader: Any, count: int = 0, size: int = 8,
+                least: float = 0.05) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """`presence` of all labelled queries and `instance` scores of all candidates above `least`: (scores, whether they
+    are right)."""
     out: dict[str, list[tuple[float, bool]]] = {"presence": [], "instance": []}
     for start in range(0, count or len(reader), size):
         part = range(start, min(start + size, count or len(reader)))
         batch = as_batch(model, [reader.read(i) for i in part])
         queries = [(b, p) for b, phrases in enumerate(batch.phrases) for p in phrases]
-        found = model.detect(look(model, batch), model.concepts([p.text for _, p in queries], torch.tensor([b for b, _ in queries], device=model.device)))
+        found = model.detect(look(model, batch), model.concepts([p.text for _, p in queries],
+                                                                torch.tensor([b for b, _ in queries],
+                                                                    device=model.device)))
         for n, (b, p) in enumerate(queries):
             out["presence"].append((float(found.presence[n].sigmoid()), bool(p.instances)))
             first = int((batch.image_index < b).sum())
             truth = batch.masks[b].numpy(force=True)[[k - first for k in p.instances]]
-            for s, m in answers(model, found, n, batch, b, least): out["instance"].append((s, bool(len(truth)) and bool(region_similarity(m[None], truth).max() >= 0.5)))
+            for s, m in answers(model, found, n, batch, b, least):
+                out["instance"].append((s, bool(len(truth)) and bool(region_similarity(m[None], truth).max() >= 0.5)))
     return {k: (np.array([s for s, _ in v]), np.array([r for _, r in v], bool)) for k, v in out.items()}
 
 # %% ../../nbs/33_concept_scores.ipynb #c024
 @torch.no_grad()
 def confusion(model: Sam3, reader: Any, words: Sequence[str], single: Sequence[int]) -> np.ndarray:
-    "Mean presence [true word, asked word] over images `single`, each of which holds one instance whose phrase has one of the words; NaN where no image has it."
+    """Mean presence [true word, asked word] over images `single`, each of which holds one instance whose phrase has one
+    of the words; NaN where no image has it."""
     sums, counts = np.zeros((len(words),) * 2), np.zeros(len(words))
     for i in single:
         sample = reader.read(i)
@@ -188,6 +209,8 @@ def confusion(model: Sam3, reader: Any, words: Sequence[str], single: Sequence[i
         if len(own := [w for w in words if w in text.split()]) != 1: continue
         batch = as_batch(model, [sample])
         texts = [" ".join(w if v == own[0] else v for v in text.split()) for w in words]
-        found = model.detect(look(model, batch), model.concepts(texts, torch.zeros(len(words), dtype=torch.long, device=model.device)))
+        found = model.detect(look(model, batch), model.concepts(texts,
+                                                                torch.zeros(len(words), dtype=torch.long,
+                                                                    device=model.device)))
         sums[words.index(own[0])] += found.presence.sigmoid().numpy(force=True); counts[words.index(own[0])] += 1
     return np.divide(sums, counts[:, None], out=np.full_like(sums, np.nan), where=counts[:, None] > 0)

@@ -19,21 +19,26 @@ from ..models.tracker import History, see
 
 # %% ../../nbs/45_costs.ipynb #c005
 def load_model(name: str) -> Sam3:
-    "`toy`, `random-sam3`, `thin-sam3`, a hub id, or a folder with a teacher or a student; in eval mode. `ValueError` names the nearest one that is here."
+    """`toy`, `random-sam3`, `thin-sam3`, a hub id, or a folder with a teacher or a student; in eval mode. `ValueError`
+    names the nearest one that is here."""
     own = ("toy", "random-sam3", "thin-sam3")
     folder = next((p for p in (Path(name), runs_folder(name)) if (p / "config.json").exists()), None)
     if folder is None:
         here = sorted(str(p.relative_to(runs_folder("runs").parent)) for p in runs_folder("runs").glob("*/*/*/student"))
         if name in own or name.count("/") == 1 and not name.startswith("runs/"): return load_teacher(name)
-        raise ValueError(f"{nearest(name, [*own, 'facebook/sam3', *here], 'model')} (or a folder that holds config.json)")
-    if json.loads((folder / "config.json").read_text()).get("model_type") == "efficient_sam3": return EfficientSam3.from_pretrained(folder).eval().requires_grad_(False)
+        raise ValueError(f"{nearest(name, [*own, 'facebook/sam3', *here], 'model')} (or a folder that holds "
+                         f"config.json)")
+    if json.loads((folder / "config.json").read_text()).get("model_type") == "efficient_sam3":
+        return EfficientSam3.from_pretrained(folder).eval().requires_grad_(False)
     return load_teacher(str(folder))
 
 
 def model_label(name: str, model: Sam3) -> str:
-    "A short name for folders: variant and stage, or the teacher's name; and eight digits of its weights, so that another training has another folder."
+    """A short name for folders: variant and stage, or the teacher's name; and eight digits of its weights, so that
+    another training has another folder."""
     path = Path(name)
-    short = f"{model.config.variant}-{path.parent.name}" if isinstance(model, EfficientSam3) and path.name == "student" else path.name
+    short = f"{model.config.variant}-{path.parent.name}" if isinstance(model,
+        EfficientSam3) and path.name == "student" else path.name
     return f"{short}-{weights_digest(model.state_dict())[:8]}"
 
 # %% ../../nbs/45_costs.ipynb #c008
@@ -49,16 +54,21 @@ def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
 
 @torch.no_grad()
 def latency(model: Sam3, repeats: int = 5) -> dict[str, float]:
-    "Seconds to `encode` an image, `decode` one point, `recall` from a full memory bank, `detect` one phrase, at the model's own size."
+    """Seconds to `encode` an image, `decode` one point, `recall` from a full memory bank, `detect` one phrase, at the
+    model's own size."""
     device, side = next(model.parameters()).device, model.image_size
-    pixels, image_index = torch.rand(1, 3, side, side, device=device) * 2 - 1, torch.zeros(1, dtype=torch.long, device=device)
-    point = Prompts(image_index, torch.full((1, 1, 2), side / 2, device=device), torch.ones(1, 1, dtype=torch.int32, device=device))
+    pixels, image_index = torch.rand(1, 3, side, side, device=device) * 2 - 1, torch.zeros(1, dtype=torch.long,
+        device=device)
+    point = Prompts(image_index, torch.full((1, 1, 2), side / 2, device=device),
+                    torch.ones(1, 1, dtype=torch.int32, device=device))
     seen, history = model.encode(pixels), History(model.tracker_model.config)
     memory = see(model, seen, image_index, point)[1]
     full = max(history.slots, history.most)
     for t in range(full): history.add(t, memory, prompted=t == 0)
     concepts = model.concepts(["a red disk"], image_index)
-    calls = {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(seen, point), "recall": lambda: model.recall(seen, image_index, history.bank(full)), "detect": lambda: model.detect(seen, concepts)}
+    calls = {"encode": lambda: model.encode(pixels), "decode": lambda: model.decode(seen, point),
+             "recall": lambda: model.recall(seen, image_index, history.bank(full)),
+             "detect": lambda: model.detect(seen, concepts)}
     return {name: median_seconds(call, repeats) for name, call in calls.items()}
 
 # %% ../../nbs/45_costs.ipynb #c011
@@ -67,13 +77,17 @@ def measure(name: str, repeats: int = 5) -> dict:
     model = load_model(name)
     if torch.cuda.is_available(): model = model.cuda()
     times = latency(model, repeats)
-    return {"latency": times, "params": count_parts(model), "peak_memory": peak_memory(), "threads": torch.get_num_threads(), "size": model.image_size}
+    return {"latency": times, "params": count_parts(model), "peak_memory": peak_memory(),
+            "threads": torch.get_num_threads(), "size": model.image_size}
 
 
 def costs(name: str, repeats: int = 5) -> dict:
-    "`measure` in a fresh process with as many threads as this one. `RuntimeError` with the last lines of what went wrong there."
-    code = "import json, sys, torch; torch.set_num_threads(int(sys.argv[3])); from esam3.evaluation.costs import measure; print('\\n' + json.dumps(measure(sys.argv[1], int(sys.argv[2]))))"
+    """`measure` in a fresh process with as many threads as this one. `RuntimeError` with the last lines of what went
+    wrong there."""
+    code = ("import json, sys, torch; torch.set_num_threads(int(sys.argv[3])); from esam3.evaluation.costs import "
+            "measure; print('\\n' + json.dumps(measure(sys.argv[1], int(sys.argv[2]))))")
     place = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))}
-    run = subprocess.run([sys.executable, "-c", code, name, str(repeats), str(torch.get_num_threads())], env=place, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code, name, str(repeats), str(torch.get_num_threads())], env=place,
+                         capture_output=True, text=True)
     if run.returncode: raise RuntimeError(f"costs of '{name}' could not be measured: {run.stderr[-500:]}")
     return json.loads(run.stdout.splitlines()[-1])

@@ -105,13 +105,16 @@ class Task:
         return samples, account
 
     def _bounded(self, i: int) -> Any:
-        "Sample i with at most so many instances, or frames; a concept's clip is cut at its beginning, where its truth begins."
+        """Sample i with at most so many instances, or frames; a concept's clip is cut at its beginning, where its truth
+        begins."""
         if self.kind == "concept_clips": return self.reader.read(i, start=0, most=self.frames)
         if self.kind == "clips": return self.reader.read(i, most=self.frames)
         sample = self.reader.read(i)
-        some = choose(len(sample.masks), self.instances if self.kind == "images" else 0, np.random.default_rng(seed_at(self.seed, i)))
+        some = choose(len(sample.masks), self.instances if self.kind == "images" else 0,
+                      np.random.default_rng(seed_at(self.seed, i)))
         if len(some) == len(sample.masks): return sample
-        return replace(sample, masks=sample.masks[some], **({"ids": [sample.ids[k] for k in some]} if isinstance(sample, NumberedSample) else {}))
+        return replace(sample, masks=sample.masks[some], **({"ids": [sample.ids[k] for k in some]}
+                                                            if isinstance(sample, NumberedSample) else {}))
 
 # %% ../../nbs/40_evaluate.ipynb #c010
 def of_images(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
@@ -148,7 +151,8 @@ def write_truth(place: Path, sample: ClipSample, write: Any,  # `write_labels` o
 
 # %% ../../nbs/40_evaluate.ipynb #c012c
 def of_clip(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
-    "What first-frame prompts gave through a clip: PNGs in `PROTOCOL/masks/CLIP`, or for `BY_FRAME` scores of each track."
+    """What first-frame prompts gave through a clip: PNGs in `PROTOCOL/masks/CLIP`, or for `BY_FRAME` scores of each
+    track."""
     (samples, account), reader = task.read(unit), task.reader
     numbered = [(i, s, clip_name(task, i, s)) for i, s in zip(account["samples"], samples)]
     shared = {**account, "clips": [c for *_, c in numbered], "kept": [c for _, s, c in numbered if not s.public]}
@@ -163,7 +167,8 @@ def of_clip(task: Task, unit: range, names: Sequence[str]) -> dict[str, dict]:
         with contextlib.ExitStack() as stack:
             places = {n: stack.enter_context(atomically(task.folder / n / "masks" / clip)) for n in files}
             for place in places.values(): place.mkdir(parents=True)
-            for t, (stem, keep, logits) in enumerate(zip(stems, wanted, follow(task.model, sample, names, seed_at(task.seed, i)))):
+            for t, (stem, keep, logits) in enumerate(zip(stems, wanted,
+                                                         follow(task.model, sample, names, seed_at(task.seed, i)))):
                 for n in files if keep else (): write(places[n], stem, logits[n], ids)
                 for n, scores in kept.items(): scores.add(t, logits[n])
         for n, scores in kept.items(): out[n]["rows"] += scores.rows()
@@ -248,7 +253,8 @@ def lacking(task: Task, names: Sequence[str], unit: range) -> list[str]:
 
 
 def predict(task: Task, names: Sequence[str], limit: int = 0, shared: bool = False) -> int:
-    "Ask for every part that is missing; the number of units that were asked here. `shared`: every rank calls this and does its part; all wait for all."
+    """Ask for every part that is missing; the number of units that were asked here. `shared`: every rank calls this and
+    does its part; all wait for all."""
     ranks, queries = PartialState() if shared else None, 0
     units = task.units(limit)[ranks.process_index::ranks.num_processes] if shared else task.units(limit)
     for unit in tqdm(units, desc=task.kind, leave=False, disable=bool(shared and not ranks.is_main_process)):
@@ -262,16 +268,21 @@ def predict(task: Task, names: Sequence[str], limit: int = 0, shared: bool = Fal
 # %% ../../nbs/40_evaluate.ipynb #c019
 def truth_of(reader: Any) -> dict:
     "SA-Co annotations in the form of their file."
-    if isinstance(reader, SaCoImages): return {"images": [p for some in reader.pairs.values() for p in some], "annotations": [a for m in reader.marks.values() for a in m]}
-    return {"videos": reader.videos, "annotations": [a for m in reader.marks.values() for a in m], "video_np_pairs": [p for some in reader.pairs.values() for p in some], "categories": []}
+    if isinstance(reader, SaCoImages):
+        return {"images": [p for some in reader.pairs.values() for p in some],
+                "annotations": [a for m in reader.marks.values() for a in m]}
+    return {"videos": reader.videos, "annotations": [a for m in reader.marks.values() for a in m],
+            "video_np_pairs": [p for some in reader.pairs.values() for p in some], "categories": []}
 
 
 def first_frames(gt: Mapping, most: int) -> dict:
     "The truth of SA-Co/VEval of the first `most` frames of each video (0: all)."
     if not most: return dict(gt)
-    cut = lambda record: {k: v[:most] if k in ("file_names", "segmentations", "bboxes", "areas") else min(v, most) if k == "length" else v
+    cut = lambda record: {k: v[:most] if k in ("file_names", "segmentations", "bboxes", "areas") else min(v, most)
+                          if k == "length" else v
                           for k, v in record.items()}
-    return {**gt, "videos": [*map(cut, gt["videos"])], "annotations": [a for a in map(cut, gt["annotations"]) if any(a["segmentations"])]}
+    return {**gt, "videos": [*map(cut, gt["videos"])], "annotations": [a for a in map(cut, gt["annotations"])
+        if any(a["segmentations"])]}
 
 
 def sequences(task: Task, name: str, clip: str) -> Iterator[tuple[str, Path, Path]]:
@@ -395,9 +406,11 @@ def as_table(rows: Sequence[Mapping], kind: str) -> str:
     "Markdown of the rows of one kind of data: scores × 100."
     rows = [r for r in rows if r["kind"] == kind]
     keys = list(dict.fromkeys(k for r in rows for k, v in r["scores"].items() if isinstance(v, float) and v == v))
-    lines = [f"| {kind} | protocol | " + " | ".join(keys) + " | samples | skipped | not scored |", "| --- | --- |" + " ---: |" * (len(keys) + 3)]
+    lines = [f"| {kind} | protocol | " + " | ".join(keys) + " | samples | skipped | not scored |",
+             "| --- | --- |" + " ---: |" * (len(keys) + 3)]
     shown = lambda v: "–" if v is None or v != v else f"{100 * v:.1f}"
-    lines += [f"| {r['model']} | {r['protocol']} | " + " | ".join(shown(r["scores"].get(k)) for k in keys) + f" | {r['samples']} | {r['skipped']} | {r.get('unscored', 0)} |" for r in rows]
+    lines += [f"| {r['model']} | {r['protocol']} | " + " | ".join(shown(r["scores"].get(k)) for k in keys)
+              + f" | {r['samples']} | {r['skipped']} | {r.get('unscored', 0)} |" for r in rows]
     return "\n".join(lines)
 
 # %% ../../nbs/40_evaluate.ipynb #c026
@@ -430,24 +443,30 @@ def has_changed(task: Task, names: Sequence[str], limit: int = 0, look: int = 20
     return changed
 
 # %% ../../nbs/40_evaluate.ipynb #c027
-def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split: str = "held_out", limit: int = 0, repeats: int = 5,
-             seed: int = 42, runs: str = "runs", resume: bool = True, instances: int = 0, frames: int = 0, precision: str = "auto") -> tuple[Path, list[dict]]:
+def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split: str = "held_out", limit: int = 0,
+             repeats: int = 5,
+             seed: int = 42, runs: str = "runs", resume: bool = True, instances: int = 0, frames: int = 0,
+             precision: str = "auto") -> tuple[Path, list[dict]]:
     """Predict, score and measure one model; its folder, and its rows, which the table in `runs` has then too.
 
-    `instances` of an image and annotated `frames` of a clip are bounded where they are not 0; a benchmark's own files want whole clips."""
+    `instances` of an image and annotated `frames` of a clip are bounded where they are not 0; a benchmark's own files
+    want whole clips."""
     for name, value in {"limit": limit, "instances": instances, "frames": frames}.items():
         if value < 0: raise ValueError(f"{name}={value}: a number of samples, instances or frames, 0 for all")
     found = load_recipe(recipe)
     if split not in found["splits"]: raise ValueError(nearest(split, found["splits"], f"split of {found['name']}"))
     wanted = chosen_protocols(protocols, list(found["splits"][split]))
     if frames and (whole := [n for n in wanted.get("clips", ()) if n not in BY_FRAME]):
-        if protocols.strip(): raise ValueError(f"frames={frames} cuts clips, and {', '.join(whole)} is scored by files of whole clips: leave frames out, or ask {', '.join(BY_FRAME)}")
+        if protocols.strip():
+            raise ValueError(f"frames={frames} cuts clips, and {', '.join(whole)} is scored by files of whole clips: "
+                             f"leave frames out, or ask {', '.join(BY_FRAME)}")
         wanted["clips"] = [n for n in wanted["clips"] if n in BY_FRAME]
     readers = {kind: open_dataset(found, split, kind) for kind in wanted}
     if mixed := [kind for kind, reader in readers.items() if isinstance(reader, Mixture)]:
         raise ValueError(f"{found['name']}, {split}, {mixed[0]} is a mixture: evaluate its parts by their recipes")
     net = load_model(model).to(pick_device())
-    label, bounds = model_label(model, net), {"instances": instances, "frames": frames, "precision": pick_precision(net.device, precision)}
+    label, bounds = model_label(model, net), {"instances": instances, "frames": frames,
+                                              "precision": pick_precision(net.device, precision)}
     settings = {"weights": label, "seed": seed, **{k: v for k, v in bounds.items() if v not in (0, "no")}}
     folder = open_run(runs_folder(runs), found["name"], label, f"evaluate-{split}", settings, resume)
     if not (folder / "run.json").exists(): write_json(folder / "run.json", {"run": f"{label}-{time.time_ns():x}"})
@@ -457,7 +476,8 @@ def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split
         task = Task(net, readers[kind], kind, folder / kind, seed, gold, options=found["splits"][split][kind], **bounds)
         changed = has_changed(task, names, limit)
         queries = predict(task, names, limit)
-        if changed: print(f"{kind}: its data have changed since; {queries} of {len(task.units(limit))} units asked again")
+        if changed:
+            print(f"{kind}: its data have changed since; {queries} of {len(task.units(limit))} units asked again")
         for name in names:
             write_json(folder / kind / name / "scores.json", result := score(task, name, limit))
             why += result["why"]
@@ -465,7 +485,8 @@ def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split
                          "kind": kind, "protocol": name, **as_row(result)})
     check_any(rows, why)
     if not (folder / "costs.json").exists(): write_json(folder / "costs.json", costs(model, repeats))
-    rows = [r | json.loads((folder / "costs.json").read_text()) | {"date": time.strftime("%Y-%m-%d"), "machine": machine()} for r in rows]
+    rows = [r | json.loads((folder / "costs.json").read_text())
+            | {"date": time.strftime("%Y-%m-%d"), "machine": machine()} for r in rows]
     append_rows(runs_folder(runs) / "results.jsonl", rows)
     return folder, rows
 
@@ -485,32 +506,42 @@ def limits_of(recipe: Mapping, **given: int) -> Limits:
 
 
 REPORTED: Mapping[tuple[str, str], Mapping[str, str]] = {  # (kind of data, protocol) → score → key of a report
-    ("images", "box"): {"mIoU": "miou_box"}, ("images", "point"): {"mIoU": "miou_point"}, ("images", "point+1"): {"mIoU": "miou_point_refined"},
+    ("images", "box"): {"mIoU": "miou_box"}, ("images", "point"): {"mIoU": "miou_point"},
+    ("images", "point+1"): {"mIoU": "miou_point_refined"},
     ("clips", "visible"): {k: k for k in ("J", "F", "J&F", "absent_acc")},
-    ("concept_images", "phrase"): {k: k for k in ("cgF1", "IL_MCC", "pmF1")}, ("concept_images", "exemplar"): {"pmF1": "exemplar_pmF1"},
-    ("concept_clips", "phrase"): {"cgF1": "video_cgF1", "IL_MCC": "video_IL_MCC", "pmF1": "video_pmF1", "pHOTA": "pHOTA", "DetA": "DetA", "AssA": "AssA"}}
+    ("concept_images", "phrase"): {k: k for k in ("cgF1", "IL_MCC", "pmF1")},
+    ("concept_images", "exemplar"): {"pmF1": "exemplar_pmF1"},
+    ("concept_clips", "phrase"): {"cgF1": "video_cgF1", "IL_MCC": "video_IL_MCC", "pmF1": "video_pmF1",
+                                  "pHOTA": "pHOTA", "DetA": "DetA", "AssA": "AssA"}}
 
 # %% ../../nbs/40_evaluate.ipynb #c036
 def cases(folder: Path, kind: str, protocol: str) -> Iterator[tuple[float, int, Any]]:
-    "(IoU, image or clip, instance) of every instance of a protocol on images, or (J, clip, object) of every object of clips; from the files, worst first."
+    """(IoU, image or clip, instance) of every instance of a protocol on images, or (J, clip, object) of every object of
+    clips; from the files, worst first."""
     from pycocotools import mask as coco
     place, found = folder / kind / protocol, []
     if kind == "images" and (place / "truth.json").exists():
         truth, said = (json.loads((place / f).read_text()) for f in ("truth.json", "predictions.json"))
         given = {a["annotation_id"]: a["segmentation"] for a in said}
-        found = [(float(coco.iou([given[a["id"]]], [a["segmentation"]], [0])[0, 0]), a["image_id"], (a["segmentation"], given[a["id"]])) for a in truth["annotations"]]
+        found = [(float(coco.iou([given[a["id"]]], [a["segmentation"]], [0])[0, 0]), a["image_id"], (
+            a["segmentation"], given[a["id"]])) for a in truth["annotations"]]
     elif kind == "clips" and (place / "scores.json").exists():
         scores = json.loads((place / "scores.json").read_text()).get("per_object", {})
-        own = lambda key: key.rsplit("_", 1) if (place / "masks" / key.rsplit("_", 1)[0]).is_dir() else key.rsplit("_", 2)[:2]  # in SA-V's layout every object is object 1 of its folder
+        # in SA-V's layout every object is object 1 of its folder
+        own = lambda key: key.rsplit("_", 1) if (place / "masks" / key.rsplit("_", 1)[0]).is_dir() else key.rsplit("_",
+            2)[:2]
         found = [(s["J"], *own(key)) for key, s in scores.items()]
     yield from sorted(found, key=lambda c: c[0])
 
 # %% ../../nbs/40_evaluate.ipynb #c027r
-EVALUATION_SEED, EVALUATION_VERSION = 42, 3  # of clicks and chosen instances, whatever the run's; raise the version when a score changes
+# of clicks and chosen instances, whatever the run's; raise the version when a score changes
+EVALUATION_SEED, EVALUATION_VERSION = 42, 3
 
 
-def held_tasks(model: Sam3, recipe: Mapping, folder: Path, kinds: Sequence[str], limits: Limits, precision: str) -> dict[str, Task]:
-    "A task for each of some kinds of data that the held-out split has. `FileNotFoundError` where its files are not there."
+def held_tasks(model: Sam3, recipe: Mapping, folder: Path, kinds: Sequence[str], limits: Limits,
+               precision: str) -> dict[str, Task]:
+    """A task for each of some kinds of data that the held-out split has. `FileNotFoundError` where its files are not
+    there."""
     there = [k for k in kinds if k in recipe["splits"].get("held_out", {})]
     gold = lambda kind: gold_readers(recipe, "held_out") if kind == "concept_images" else ()
     return {k: Task(model, open_dataset(recipe, "held_out", k), k, folder / k, EVALUATION_SEED, gold(k),
@@ -520,10 +551,11 @@ def held_tasks(model: Sam3, recipe: Mapping, folder: Path, kinds: Sequence[str],
 def run_scores(model: Sam3, recipe: Mapping, folder: Path,   # folder keeps the answers
                wanted: Mapping[str, Sequence[str]],          # kind of data → protocols, of `REPORTED` or `CONTROLS`
                limits: Limits = Limits(), precision: str = "no") -> dict[str, Any]:
-    """A report's figures of a model on the held-out split; `by_count` of instances where boxes were asked; `controls`; `samples` and `skipped` by kind.
+    """A report's figures of a model on the held-out split; `by_count` of instances where boxes were asked; `controls`;
+    `samples` and `skipped` by kind.
 
-    A figure is None where there is nothing to score: no sample can be read, or the truth is not public.
-    Called by all ranks, which share the work; the first one scores, and all get the figures."""
+    A figure is None where there is nothing to score: no sample can be read, or the truth is not public. Called by all
+    ranks, which share the work; the first one scores, and all get the figures."""
     out: dict[str, Any] = {"samples": {}, "skipped": {}}
     for kind, task in held_tasks(model, recipe, folder, [*wanted], limits, precision).items():
         many, names = limits.images if "images" in kind else limits.clips, wanted[kind]
@@ -532,7 +564,8 @@ def run_scores(model: Sam3, recipe: Mapping, folder: Path,   # folder keeps the 
             found = _kept_score(task, name, many)
             out["samples"][kind], out["skipped"][kind] = found["samples"], found["skipped"]
             if "reason" in found: print(f"{kind}, {name}: no score, {found['reason']}")
-            if name in CONTROLS: out.setdefault("controls", {})[name] = {k: found.get(k) for k in ("J", "F", "J&F", "absent_acc")}
+            if name in CONTROLS:
+                out.setdefault("controls", {})[name] = {k: found.get(k) for k in ("J", "F", "J&F", "absent_acc")}
             out |= {key: _number(found.get(k)) for k, key in REPORTED.get((kind, name), {}).items()}
         if kind == "images" and PartialState().is_main_process: out["by_count"] = by_count(task, names)
     return _told(out)
@@ -566,21 +599,29 @@ def by_count(task: Task, names: Sequence[str]) -> dict[str, dict[str, float]]:
         found = [(iou, image) for iou, image, _ in cases(task.folder.parent, "images", name)]
         counts = Counter(image for _, image in found)
         for n in sorted({*counts.values()}):
-            table.setdefault(str(n), {})[REPORTED["images", name]["mIoU"]] = float(np.mean([iou for iou, image in found if counts[image] == n]))
+            table.setdefault(str(n),
+                             {})[REPORTED["images", name]["mIoU"]] = float(np.mean([iou for iou,
+                                 image in found if counts[image] == n]))
     return table
 
 
-def teacher_scores(teacher: Sam3, recipe: Mapping, wanted: Mapping[str, Sequence[str]], limits: Limits = Limits(), precision: str = "no") -> dict[str, Any]:
+def teacher_scores(teacher: Sam3, recipe: Mapping, wanted: Mapping[str, Sequence[str]], limits: Limits = Limits(),
+                   precision: str = "no") -> dict[str, Any]:
     "`run_scores` of a teacher, kept in the cache folder by its weights, the data, the bounds and the precision."
-    key = {"weights": weights_digest(teacher.state_dict()), "data": data_digest(recipe, "held_out"), "limits": asdict(limits), "precision": precision,
+    key = {"weights": weights_digest(teacher.state_dict()), "data": data_digest(recipe, "held_out"),
+           "limits": asdict(limits), "precision": precision,
            "seed": EVALUATION_SEED, "version": EVALUATION_VERSION}
-    return run_scores(teacher, recipe, cache_dir() / "evaluations" / f"{recipe['name']}-{fingerprint(key)}", wanted, limits, precision)
+    return run_scores(teacher, recipe, cache_dir() / "evaluations" / f"{recipe['name']}-{fingerprint(key)}", wanted,
+                      limits, precision)
 
 # %% ../../nbs/40_evaluate.ipynb #c033
 def cost_table(rows: Sequence[Mapping]) -> str:
     "Markdown: latency in ms, parameters in millions, memory in MB, a line for each model."
     own = {r["model"]: r for r in rows}
-    lines = ["| model | encode | decode | recall | detect | encoder | memory | decoder | text | total | peak MB |", "| --- |" + " ---: |" * 10]
-    times = lambda r: [f"{1e3 * r['latency'][k]:.1f}" if k in r["latency"] else "–" for k in ("encode", "decode", "recall", "detect")]
+    lines = ["| model | encode | decode | recall | detect | encoder | memory | decoder | text | total | peak MB |",
+             "| --- |" + " ---: |" * 10]
+    times = lambda r: [f"{1e3 * r['latency'][k]:.1f}" if k in r["latency"] else "–"
+                       for k in ("encode", "decode", "recall", "detect")]
     sizes = lambda r: [f"{r['params'][k] / 1e6:.2f}" for k in ("encoder", "memory", "decoder", "text", "total")]
-    return "\n".join([*lines, *("| " + " | ".join([n, *times(r), *sizes(r), f"{r['peak_memory'] / 1e6:.0f}"]) + " |" for n, r in own.items())])
+    return "\n".join([*lines, *("| " + " | ".join([n, *times(r), *sizes(
+        r), f"{r['peak_memory'] / 1e6:.0f}"]) + " |" for n, r in own.items())])

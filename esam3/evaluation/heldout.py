@@ -48,7 +48,8 @@ def in_parts(score: Callable[[range], list], count: int, size: int, desc: str, s
     ranks = PartialState() if shared else None
     parts = [range(k, min(k + size, count)) for k in range(0, count, size)]
     mine = parts[ranks.process_index::ranks.num_processes] if shared else parts
-    done = [(part.start, score(part)) for part in tqdm(mine, desc=desc, leave=False, disable=shared and not ranks.is_main_process)]
+    done = [(part.start, score(part)) for part in tqdm(mine, desc=desc, leave=False,
+                                                       disable=shared and not ranks.is_main_process)]
     return [row for _, rows in sorted(gather_object(done) if shared else done, key=lambda d: d[0]) for row in rows]
 
 # %% ../../nbs/46_heldout.ipynb #c007o
@@ -57,23 +58,30 @@ def opening(model: Sam3, batch: ImageBatch, start: str  # "box", "point" or "mas
     "The first prompt for every instance of a batch, from its truth, in the model's frame."
     image_index, f, n = batch.image_index, batch.spaces, len(batch.image_index)
     labels = lambda *of: torch.tensor([of], dtype=torch.int32, device=image_index.device).expand(n, -1)
-    if start == "box": return Prompts(image_index, f.boxes(batch.boxes, image_index, "source", model.space).view(n, 2, 2), labels(*CORNERS), multimask=False)
-    if start == "point": return Prompts(image_index, f.points(batch.points, image_index, "source", model.space)[:, None], labels(POSITIVE))
+    if start == "box":
+        return Prompts(image_index, f.boxes(batch.boxes, image_index, "source", model.space).view(n, 2, 2),
+                       labels(*CORNERS), multimask=False)
+    if start == "point":
+        return Prompts(image_index, f.points(batch.points, image_index, "source", model.space)[:, None],
+                       labels(POSITIVE))
     masks = f.rasterise(batch.masks, model.space, model.image_size) > 0.5
     return Prompts(image_index, batch.points.new_zeros(n, 0, 2), labels(), masks.float()[:, None])
 
 # %% ../../nbs/46_heldout.ipynb #c007c
 def best_masks(model: Sam3, seen: Features, prompts: Prompts) -> Tensor:
-    "The best mask for each prompt, logits [N, 4g, 4g]; sixty-four at a time, since LVIS has images with hundreds of instances."
+    """The best mask for each prompt, logits [N, 4g, 4g]; sixty-four at a time, since LVIS has images with hundreds of
+    instances."""
     at = lambda rows: replace(prompts, **{k: getattr(prompts, k)[rows] for k in ("image_index", "points", "labels")})
     rows = torch.arange(len(prompts.image_index), device=prompts.image_index.device).split(64)
-    return torch.cat([model.decode(seen, at(some)).best()[0] for some in rows]) if len(prompts.image_index) else seen.tracker[0].new_zeros(0, 4 * model.grid, 4 * model.grid)
+    return torch.cat([model.decode(seen, at(some)).best()[0] for some in rows]) if len(
+        prompts.image_index) else seen.tracker[0].new_zeros(0, 4 * model.grid, 4 * model.grid)
 
 
 def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
              more: int,    # corrective clicks
              seed: int = 0  # of the choice among places that are equally deep
-             ) -> Iterator[tuple[Prompts, Tensor]]:  # prompts and answers [N, 4g, 4g], before the first correction and after each
+             # prompts and answers [N, 4g, 4g], before the first correction and after each
+             ) -> Iterator[tuple[Prompts, Tensor]]:
     "Ask, compare with the truth, click where it is wrong, ask again."
     space, size = model.space, 4 * model.grid
     draw, n = torch.Generator().manual_seed(seed), len(batch.image_index)
@@ -96,7 +104,9 @@ def _iou(spaces: Spaces, space: str, logits: Tensor, image_index: Tensor, truth:
     "IoU in the source images of logits [N, h, w] with the masks of their images, in the order of the N."
     out = []
     for b, masks in enumerate(truth):
-        if len(masks): out += region_similarity((spaces.to_source(logits[image_index == b], space, b) > 0).numpy(force=True), masks.numpy(force=True)).tolist()
+        if len(masks):
+            out += region_similarity((spaces.to_source(logits[image_index == b], space, b) > 0).numpy(force=True),
+                                     masks.numpy(force=True)).tolist()
     return out
 
 
@@ -111,23 +121,28 @@ def prompt_scores(model: Sam3, reader, count: int = 0, size: int = 20, shared: b
 
 def _answers(model: Sam3, seen: Features, batch: ImageBatch) -> list[Tensor]:
     "Mask logits [N, 4g, 4g] of a batch's N instances, in the model's frame: for the box, the point, the refined point."
-    return [logits for start, more in (("box", 0), ("point", 1)) for _, logits in clicking(model, seen, batch, start, more)]
+    return [logits for start, more in (("box", 0), ("point", 1)) for _,
+            logits in clicking(model, seen, batch, start, more)]
 
 
 def _prompt_rows(model: Sam3, batch: ImageBatch) -> list[tuple[float, ...]]:
     "(instances in the image, IoU for box, point, refined point) of each instance of a batch."
     instances = [float(len(batch.masks[b])) for b in batch.image_index.tolist()]
-    return list(zip(instances, *(_iou(batch.spaces, model.space, a, batch.image_index, batch.masks) for a in _answers(model, look(model, batch), batch))))
+    return list(zip(instances, *(_iou(batch.spaces, model.space, a, batch.image_index, batch.masks) for a in _answers(
+        model, look(model, batch), batch))))
 
 # %% ../../nbs/46_heldout.ipynb #c010b
 @torch.no_grad()
 def prompt_agreement(student: Sam3, teacher: Sam3, reader, count: int = 0, size: int = 20) -> dict[str, float]:
-    "`PROMPTED` of the student against the teacher's masks for the same instances, in the source images; each refines its own mask towards the truth."
+    """`PROMPTED` of the student against the teacher's masks for the same instances, in the source images; each refines
+    its own mask towards the truth."""
     def score(part: range) -> list[tuple[float, ...]]:
-        batch = collate_images([reader.read(i) for i in part], teacher.image_size, student.image_size, max_instances=0).to(student.device)
+        batch = collate_images([reader.read(i) for i in part], teacher.image_size, student.image_size,
+                               max_instances=0).to(student.device)
         seen = lambda logits, b: batch.spaces.to_source(logits[batch.image_index == b], teacher.space, b) > 0
         pairs = zip(*(_answers(m, look(m, batch), batch) for m in (student, teacher)))
-        return list(zip(*(_iou(batch.spaces, student.space, s, batch.image_index, [seen(t, b) for b in range(len(batch.masks))]) for s, t in pairs)))
+        return list(zip(*(_iou(batch.spaces, student.space, s, batch.image_index, [seen(t, b) for b in range(len(
+            batch.masks))]) for s, t in pairs)))
     return dict(zip(PROMPTED, np.mean(in_parts(score, count or len(reader), size, "agreement", False), 0).tolist()))
 
 # %% ../../nbs/46_heldout.ipynb #c012
@@ -153,27 +168,35 @@ def concept_scores(model: Sam3, reader, count: int = 0, size: int = 8) -> dict:
             kind = p.negative or "positive"
             right[kind].append(bool(found.presence[i] > 0) == (kind == "positive"))
             scores = found.scores()[i]
-            logits = batch.spaces.to_source(found.masks[i][scores > 0.5], model.space, b) if (scores > 0.5).any() else torch.zeros(0, *batch.masks[b].shape[1:])
-            masks, truth = (logits > 0).numpy(force=True), batch.masks[b].numpy(force=True)[[k - owner[b] for k in p.instances]]
+            logits = batch.spaces.to_source(found.masks[i][scores > 0.5], model.space,
+                                            b) if (scores > 0.5).any() else torch.zeros(0, *batch.masks[b].shape[1:])
+            masks, truth = (logits > 0).numpy(force=True), batch.masks[b].numpy(force=True)[
+                [k - owner[b] for k in p.instances]]
             masks = masks[_kept(masks, scores[scores > 0.5].numpy(force=True))]
-            pairs = region_similarity(masks[:, None], truth[None]) if len(masks) and len(truth) else np.zeros((len(masks), len(truth)))
+            pairs = region_similarity(masks[:, None],
+                                      truth[None]) if len(masks) and len(truth) else np.zeros((len(masks), len(truth)))
             good = pairs[linear_sum_assignment(-pairs)] if pairs.size else np.zeros(0)
             true = int((good >= 0.5).sum()); ious += good[good >= 0.5].tolist()
             hits[kind] += (true, len(masks) - true, len(truth) - true)
     f1 = lambda c: float(2 * c[0] / max(1, 2 * c[0] + c[1] + c[2]))
     hard = right["hard-shape"] + right["hard-other"]
-    return {"F1": f1(sum(hits.values())), "F1_positive": f1(hits["positive"]), "matched_iou": float(np.mean(ious)) if ious else 0.0,
+    return {"F1": f1(sum(hits.values())), "F1_positive": f1(hits["positive"]),
+            "matched_iou": float(np.mean(ious)) if ious else 0.0,
             "presence_acc": float(np.mean(sum(right.values(), []))), "specificity_hard": float(np.mean(hard)),
-            **{f"{'recall' if k == 'positive' else 'specificity'}_{k}": float(np.mean(v)) for k, v in sorted(right.items())}}
+            **{f"{'recall' if k == 'positive' else 'specificity'}_{k}": float(np.mean(v)) for k,
+               v in sorted(right.items())}}
 
 # %% ../../nbs/46_heldout.ipynb #c015
 def first_frame(model: Sam3, batch: ClipBatch) -> tuple[Prompts, Tensor]:
     "Mask prompts for every track at the frame where it begins, and their boxes [N, 4], in the model's frame."
-    rows, begin = torch.arange(len(batch.first), device=batch.first.device), batch.first.split([len(m) for m in batch.masks])
+    rows, begin = torch.arange(len(batch.first), device=batch.first.device), batch.first.split([len(m)
+        for m in batch.masks])
     image_index, f = batch.frame_index[rows, batch.first], batch.spaces
-    clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))  # the images of a clip are of one size
+    # the images of a clip are of one size
+    clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))
     shown = [m[torch.arange(len(m), device=m.device), t] for m, t in zip(batch.masks, begin)]
     masks = clips.rasterise(shown, model.space, model.image_size)
     none = torch.zeros(len(image_index), 0, dtype=torch.int32, device=image_index.device)
-    prompts = Prompts(image_index, torch.zeros(len(image_index), 0, 2, device=image_index.device), none, (masks > 0.5).float()[:, None])
+    prompts = Prompts(image_index, torch.zeros(len(image_index), 0, 2, device=image_index.device), none,
+                      (masks > 0.5).float()[:, None])
     return prompts, f.boxes(batch.boxes[rows, batch.first], image_index, "source", model.space)

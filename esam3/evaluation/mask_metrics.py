@@ -30,7 +30,8 @@ def region_similarity(pred: np.ndarray, true: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/41_mask_metrics.ipynb #c009
 def outline(mask: np.ndarray) -> np.ndarray:
-    "Outline of one mask bool [H, W], one pixel wide, as the DAVIS evaluator draws it; of several at once where each bit of an int is one."
+    """Outline of one mask bool [H, W], one pixel wide, as the DAVIS evaluator draws it; of several at once where each
+    bit of an int is one."""
     m = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     here = m[:-1, :-1]
     return (here ^ m[:-1, 1:]) | (here ^ m[1:, :-1]) | (here ^ m[1:, 1:])
@@ -88,7 +89,8 @@ def _outlines(planes: np.ndarray, n: int, reach: int) -> np.ndarray:
 
 # %% ../../nbs/41_mask_metrics.ipynb #c024
 def frame_scores(pred: np.ndarray, true: np.ndarray,  # [H, W] uint8 object ids
-                 ids: Sequence[int],                  # n objects to score; other values, 255 (void) among them, are background
+                 # n objects to score; other values, 255 (void) among them, are background
+                 ids: Sequence[int],
                  tolerance: float = 0.008             # a part of the diagonal, or px from 1 up
                  ) -> np.ndarray:                     # [2, n]
     "J and F of each object of a frame: what `region_similarity` and `boundary_accuracy` give, for all objects at once."
@@ -127,15 +129,18 @@ def sequence_scores(truth: Path, pred: Path,             # folders of label maps
 
     `FileNotFoundError` or `ValueError` where something is missing or amiss; it names the file."""
     files, rows, highest = masks_in(truth), {}, (0, pred)
-    if len(files) < 3: raise ValueError(f"{truth}: {len(files)} masks; the first and the last are not scored, so it takes three")
-    if not pred.is_dir(): raise FileNotFoundError(f"{pred}: no predictions of this sequence; make them, or take it out of {truth.parent}")
+    if len(files) < 3:
+        raise ValueError(f"{truth}: {len(files)} masks; the first and the last are not scored, so it takes three")
+    if not pred.is_dir():
+        raise FileNotFoundError(f"{pred}: no predictions of this sequence; make them, or take it out of {truth.parent}")
     said, single = by_image(files, masks_in(pred), truth.name, []), _black_and_white(files)
     either = single or _black_and_white([*said.values()])
     for t, file in enumerate(files):
         true = _map(file, mask_size(file), single, notes)
         if rows and file != files[-1]:
             if t not in said:
-                raise FileNotFoundError(f"{pred / file.name}: no such mask; annotated frames but the first and last need one")
+                raise FileNotFoundError(f"{pred / file.name}: no such mask; annotated frames but the first and last "
+                                        f"need one")
             found = _map(said[t], true.shape, either, notes)
             highest = max(highest, (int(found.max()), said[t]))
             for row, score in zip(rows.values(), frame_scores(found, true, list(rows)).T): row.append(score)
@@ -150,7 +155,9 @@ def _folders(gt_dir: str | Path, pred_dir: str | Path) -> dict[str, dict[int, np
     "J and F [2] of every object of every sequence below a folder."
     gt, notes, reported = Path(gt_dir), [], Reported()
     truths = [gt / n for n in (folders_in(gt) if gt.is_dir() else ()) if masks_in(gt / n)]
-    if not truths: raise FileNotFoundError(f"no SEQUENCE/*.png below {gt_dir}; give the folder of the sequences, such as Annotations/480p")
+    if not truths:
+        raise FileNotFoundError(f"no SEQUENCE/*.png below {gt_dir}; give the folder of the sequences, such as "
+                                f"Annotations/480p")
     shown = tqdm(truths, desc="J&F", leave=False, delay=1)
     found = {t.name: sequence_scores(t, Path(pred_dir) / t.name, notes) for t in shown}
     reported.add(notes)
@@ -231,7 +238,8 @@ def category_means(halves: Sequence[Mapping[str, list[np.ndarray]]]  # of each s
 
 
 def ytvos(gt_dir: str | Path, pred_dir: str | Path,         # SEQUENCE/*.png
-          meta_json: str | Path,                            # {"videos": {SEQUENCE: {"objects": {ID: {"category": NAME}}}}}
+          # {"videos": {SEQUENCE: {"objects": {ID: {"category": NAME}}}}}
+          meta_json: str | Path,
           seen: frozenset[str] = YTVOS_SEEN                 # categories of the training set
           ) -> dict[str, float]:                            # G, J_seen, F_seen, J_unseen, F_unseen
     "`category_means` of two folders. Errors as of `davis`, and `ValueError` for an object without category."
@@ -240,7 +248,8 @@ def ytvos(gt_dir: str | Path, pred_dir: str | Path,         # SEQUENCE/*.png
     return category_means([by_category(name, of, videos, meta_json, seen) for name, of in found.items()])
 
 # %% ../../nbs/41_mask_metrics.ipynb #c044
-def compressed(masks: Sequence[Any],      # COCO segmentations: polygons, run lengths (plain or compressed), or None where there is none
+# COCO segmentations: polygons, run lengths (plain or compressed), or None where there is none
+def compressed(masks: Sequence[Any],
                size: tuple[int, int],     # H, W of the image
                where: str = "masks"       # for the message
                ) -> list[dict | None]:
@@ -249,8 +258,11 @@ def compressed(masks: Sequence[Any],      # COCO segmentations: polygons, run le
         runs = [coco.merge(coco.frPyObjects(m, *size)) if isinstance(m, list) and m else m or None for m in masks]
         runs = [coco.frPyObjects(m, *size) if m and type(m["counts"]) is list else m for m in runs]
         found = {tuple(m["size"]) for m in runs if m} - {tuple(size)}
-    except Exception as e: raise ValueError(f"{where}: not a COCO mask ({e!r}); write it anew") from e  # pycocotools raises bare Exceptions
-    if found: raise ValueError(f"{where}: size {found.pop()} on an image of {tuple(size)} (height, width); is it the right file?")
+    # pycocotools raises bare Exceptions
+    except Exception as e: raise ValueError(f"{where}: not a COCO mask ({e!r}); write it anew") from e
+    if found:
+        raise ValueError(f"{where}: size {found.pop()} on an image of {tuple(size)} (height, width); is it the right "
+                         f"file?")
     return runs
 
 # %% ../../nbs/41_mask_metrics.ipynb #c048
@@ -275,11 +287,14 @@ def _totals(rles: Sequence[dict]) -> np.ndarray:
 
 
 def check_runs(rles: Sequence[dict], owner: Sequence[int], path: str | Path) -> None:
-    "`ValueError` when the runs of compressed mask k, which belongs to prediction `owner[k]` of the file, do not add up to its size."
+    """`ValueError` when the runs of compressed mask k, which belongs to prediction `owner[k]` of the file, do not add
+    up to its size."""
     for k in range(0, len(rles), 512):                  # few enough for the processor's cache
         part = rles[k:k + 512]
         wrong = np.flatnonzero(_totals(part) != [math.prod(r["size"]) for r in part])
-        if len(wrong): raise ValueError(f"{path}: the runs of prediction {owner[k + wrong[0]]} do not add up to its image; write it anew")
+        if len(wrong):
+            raise ValueError(f"{path}: the runs of prediction {owner[k + wrong[0]]} do not add up to its image; write "
+                             f"it anew")
 
 # %% ../../nbs/41_mask_metrics.ipynb #c052
 def prompt_miou(gt_json: str | Path,    # COCO or LVIS annotations
@@ -288,14 +303,20 @@ def prompt_miou(gt_json: str | Path,    # COCO or LVIS annotations
     "Mean IoU of masks that answer geometric prompts. `ValueError` when one is missing."
     gt, answers = load_json(gt_json, "images", "annotations"), records(pred_json, "annotation_id", "segmentation")
     sizes = {i["id"]: (i["height"], i["width"]) for i in gt["images"]}
-    number, wanted = {p["annotation_id"]: k for k, p in enumerate(answers)}, [a for a in gt["annotations"] if not a.get("iscrowd")]
+    number, wanted = {p["annotation_id"]: k for k, p in enumerate(answers)}, [a for a in gt["annotations"]
+        if not a.get("iscrowd")]
     lacking = [a["id"] for a in wanted if a["id"] not in number]
-    if lacking: raise ValueError(f"{pred_json}: {len(lacking)} of {len(wanted)} instances of {gt_json} not answered ({lacking[:3]} …)")
+    if lacking:
+        raise ValueError(f"{pred_json}: {len(lacking)} of {len(wanted)} instances of {gt_json} not answered "
+                         f"({lacking[:3]} …)")
     own = [number[a["id"]] for a in wanted]
-    true = [compressed([a["segmentation"]], sizes[a["image_id"]], f"{gt_json}, annotation {a['id']}")[0] for a in wanted]
-    pred = [compressed([answers[k]["segmentation"]], sizes[a["image_id"]], f"{pred_json}, prediction {k}")[0] for k, a in zip(own, wanted)]
+    true = [compressed([a["segmentation"]], sizes[a["image_id"]], f"{gt_json}, annotation {a['id']}")[0]
+            for a in wanted]
+    pred = [compressed([answers[k]["segmentation"]], sizes[a["image_id"]], f"{pred_json}, prediction {k}")[0] for k,
+            a in zip(own, wanted)]
     check_runs([p for p in pred if p], [k for k, p in zip(own, pred) if p], pred_json)
     iou = np.array([coco.iou([p], [t], [0])[0, 0] if p and t else float(p is t) for p, t in zip(pred, true)])
     side = np.sqrt([coco.area(t) if t else 0 for t in true])
     groups = {"": side >= 0, "_small": side < 32, "_medium": (side >= 32) & (side <= 96), "_large": side > 96}
-    return {f"mIoU{g}": float(iou[on].mean()) if on.any() else math.nan for g, on in groups.items()} | {"instances": len(wanted)}
+    return {f"mIoU{g}": float(iou[on].mean()) if on.any() else math.nan for g,
+            on in groups.items()} | {"instances": len(wanted)}

@@ -23,7 +23,8 @@ from esam3.evaluation.mask_metrics import (
     boundary_accuracy, check_runs, compressed, davis, frame_scores, load_json, outline, prompt_miou, records,
     region_similarity, ytvos)
 
-_all_ = ["boundary_accuracy", "davis", "frame_scores", "outline", "prompt_miou", "region_similarity", "ytvos"]  # one address for all scores
+# one address for all scores
+_all_ = ["boundary_accuracy", "davis", "frame_scores", "outline", "prompt_miou", "region_similarity", "ytvos"]
 
 # %% ../../nbs/42_metrics.ipynb #c006
 TAUS = np.linspace(0.5, 0.95, 10)
@@ -49,7 +50,8 @@ def cgf1(units: np.ndarray       # [U, 10, 3] int: `unit_counts` of every unit
     tp, fp, fn = np.moveaxis(units, -1, 0)
     there, said = (tp + fn)[:, 0] > 0, (tp + fp)[:, 0] > 0
     hit, false, miss, quiet = (float(((there == a) & (said == b)).sum()) for a, b in ((1, 1), (0, 1), (1, 0), (0, 0)))
-    mcc = (hit * quiet - false * miss) / (((hit + false) * (hit + miss) * (quiet + false) * (quiet + miss)) ** 0.5 + 1e-6)
+    mcc = (hit * quiet - false * miss) / (((hit + false) * (hit + miss) * (quiet + false) * (quiet + miss)) ** 0.5
+                                          + 1e-6)
     pmf1 = _f1(tp.sum(0), fp[there].sum(0), fn.sum(0))
     return {"cgF1": float((pmf1 * mcc).mean()), "IL_MCC": mcc, "pmF1": float(pmf1.mean())}
 
@@ -70,7 +72,8 @@ def _truth(path: str | Path) -> tuple[dict[Any, dict], dict[Any, list]]:
 def _answers(path: str | Path, sizes: dict[Any, tuple[int, int]], known: Iterable[Any]) -> dict[Any, list[dict]]:
     "Masks of the predictions that count, by unit."
     found, out = records(path, "image_id", "score", "segmentation"), defaultdict(list)
-    if found and not {p["image_id"] for p in found} & set(known): raise ValueError(f"{path}: none of its image_ids is one of the truth's")
+    if found and not {p["image_id"] for p in found} & set(known):
+        raise ValueError(f"{path}: none of its image_ids is one of the truth's")
     kept = [(k, p) for k, p in enumerate(found) if p["score"] >= 0.5 and p["image_id"] in sizes]
     masks = [compressed([p["segmentation"]], sizes[p["image_id"]], f"{path}, prediction {k}")[0] for k, p in kept]
     if None in masks: raise ValueError(f"{path}: prediction {kept[masks.index(None)][0]} has no mask; leave it out")
@@ -86,8 +89,10 @@ def pcs_image(gt_jsons: str | Path | Sequence[str | Path],  # one annotator's fi
     paths = [gt_jsons] if isinstance(gt_jsons, str | Path) else list(gt_jsons)
     pairs, marks = zip(*map(_truth, paths))
     for path, other in zip(paths, pairs):
-        if pairs[0].keys() - other.keys(): raise ValueError(f"{path}: lacks images of {paths[0]}; give annotators' files of one benchmark")
-    sizes = {i: (u["height"], u["width"]) for i, u in pairs[0].items() if all(p[i].get("is_instance_exhaustive", 1) for p in pairs)}
+        if pairs[0].keys() - other.keys():
+            raise ValueError(f"{path}: lacks images of {paths[0]}; give annotators' files of one benchmark")
+    sizes = {i: (u["height"], u["width"]) for i, u in pairs[0].items() if all(p[i].get("is_instance_exhaustive", 1)
+        for p in pairs)}
     preds, units = _answers(pred_json, sizes, pairs[0]), []
     for i, size in tqdm(sizes.items(), desc="phrases", leave=False, delay=1):
         truths = [compressed(m[i], size, f"{path}, image {i}") for path, m in zip(paths, marks)]
@@ -113,7 +118,8 @@ def frame_ious(truths: Sequence[Masklet], preds: Sequence[Masklet],  # G and P o
     none, whole = (coco.frPyObjects({"size": list(size), "counts": c}, *size) for c in ([px], [0, px]))
     sides = [[[mask or none for mask in m.masks] for m in some] + [[whole] * length] for some in (truths, preds)]
     iou = np.zeros((length, g + 1, p + 1))
-    for t in range(length) if truths or preds else (): iou[t] = coco.iou(*([m[t] for m in side] for side in sides), [0] * (p + 1))
+    for t in range(length) if truths or preds else ():
+        iou[t] = coco.iou(*([m[t] for m in side] for side in sides), [0] * (p + 1))
     return iou[:, :g, :p], np.rint(iou[:, :g, p] * px), np.rint(iou[:, g, :p] * px)
 
 
@@ -129,7 +135,8 @@ ALPHAS = np.arange(0.05, 0.99, 0.05)
 
 
 def _matches(score: np.ndarray, there: np.ndarray, said: np.ndarray) -> np.ndarray:
-    "(frame, truth, prediction) [K, 3] of the best match of every frame, by scores [T, G, P] of those `there` [T, G] and `said` [T, P]."
+    """(frame, truth, prediction) [K, 3] of the best match of every frame, by scores [T, G, P] of those `there` [T, G]
+    and `said` [T, P]."""
     meets = score > 0
     plain = (meets.sum(1) <= 1).all(1) & (meets.sum(2) <= 1).all(1)
     found = [np.argwhere(meets & plain[:, None, None])]  # each meets one other at most
@@ -141,17 +148,21 @@ def _matches(score: np.ndarray, there: np.ndarray, said: np.ndarray) -> np.ndarr
 
 # %% ../../nbs/42_metrics.ipynb #c035
 def hota_counts(iou: np.ndarray,                     # [T, G, P]
-                there: np.ndarray, said: np.ndarray  # bool [T, G], [T, P]: which of G true and P predicted objects each frame has
-                ) -> np.ndarray:                     # [4, 19]: TP, FN, FP, and the sum of association over TP, at each of `ALPHAS`
+                # bool [T, G], [T, P]: which of G true and P predicted objects each frame has
+                there: np.ndarray, said: np.ndarray
+                # [4, 19]: TP, FN, FP, and the sum of association over TP, at each of `ALPHAS`
+                ) -> np.ndarray:
     "What one (video, phrase) adds to HOTA."
     frames = there.sum(0)[:, None] + said.sum(0)                               # of either, counted twice where both are
     rivals = iou.sum(1, keepdims=True) + iou.sum(2, keepdims=True) - iou
     shared = np.divide(iou, rivals, out=np.zeros_like(iou), where=rivals > np.finfo(float).eps).sum(0)
     t, g, p = _matches(shared / np.maximum(frames - shared, 1) * iou, there, said).T
-    level = np.searchsorted(ALPHAS - np.finfo(float).eps, iou[t, g, p], side="right")  # how many α a match is good enough for
+    # how many α a match is good enough for
+    level = np.searchsorted(ALPHAS - np.finfo(float).eps, iou[t, g, p], side="right")
     kinds = frames.size, len(ALPHAS) + 1
     count = np.bincount((g * frames.shape[1] + p) * kinds[1] + level, minlength=math.prod(kinds)).reshape(kinds)
-    together = count[:, :0:-1].cumsum(1)[:, ::-1]                              # [G · P, 19]: frames in which two are matched, at each α
+    # [G · P, 19]: frames in which two are matched, at each α
+    together = count[:, :0:-1].cumsum(1)[:, ::-1]
     association = (together ** 2 / np.maximum(frames.reshape(-1, 1) - together, 1)).sum(0)
     tp = together.sum(0)
     return np.stack([tp, there.sum() - tp, said.sum() - tp, association])
@@ -172,14 +183,17 @@ def _masklets(marks: Sequence[dict], videos: dict[Any, dict], where: str) -> dic
         if m["video_id"] not in videos: raise ValueError(f"{where} {k}: no video {m['video_id']} in the truth")
         video, score = videos[m["video_id"]], m.get("score", 1.0)
         given, frames = len(m["segmentations"]), len(video["file_names"])
-        if given != frames: raise ValueError(f"{where} {k}: {given} masks for {frames} frames; one for each, null where nothing is seen")
+        if given != frames:
+            raise ValueError(
+                f"{where} {k}: {given} masks for {frames} frames; one for each, null where nothing is seen")
         if score >= 0.5:
             masks = compressed(m["segmentations"], (video["height"], video["width"]), f"{where} {k}")
             out[m["video_id"]].append(Masklet(masks, m["category_id"], score, k, bool(m.get("iscrowd"))))
     return out
 
 # %% ../../nbs/42_metrics.ipynb #c041
-def _video_counts(true: list[Masklet], pred: list[Masklet], video: dict, phrases: Iterable[Any]) -> tuple[list[np.ndarray], np.ndarray]:
+def _video_counts(true: list[Masklet], pred: list[Masklet], video: dict,
+                  phrases: Iterable[Any]) -> tuple[list[np.ndarray], np.ndarray]:
     "`unit_counts` of each phrase of a video, and the sum of their `hota_counts`."
     iou, true_px, pred_px = frame_ious(true, pred, (video["height"], video["width"]), len(video["file_names"]))
     there = np.array([[mask is not None for mask in m.masks] for m in true], bool).reshape(len(true), len(iou)).T
@@ -194,16 +208,21 @@ def _video_counts(true: list[Masklet], pred: list[Masklet], video: dict, phrases
 
 
 def pcs_video(gt_json: str | Path,     # SA-Co/VEval
-              pred_json: str | Path    # [{"video_id", "category_id", "score", "segmentations": [RLE or null for each frame]}]
+              # [{"video_id", "category_id", "score", "segmentations": [RLE or null for each frame]}]
+              pred_json: str | Path
               ) -> dict[str, float]:   # cgF1, IL_MCC, pmF1, pHOTA, DetA, AssA
     "Scores of phrases in video. `ValueError` for files that do not belong together."
     gt = load_json(gt_json, "videos", "annotations", "video_np_pairs")
     found = records(pred_json, "video_id", "category_id", "score", "segmentations")
     videos, phrases = {v["id"]: v for v in gt["videos"]}, defaultdict(dict)
-    truths, preds = _masklets(gt["annotations"], videos, f"{gt_json}, annotation"), _masklets(found, videos, f"{pred_json}, prediction")
+    truths, preds = _masklets(gt["annotations"], videos, f"{gt_json}, annotation"), _masklets(found, videos,
+        f"{pred_json}, prediction")
     runs = [(mask, m.number) for some in preds.values() for m in some for mask in m.masks if mask]
     check_runs([mask for mask, _ in runs], [number for _, number in runs], pred_json)
-    for named in (*gt["video_np_pairs"], *gt["annotations"], *found): phrases[named["video_id"]][named["category_id"]] = None
-    counts = [_video_counts(truths[v], preds[v], videos[v], phrases[v]) for v in tqdm(phrases, desc="videos", leave=False, delay=1)]
+    for named in (*gt["video_np_pairs"], *gt["annotations"], *found):
+        phrases[named["video_id"]][named["category_id"]] = None
+    counts = [_video_counts(truths[v], preds[v], videos[v], phrases[v])
+              for v in tqdm(phrases, desc="videos", leave=False, delay=1)]
     units = [unit for some, _ in counts for unit in some]
-    return {**cgf1(np.reshape(units, (-1, 10, 3))), **hota(sum((tracks for _, tracks in counts), np.zeros((4, len(ALPHAS)))))}
+    return {**cgf1(np.reshape(units, (-1, 10, 3))),
+            **hota(sum((tracks for _, tracks in counts), np.zeros((4, len(ALPHAS)))))}

@@ -25,7 +25,8 @@ def label_map(logits: np.ndarray,   # [N, H, W], or masks (bool)
               ids: Sequence[int]    # N, of 1 … 255
               ) -> np.ndarray:      # [H, W] uint8
     "The id of the highest logit in each pixel, 0 where none is above 0."
-    if len(ids) and not 0 < min(ids) <= max(ids) < 256: raise ValueError(f"a palette PNG holds object ids 1 … 255, not {min(ids)} … {max(ids)}")
+    if len(ids) and not 0 < min(ids) <= max(ids) < 256:
+        raise ValueError(f"a palette PNG holds object ids 1 … 255, not {min(ids)} … {max(ids)}")
     stack = np.concatenate([np.zeros((1, *logits.shape[1:]), logits.dtype), logits])
     return np.array([0, *ids], np.uint8)[stack.argmax(0)]
 
@@ -65,7 +66,8 @@ def read_clip(folder: Path  # of either layout
 # %% ../../nbs/43_predictions.ipynb #c014
 def link_sequences(root: Path, clips: Sequence[str],  # CLIP/*.png or CLIP/OBJECT/*.png below root
                    into: Path) -> None:
-    "Links `into/CLIP` or `into/CLIP_OBJECT` to the folders that hold the PNGs. `FileNotFoundError` for a clip that is not there."
+    """Links `into/CLIP` or `into/CLIP_OBJECT` to the folders that hold the PNGs. `FileNotFoundError` for a clip that is
+    not there."""
     into.mkdir(parents=True, exist_ok=True)
     for clip in clips:
         folder = (root / clip).resolve()
@@ -86,7 +88,9 @@ def instances(number: int, ids: Sequence[int], name: str,
               ) -> dict[str, list[dict]]:
     "The truth of an image in COCO's form, for data that has another."
     image_index = {"id": number, "file_name": name, "height": masks.shape[1], "width": masks.shape[2]}
-    return {"images": [image_index], "annotations": [{"id": k, "image_id": number, "category_id": 1, "iscrowd": 0, "area": int(m.sum()), "segmentation": rle(m)}
+    return {"images": [image_index],
+            "annotations": [{"id": k, "image_id": number, "category_id": 1, "iscrowd": 0, "area": int(m.sum()),
+                             "segmentation": rle(m)}
                                                for k, m in zip(ids, masks)]}
 
 # %% ../../nbs/43_predictions.ipynb #c020
@@ -95,12 +99,14 @@ def phrase_answers(pair: int,                    # id of the (image, phrase) pai
                    ) -> list[dict]:
     "Answers to a phrase, as `metrics.pcs_image` reads them; without those that are empty."
     codes = [(float(s), rle(m)) for s, m in found if m.any()]
-    return [{"image_id": pair, "category_id": 1, "score": s, "segmentation": c, "bbox": [float(b) for b in coco.toBbox(c)]} for s, c in codes]
+    return [{"image_id": pair, "category_id": 1, "score": s, "segmentation": c, "bbox": [float(b) for b in coco.toBbox(
+        c)]} for s, c in codes]
 
 
 def some_pairs(gt: Mapping, pairs: Collection[int]) -> dict:
     "SA-Co/Gold annotations of some (image, phrase) pairs."
-    return {**gt, "images": [i for i in gt["images"] if i["id"] in pairs], "annotations": [a for a in gt["annotations"] if a["image_id"] in pairs]}
+    return {**gt, "images": [i for i in gt["images"] if i["id"] in pairs],
+            "annotations": [a for a in gt["annotations"] if a["image_id"] in pairs]}
 
 # %% ../../nbs/43_predictions.ipynb #c023
 def masklet_answer(video: int, category: int, score: float,
@@ -116,7 +122,8 @@ def some_phrases(gt: Mapping, wanted: Collection[tuple[int, int]]  # (video id, 
     "SA-Co/VEval annotations of some (video, phrase) pairs."
     of = lambda some: [x for x in some if (x["video_id"], x["category_id"]) in wanted]
     videos, phrases = {v for v, _ in wanted}, {c for _, c in wanted}
-    return {**gt, "videos": [v for v in gt["videos"] if v["id"] in videos], "video_np_pairs": of(gt["video_np_pairs"]), "annotations": of(gt["annotations"]),
+    return {**gt, "videos": [v for v in gt["videos"] if v["id"] in videos], "video_np_pairs": of(gt["video_np_pairs"]),
+            "annotations": of(gt["annotations"]),
             "categories": [c for c in gt["categories"] if c["id"] in phrases]}
 
 # %% ../../nbs/43_predictions.ipynb #c025
@@ -135,13 +142,17 @@ def jittered(answers: Sequence[dict], px: int, seed: int = 0) -> list[dict]:
     rng = np.random.default_rng(seed)
     def moved(code: dict | None) -> dict | None:
         return code and rle(np.roll(coco.decode(code), rng.integers(-px, px + 1, 2), (0, 1)))
-    return [masklet_answer(a["video_id"], a["category_id"], a["score"], [moved(c) for c in a["segmentations"]]) for a in answers]
+    return [masklet_answer(a["video_id"], a["category_id"], a["score"], [moved(c) for c in a["segmentations"]])
+            for a in answers]
 
 
 def with_invention(gt: Mapping, answers: Sequence[dict]) -> list[dict]:
-    "A masklet more, that answers a phrase which names nothing in its video: the first such pair, or a category that is in no video. Its masks are those of the first answer."
+    """A masklet more, that answers a phrase which names nothing in its video: the first such pair, or a category that
+    is in no video. Its masks are those of the first answer."""
     there = {(a["video_id"], a["category_id"]) for a in gt["annotations"]}
-    pairs = [(p["video_id"], p["category_id"]) for p in gt["video_np_pairs"] if (p["video_id"], p["category_id"]) not in there]
+    pairs = [(p["video_id"], p["category_id"]) for p in gt["video_np_pairs"]
+             if (p["video_id"], p["category_id"]) not in there]
     like = next(a for a in answers if not pairs or a["video_id"] in {v for v, _ in pairs})
-    category = next((c for v, c in pairs if v == like["video_id"]), 1 + max(p["category_id"] for p in gt["video_np_pairs"]))
+    category = next((c for v, c in pairs if v == like["video_id"]),
+                    1 + max(p["category_id"] for p in gt["video_np_pairs"]))
     return [*answers, {**like, "category_id": category}]

@@ -28,16 +28,21 @@ class Protocol(NamedTuple):
     start: str               # "box", "point", "mask", "phrase", "exemplar"
     more: int                # corrective clicks after it
     kinds: tuple[str, ...]   # of data, as recipes name them
-    memory: str = "full"     # of a clip's earlier frames: "full"; "pointers", without maps; "copy", the first answer; "none", the first prompt
+    # of a clip's earlier frames: "full"; "pointers", without maps; "copy", the first answer; "none", the first prompt
+    memory: str = "full"
 
 
 _instances, _concepts = ("images", "clips"), ("concept_images", "concept_clips")
 PROTOCOLS: Mapping[str, Protocol] = {
-    "box": Protocol("box", 0, _instances), "box+1": Protocol("box", 1, _instances[:1]), "box+2": Protocol("box", 2, _instances[:1]),
+    "box": Protocol("box", 0, _instances), "box+1": Protocol("box", 1, _instances[:1]),
+    "box+2": Protocol("box", 2, _instances[:1]),
     "point": Protocol("point", 0, _instances), "point+1": Protocol("point", 1, _instances[:1]),
     "point+2": Protocol("point", 2, _instances), "point+4": Protocol("point", 4, _instances),
-    "mask": Protocol("mask", 0, _instances[1:]), "visible": Protocol("mask", 0, _instances[1:]), "copy": Protocol("mask", 0, _instances[1:], "copy"),
-    "first_box": Protocol("box", 0, _instances[1:], "none"), "pointers_only": Protocol("mask", 0, _instances[1:], "pointers"), "phrase": Protocol("phrase", 0, _concepts), "exemplar": Protocol("exemplar", 0, _concepts)}
+    "mask": Protocol("mask", 0, _instances[1:]), "visible": Protocol("mask", 0, _instances[1:]),
+    "copy": Protocol("mask", 0, _instances[1:], "copy"),
+    "first_box": Protocol("box", 0, _instances[1:], "none"),
+    "pointers_only": Protocol("mask", 0, _instances[1:], "pointers"), "phrase": Protocol("phrase", 0, _concepts),
+    "exemplar": Protocol("exemplar", 0, _concepts)}
 CONTROLS = ("copy", "first_box", "pointers_only")
 BY_FRAME = ("visible", *CONTROLS)  # scored frame by frame; the other protocols of clips by files that a benchmark reads
 CLICKS = {"clicks1": "point", "clicks3": "point+2", "clicks5": "point+4"}  # other names
@@ -47,11 +52,13 @@ def chosen_protocols(names: str,            # comma-separated; "": all that the 
                      kinds: Sequence[str]   # of data there are
                      ) -> dict[str, list[str]]:  # kind of data → protocols
     "Which protocols run on which data. `ValueError` names the nearest one, or the data that one would need."
-    wanted = [CLICKS.get(n.strip(), n.strip()) for n in names.split(",") if n.strip()] or [p for p in PROTOCOLS if p not in CONTROLS]
+    wanted = [CLICKS.get(n.strip(), n.strip()) for n in names.split(",") if n.strip()] or [p for p in PROTOCOLS
+        if p not in CONTROLS]
     for name in wanted:
         if name not in PROTOCOLS: raise ValueError(nearest(name, [*PROTOCOLS, *CLICKS], "protocol"))
         if names.strip() and not set(PROTOCOLS[name].kinds) & set(kinds):
-            raise ValueError(f"protocol '{name}' asks of {' or '.join(PROTOCOLS[name].kinds)}, and this split holds {', '.join(kinds)} only")
+            raise ValueError(f"protocol '{name}' asks of {' or '.join(PROTOCOLS[name].kinds)}, and this split holds "
+                             f"{', '.join(kinds)} only")
     found = {kind: [p for p in PROTOCOLS if p in wanted and kind in PROTOCOLS[p].kinds] for kind in kinds}
     return {kind: some for kind, some in found.items() if some}
 
@@ -62,7 +69,8 @@ def answer_images(model: Sam3, samples: Sequence[ImageSample], wanted: Sequence[
     "Masks for every instance of some images."
     batch, out = as_batch(model, samples), {}
     seen, owner = look(model, batch), batch.image_index.cpu()
-    back = lambda logits: [(batch.spaces.to_source(logits[owner == b], model.space, b) > 0).numpy(force=True) for b in range(len(samples))]
+    back = lambda logits: [(batch.spaces.to_source(logits[owner == b], model.space, b) > 0).numpy(force=True)
+                           for b in range(len(samples))]
     for start in ("box", "point"):
         names = {PROTOCOLS[w].more: w for w in wanted if PROTOCOLS[w].start == start}
         for k, (_, logits) in enumerate(clicking(model, seen, batch, start, max(names), seed)) if names else ():
@@ -87,13 +95,15 @@ class FirstPrompt(Follower):
         return self.model.decode(seen, self.prompts)
 
 
-FOLLOWERS: Mapping[str, Any] = {"full": Follower, "pointers": partial(Follower, maps=False), "copy": FirstAnswer, "none": FirstPrompt}
+FOLLOWERS: Mapping[str, Any] = {"full": Follower, "pointers": partial(Follower, maps=False), "copy": FirstAnswer,
+                                "none": FirstPrompt}
 
 # %% ../../nbs/44_protocols.ipynb #c019
 @torch.no_grad()
 def follow(model: Sam3, sample: ClipSample, wanted: Sequence[str],  # names in PROTOCOLS
            seed: int = 0) -> Iterator[dict[str, np.ndarray]]:       # protocol → logits [N, H, W] of each frame
-    "Every track of a clip, prompted on the frame where it begins; `NO_OBJECT` before. Protocols that go the same way share their answers."
+    """Every track of a clip, prompted on the frame where it begins; `NO_OBJECT` before. Protocols that go the same way
+    share their answers."""
     visible = sample.visible
     first, protocols = visible.argmax(1), {name: PROTOCOLS[name] for name in wanted}
     ways = {name: (p.start, p.more, p.memory) for name, p in protocols.items()}
@@ -103,13 +113,15 @@ def follow(model: Sam3, sample: ClipSample, wanted: Sequence[str],  # names in P
         batch = as_batch(model, [ImageSample(sample.name, image, sample.masks[rows, t])])
         seen = look(model, batch)
         for start, more, memory in groups if len(rows) else ():
-            prompts = opening(model, batch, start) if start == "mask" else list(clicking(model, seen, batch, start, more, seed))[-1][0]
+            prompts = opening(model, batch, start) if start == "mask" else list(clicking(model, seen, batch, start,
+                more, seed))[-1][0]
             groups[start, more, memory].append((rows, FOLLOWERS[memory](model), prompts))
         out = {way: np.full((len(first), *image.shape[:2]), NO_OBJECT, np.float32) for way in groups}
         for way, some in groups.items():
             for rows, follower, prompts in some:
                 found = follower.step(seen, None if follower.frame else prompts)
-                out[way][rows] = batch.spaces.to_source(gate(found.best()[0], found.object_logits), model.space, 0).numpy(force=True)
+                out[way][rows] = batch.spaces.to_source(gate(found.best()[0], found.object_logits), model.space,
+                                                        0).numpy(force=True)
         yield {name: out[way] for name, way in ways.items()}
 
 # %% ../../nbs/44_protocols.ipynb #c020s
@@ -133,7 +145,8 @@ class FrameScores:
     def rows(self) -> list[tuple[float | None, float | None, float | None]]:
         "(J, F, fraction of absent frames called absent) of each track; None where it has no such frame."
         mean = lambda values: float(np.mean(values)) if values else None
-        return [(mean([j for j, _ in self.seen[n]]), mean([f for _, f in self.seen[n]]), mean(self.gone[n])) for n in self.tracks]
+        return [(mean([j for j, _ in self.seen[n]]), mean([f for _, f in self.seen[n]]), mean(self.gone[n]))
+                for n in self.tracks]
 
 
 def mean_rows(rows: Sequence[Sequence[float | None]]) -> dict[str, float | None]:
@@ -143,8 +156,10 @@ def mean_rows(rows: Sequence[Sequence[float | None]]) -> dict[str, float | None]
     return {"J": j, "F": f, "J&F": None if j is None else (j + f) / 2, "absent_acc": absent}
 
 
-def clip_scores(model: Sam3, reader: Any, controls: Sequence[str] = CONTROLS, count: int = 0, shared: bool = False) -> dict[str, dict[str, float | None]]:
-    "`mean_rows` of `visible` (as `track`) and of each control on the first `count` clips (0: all). `shared`: by all ranks together."
+def clip_scores(model: Sam3, reader: Any, controls: Sequence[str] = CONTROLS, count: int = 0,
+                shared: bool = False) -> dict[str, dict[str, float | None]]:
+    """`mean_rows` of `visible` (as `track`) and of each control on the first `count` clips (0: all). `shared`: by all
+    ranks together."""
     names = ("visible", *controls)
     def score(part: range) -> list[tuple]:
         sample = reader.read(part.start)
@@ -153,4 +168,5 @@ def clip_scores(model: Sam3, reader: Any, controls: Sequence[str] = CONTROLS, co
             for name in names: kept[name].add(t, said[name])
         return [(name, row) for name in names for row in kept[name].rows()]
     rows = in_parts(score, count or len(reader), 1, "clips", shared)
-    return {name if name != "visible" else "track": mean_rows([row for who, row in rows if who == name]) for name in names}
+    return {name if name != "visible" else "track": mean_rows([row for who, row in rows if who == name])
+            for name in names}

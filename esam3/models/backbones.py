@@ -40,8 +40,10 @@ _T = TypeVar("_T")
 
 @torch.no_grad()
 def counted(call: Callable[[], _T]) -> tuple[_T, float]:
-    "What a call returns, and its floating-point operations in billions; nothing is computed where all tensors are on the `meta` device."
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: out = call()  # the counter does not see a CPU's fused attention
+    """What a call returns, and its floating-point operations in billions; nothing is computed where all tensors are on
+    the `meta` device."""
+    # the counter does not see a CPU's fused attention
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: out = call()
     return out, counter.get_total_flops() / 1e9
 
 
@@ -53,7 +55,8 @@ def gflops(module: nn.Module, *inputs: Tensor) -> float:
 class Separable(nn.Sequential):
     "Depthwise 3 × 3, batch norm, GELU, pointwise: [B, i, h, w] → [B, o, h, w]."
     def __init__(self, i: int, o: int):
-        super().__init__(nn.Conv2d(i, i, 3, padding=1, groups=i, bias=False), nn.BatchNorm2d(i), nn.GELU(), nn.Conv2d(i, o, 1))
+        super().__init__(nn.Conv2d(i, i, 3, padding=1, groups=i, bias=False), nn.BatchNorm2d(i), nn.GELU(),
+                         nn.Conv2d(i, o, 1))
 
 
 def project(i: int, o: int) -> nn.Sequential:
@@ -74,7 +77,8 @@ class TinyFPN(nn.Module):
         self.mix = nn.ModuleList(Separable(k, k) for k in w)
         self.detector = nn.ModuleList(Separable(k, hidden) for k in w)
         self.tracker = nn.ModuleList(Separable(k, o) for k, o in zip(w, (hidden // 8, hidden // 4, hidden)))
-        for head in (*self.detector, *self.tracker): nn.init.normal_(head[-1].weight, std=0.01); nn.init.zeros_(head[-1].bias)
+        for head in (*self.detector, *self.tracker):
+            nn.init.normal_(head[-1].weight, std=0.01); nn.init.zeros_(head[-1].bias)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         "Four maps [B, c, h, w], fine to coarse → (detector, tracker), three maps each, fine to coarse."
@@ -86,7 +90,8 @@ class TinyFPN(nn.Module):
 
 # %% ../../nbs/11_backbones.ipynb #c019
 def windows(backbone: str, side: int) -> dict[str, tuple[int, ...]]:
-    "Options for `timm`: a TinyViT's windows, none wider than its map of an image of `side` px; none for other backbones."
+    """Options for `timm`: a TinyViT's windows, none wider than its map of an image of `side` px; none for other
+    backbones."""
     if not backbone.startswith("tiny_vit"): return {}
     return {"window_sizes": tuple(min(w, max(1, side // stride)) for w, stride in zip((7, 7, 14, 7), (4, 8, 16, 32)))}
 
@@ -103,24 +108,30 @@ class Encoder(nn.Module):
         for m in self.backbone.modules():  # TinyViT-11M and -21M come with 0.1 and 0.2; the paper has no drop path
             if isinstance(m, DropPath): m.drop_prob = 0.0
         info = self.backbone.feature_info
-        if info.reduction()[-4:] != [4, 8, 16, 32]: raise ValueError(f"{backbone} has maps at strides {info.reduction()}; strides 4, 8, 16, 32 are needed")
+        if info.reduction()[-4:] != [4, 8, 16, 32]:
+            raise ValueError(f"{backbone} has maps at strides {info.reduction()}; strides 4, 8, 16, 32 are needed")
         self.fpn = TinyFPN(info.channels()[-4:], hidden, widths)
 
     def forward(self, pixels: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         "[B, 3, S, S], ImageNet-normalised, S a multiple of 32 → detector and tracker maps at S/4, S/8, S/16."
-        if pixels.shape[-1] % 32 or pixels.shape[-2] % 32: raise ValueError(f"images of {pixels.shape[-2]} × {pixels.shape[-1]} px: sides must be multiples of 32")
-        for m in self.backbone.modules():  # TinyViT keeps its attention biases between calls in eval mode, through any change of the weights
+        if pixels.shape[-1] % 32 or pixels.shape[-2] % 32:
+            raise ValueError(f"images of {pixels.shape[-2]} × {pixels.shape[-1]} px: sides must be multiples of 32")
+        # TinyViT keeps its attention biases between calls in eval mode, through any change of the weights
+        for m in self.backbone.modules():
             if hasattr(m, "attention_bias_cache"): m.attention_bias_cache = {}
         return self.fpn(self.backbone(pixels)[-4:])
 
 # %% ../../nbs/11_backbones.ipynb #c025
-def cost_table(side: int = 1024, hidden: int = 256, widths: Sequence[int] | None = None) -> list[dict[str, float | str]]:
+def cost_table(side: int = 1024, hidden: int = 256, widths: Sequence[int]
+               | None = None) -> list[dict[str, float | str]]:
     "For each variant: millions of parameters of backbone and neck, the paper's count, GFLOPs of both at `side` px."
     rows = []
     for v in VARIANTS.values():
-        with torch.device("meta"): encoder, pixels = Encoder(v.backbone, hidden, widths).eval(), torch.empty(1, 3, side, side)
+        with torch.device("meta"):
+            encoder, pixels = Encoder(v.backbone, hidden, widths).eval(), torch.empty(1, 3, side, side)
         maps = encoder.backbone(pixels)[-4:]
-        rows.append({"variant": v.name, "backbone M": count_parameters(encoder.backbone), "paper M": v.params_paper, "neck M": count_parameters(encoder.fpn),
+        rows.append({"variant": v.name, "backbone M": count_parameters(
+            encoder.backbone), "paper M": v.params_paper, "neck M": count_parameters(encoder.fpn),
                      "backbone GFLOPs": gflops(encoder.backbone, pixels), "neck GFLOPs": gflops(encoder.fpn, maps)})
     return rows
 
@@ -128,57 +139,78 @@ def cost_table(side: int = 1024, hidden: int = 256, widths: Sequence[int] | None
 def flops_by_part(kind: type[Sam3], config: Sam3VideoConfig,  # a teacher's or student's class and configuration
                   tokens: int = 32                            # of the phrase
                   ) -> dict[str, float]:                      # part → GFLOPs, in the order in which they run
-    "GFLOPs of each part of a model for one image, one phrase and one object. A model without weights is made and counted."
+    """GFLOPs of each part of a model for one image, one phrase and one object. A model without weights is made and
+    counted."""
     with torch.device("meta"): model = kind(config).eval().requires_grad_(False)
     d, t, out = model.detector_model, model.tracker_model, {}
     def count(part: str, call: Callable[[], _T]) -> _T:
         result, out[part] = counted(call)
         return result
 
-    pixels, one = torch.empty(1, 3, model.image_size, model.image_size, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
-    count("backbone", lambda: getattr(d.vision_encoder, "encoder", d.vision_encoder).backbone(pixels))  # a student's lies one deeper
+    pixels, one = torch.empty(1, 3, model.image_size, model.image_size, device="meta"), torch.zeros(1, dtype=torch.long,
+        device="meta")
+    # a student's lies one deeper
+    count("backbone", lambda: getattr(d.vision_encoder, "encoder", d.vision_encoder).backbone(pixels))
     seen = count("necks", lambda: model.encode(pixels))
     out["necks"] -= out["backbone"]
     coarse, places = seen.detector[-1:], [model._position(seen.detector[-1])]
-    text = count("text encoder", lambda: d.get_text_features(input_ids=one.expand(1, tokens), return_dict=True).pooler_output)
-    e = count("DETR encoder", lambda: d.detr_encoder(vision_features=list(coarse), text_features=text, vision_pos_embeds=places))
-    o = count("DETR decoder", lambda: d.detr_decoder(vision_features=e.last_hidden_state, text_features=text, vision_pos_encoding=e.pos_embeds_flattened,
-                                                     spatial_shapes=torch.tensor([[model.grid] * 2])))  # read as numbers: not on meta
-    count("pixel and mask decoder", lambda: d.mask_decoder(decoder_queries=o.intermediate_hidden_states[-1], backbone_features=list(seen.detector),
-                                                           encoder_hidden_states=e.last_hidden_state, prompt_features=text))
+    text = count("text encoder", lambda: d.get_text_features(input_ids=one.expand(1, tokens),
+                                                             return_dict=True).pooler_output)
+    e = count("DETR encoder", lambda: d.detr_encoder(vision_features=list(coarse), text_features=text,
+                                                     vision_pos_embeds=places))
+    o = count("DETR decoder", lambda: d.detr_decoder(vision_features=e.last_hidden_state, text_features=text,
+                                                     vision_pos_encoding=e.pos_embeds_flattened,
+                                                     # read as numbers: not on meta
+                                                     spatial_shapes=torch.tensor([[model.grid] * 2])))
+    count("pixel and mask decoder", lambda: d.mask_decoder(decoder_queries=o.intermediate_hidden_states[-1],
+                                                           backbone_features=list(seen.detector),
+                                                           encoder_hidden_states=e.last_hidden_state,
+                                                           prompt_features=text))
     box = Prompts(one, pixels.new_empty(1, 2, 2), one.new_zeros(1, 2), multimask=False)
     a = count("SAM decoder", lambda: model.decode(seen, box))
     m = count("memory encoder", lambda: model.remember(seen, one, a.masks[:, 0], a.object_logits, a.pointers[:, 0]))
-    bank = Bank([(k, m) for k in range(t.config.num_maskmem)], [(k, m.pointer) for k in range(t.config.max_object_pointers_in_encoder)])
+    bank = Bank([(k, m) for k in range(t.config.num_maskmem)],
+                [(k, m.pointer) for k in range(t.config.max_object_pointers_in_encoder)])
     count("memory attention", lambda: model.recall(seen, one, bank))
     return out
 
 # %% ../../nbs/11_backbones.ipynb #c041
 def load_backbone(encoder: Encoder, name: str,  # `timm` name of its backbone
                   weights: str = ""             # "" leaves them random; "imagenet"; or a .safetensors, .pth or .pt file
-                  ) -> str:               # what it starts from now: "random", "imagenet HUB_ID" or the file's name, and a digest of the weights
+                  # what it starts from now: "random", "imagenet HUB_ID" or the file's name, and a digest of the weights
+                  ) -> str:
     """Initialise an encoder's backbone.
 
-    Raises `OSError` when ImageNet weights cannot be had, `FileNotFoundError` for a path that is not there, `ValueError` for a file of other weights, or of none."""
+    Raises `OSError` when ImageNet weights cannot be had, `FileNotFoundError` for a path that is not there, `ValueError`
+    for a file of other weights, or of none."""
     told = lambda source: f"{source}, {weights_digest(encoder.backbone.state_dict())}"
     if not weights: return told("random")
     if weights == "imagenet":
         encoder.backbone.load_state_dict(_imagenet(name, **encoder.windows).state_dict())
         return told(f"imagenet {timm.get_pretrained_cfg(name).hf_hub_id}")
     path, own = Path(weights), encoder.backbone.state_dict()
-    found = {k if k in own else k.replace(".", "_", 1): v for k, v in _tensors(path).items() if not k.startswith("head.")}
-    if encoder.windows and found.keys() == own.keys(): found = checkpoint_filter_fn(found, encoder.backbone)  # attention biases of other windows
+    found = {k if k in own else k.replace(".", "_", 1): v for k,
+             v in _tensors(path).items() if not k.startswith("head.")}
+    # attention biases of other windows
+    if encoder.windows and found.keys() == own.keys(): found = checkpoint_filter_fn(found, encoder.backbone)
     wrong = sorted(found.keys() ^ own.keys()) + [k for k in found.keys() & own.keys() if found[k].shape != own[k].shape]
-    if wrong: raise ValueError(f"{path.name} does not hold the weights of {name}: {len(wrong)} tensors differ, for instance {wrong[0]}")
+    if wrong:
+        raise ValueError(f"{path.name} does not hold the weights of {name}: {len(wrong)} tensors differ, for instance "
+                         f"{wrong[0]}")
     encoder.backbone.load_state_dict(found)
     return told(path.name)
 
 # %% ../../nbs/11_backbones.ipynb #c042
 def _tensors(path: Path) -> dict[str, Tensor]:
     "Tensors of a file by name."
-    if not path.is_file(): raise FileNotFoundError(f"no backbone weights at {path}: give a file, 'imagenet', or '' for random ones")
-    try: found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise ValueError(f"{path.name} is no readable file of weights ({type(e).__name__}): copy it again") from e  # whatever a broken file may raise
+    if not path.is_file():
+        raise FileNotFoundError(f"no backbone weights at {path}: give a file, 'imagenet', or '' for random ones")
+    try:
+        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu",
+            weights_only=True)
+    # whatever a broken file may raise
+    except Exception as e:
+        raise ValueError(f"{path.name} is no readable file of weights ({type(e).__name__}): copy it again") from e
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path.name} holds more than weights by name: save the model's `state_dict()` alone")
     return found
@@ -188,15 +220,18 @@ def _imagenet(name: str, **options) -> nn.Module:
     "`timm`'s pretrained feature extractor from the cache or the hub. `OSError` where it cannot be had."
     repository = timm.get_pretrained_cfg(name).hf_hub_id
     try:
-        if not isinstance(try_to_load_from_cache(repository, "model.safetensors"), str): get_session().head(constants.ENDPOINT, timeout=5)
+        if not isinstance(try_to_load_from_cache(repository, "model.safetensors"), str):
+            get_session().head(constants.ENDPOINT, timeout=5)
         return timm.create_model(name, features_only=True, pretrained=True, **options)
     except Exception as e:  # whatever keeps the hub out of reach
-        raise OSError(f"no ImageNet weights for {name} ({type(e).__name__}): run once with a network (they are cached), pass -p weights FILE, "
+        raise OSError(f"no ImageNet weights for {name} ({type(e).__name__}): run once with a network (they are "
+                      f"cached), pass -p weights FILE, "
                       "or -p weights random to start from nothing") from e
 
 # %% ../../nbs/11_backbones.ipynb #c052
 def fuse(encoder: Encoder) -> Encoder:
-    "A copy for inference with RepViT's branches folded by `timm`, and weights in channels-last order, which convolutions on a CPU prefer; outputs equal to 1e-4."
+    """A copy for inference with RepViT's branches folded by `timm`, and weights in channels-last order, which
+    convolutions on a CPU prefer; outputs equal to 1e-4."""
     fused = deepcopy(encoder).eval()
     fused.backbone = reparameterize_model(fused.backbone)
     return fused.to(memory_format=torch.channels_last)

@@ -36,7 +36,8 @@ class Kernels:
 
     @staticmethod
     def generic_nms(ious: Tensor, scores: Tensor, iou_threshold: float, use_iou_matrix: bool = True) -> Tensor:
-        "Indices of the candidates that are kept, best first: none overlaps a better one by more than the threshold. ious [N, N], scores [N]."
+        """Indices of the candidates that are kept, best first: none overlaps a better one by more than the threshold.
+        ious [N, N], scores [N]."""
         kept: list[int] = []
         for i in scores.argsort(descending=True, stable=True).tolist():
             if all(ious[i, j] <= iou_threshold for j in kept): kept.append(i)
@@ -44,7 +45,8 @@ class Kernels:
 
     @staticmethod
     def cc_2d(masks: Tensor, get_counts: bool = True) -> tuple[Tensor, Tensor]:
-        "8-connected parts of masks [N, 1, H, W]: number of each pixel's part (0: outside), and that part's area in px (0 outside)."
+        """8-connected parts of masks [N, 1, H, W]: number of each pixel's part (0: outside), and that part's area in px
+        (0 outside)."""
         labels, counts = np.zeros(masks.shape, np.int32), np.zeros(masks.shape, np.int32)
         for k, m in enumerate(masks.numpy(force=True)[:, 0]):
             labels[k, 0], _ = ndimage.label(m, np.ones((3, 3)))
@@ -69,7 +71,8 @@ def history_of(session: Sam3VideoInferenceSession, index: int, config: Any) -> H
     "What a session remembers of an object, as the batched tracker reads it."
     history, kept = History(config, session.num_frames), session.output_dict_per_obj[index]
     memory = lambda o: Memory(*(o[k].transpose(0, 1) if k in o else None for k in MAPS), o["object_pointer"])
-    history.prompted, history.tracked = ({t: memory(o) for t, o in kept[f"{part}_frame_outputs"].items()} for part in ("cond", "non_cond"))
+    history.prompted, history.tracked = ({t: memory(o) for t, o in kept[f"{part}_frame_outputs"].items()}
+                                         for part in ("cond", "non_cond"))
     return history
 
 
@@ -79,13 +82,15 @@ def alike(banks: Sequence[Bank]) -> list[tuple[list[int], Bank]]:
     for i, b in enumerate(banks): groups[tuple(k for k, _ in b.memories), tuple(d for d, _ in b.pointers)].append(i)
     join = lambda ms: Memory(*(torch.cat([getattr(m, f) for m in ms]) for f in ("tokens", "pos", "pointer")))
     return [(some, Bank([(k, join([banks[i].memories[j][1] for i in some])) for j, k in enumerate(slots)],
-                        [(d, torch.cat([banks[i].pointers[j][1] for i in some])) for j, d in enumerate(far)], banks[some[0]].span))
+                        [(d, torch.cat([banks[i].pointers[j][1] for i in some])) for j, d in enumerate(far)],
+                        banks[some[0]].span))
             for (slots, far), some in groups.items()]
 
 # %% ../../nbs/32_concept_video.ipynb #c012f
 def forget(session: Sam3VideoInferenceSession, frame: int, config: Any) -> None:
     "Drop what neither frame number `frame` nor a later one reads, as `History` reads it."
-    slots, window, closest = config.num_maskmem, max(config.num_maskmem, config.max_object_pointers_in_encoder), config.max_cond_frame_num
+    slots, window, closest = config.num_maskmem, max(config.num_maskmem,
+                                                     config.max_object_pointers_in_encoder), config.max_cond_frame_num
     for kept in session.output_dict_per_obj.values():
         tracked, prompted = kept["non_cond_frame_outputs"], kept["cond_frame_outputs"]
         for t in [t for t in tracked if t <= frame - window]: del tracked[t]
@@ -96,10 +101,12 @@ def forget(session: Sam3VideoInferenceSession, frame: int, config: Any) -> None:
 def frame_features(model: Sam3, session: Sam3VideoInferenceSession, t: int) -> Features:
     "The tracker's maps of frame t, which the session holds flat."
     maps = session.cache.get_vision_features(t)["vision_feats"]
-    return Features((), tuple(m.permute(1, 2, 0).unflatten(2, (s, s)) for m, s in zip(maps, (4 * model.grid, 2 * model.grid, model.grid))))
+    return Features((), tuple(m.permute(1, 2, 0).unflatten(2, (s, s)) for m,
+                              s in zip(maps, (4 * model.grid, 2 * model.grid, model.grid))))
 
 
-def _propagate(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_idx: int, reverse: bool) -> tuple[Tensor, Tensor]:
+def _propagate(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_idx: int,
+               reverse: bool) -> tuple[Tensor, Tensor]:
     "Masks [N, 4g, 4g] (gated, mended) and object logits [N] of all objects in a frame, read from their memories."
     if reverse: raise ValueError("concepts are followed forwards in time: reverse the frames")
     session, n = inference_session, len(inference_session.obj_ids)
@@ -112,22 +119,29 @@ def _propagate(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_i
         out = self.decode(seen, unprompted(self, seen, image_index), self.recall(seen, image_index, bank))
         best, _, pointers = out.best()
         masks[some], logits[some] = gate(best, out.object_logits).to(masks), out.object_logits.to(logits)
-        for i, p in zip(some, pointers): session.output_dict_per_obj[i]["non_cond_frame_outputs"][frame_idx] = {"object_pointer": p[None]}
+        for i, p in zip(some, pointers):
+            session.output_dict_per_obj[i]["non_cond_frame_outputs"][frame_idx] = {"object_pointer": p[None]}
     session.told = masks, logits  # before they are mended
     return library.fill_holes_in_mask_scores(masks[:, None], max_area=self.fill_hole_area)[:, 0] if n else masks, logits
 
 # %% ../../nbs/32_concept_video.ipynb #c015
-def _add(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_idx: int, new_obj_ids: list[int], new_obj_masks: Tensor, reverse: bool = False) -> None:
+def _add(self: Sam3, inference_session: Sam3VideoInferenceSession, frame_idx: int, new_obj_ids: list[int],
+         new_obj_masks: Tensor, reverse: bool = False) -> None:
     "Begin to track objects [N] with the mask logits [N, 4g, 4g] of their detections."
     session, t, side, device = inference_session, frame_idx, self.image_size, new_obj_masks.device
-    seen, n, large = frame_features(self, session, t), len(new_obj_ids), lambda x: F.interpolate(x[:, None].float(), (side, side), mode="bilinear", align_corners=False)
-    given = F.interpolate((new_obj_masks >= 0.5).float()[:, None], (side, side), mode="bilinear", align_corners=False, antialias=True)
-    image_index, none = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, 0, dtype=torch.int32, device=device)
+    seen, n, large = frame_features(self, session, t), len(new_obj_ids), lambda x: F.interpolate(x[:, None].float(),
+        (side, side), mode="bilinear", align_corners=False)
+    given = F.interpolate((new_obj_masks >= 0.5).float()[:, None], (side, side), mode="bilinear", align_corners=False,
+                          antialias=True)
+    image_index, none = torch.zeros(n, dtype=torch.long, device=device), torch.zeros(n, 0, dtype=torch.int32,
+        device=device)
     out, logits = mask_as_output(self, seen, Prompts(image_index, given.new_zeros(n, 0, 2), none, given))
     old = [i for i, o in session.output_dict_per_obj.items() if t in o["non_cond_frame_outputs"]]
     new = [session.obj_id_to_idx(k) for k in new_obj_ids]
-    for i, p in zip(new, out.pointers[:, 0]): session.output_dict_per_obj[i]["cond_frame_outputs"][t] = {"object_pointer": p[None]}
-    masks, scores = torch.cat([large(session.told[0][old]), logits[:, None]]), torch.cat([session.told[1][old], out.object_logits])
+    for i, p in zip(new, out.pointers[:, 0]):
+        session.output_dict_per_obj[i]["cond_frame_outputs"][t] = {"object_pointer": p[None]}
+    masks, scores = torch.cat([large(
+        session.told[0][old]), logits[:, None]]), torch.cat([session.told[1][old], out.object_logits])
     flat = session.cache.get_vision_features(t)["vision_feats"][-1].expand(-1, len(masks), -1)
     tokens, pos = self.tracker_model._encode_new_memory(flat, masks, scores[:, None, None], is_mask_from_pts=True)
     for k, i in enumerate([*old, *new]):
@@ -143,13 +157,16 @@ class Exemplar:
     labels: Sequence[int] = (1,)  # of each box: 1 positive, 0 negative
     phrase: str | None = None
 
-    def __str__(self) -> str: return f"{self.phrase or 'exemplar'} @ {self.frame} {np.round(self.boxes).astype(int).tolist()}"
+    def __str__(self) -> str:
+        return f"{self.phrase or 'exemplar'} @ {self.frame} {np.round(self.boxes).astype(int).tolist()}"
 
 
 def meaning(concept: str | Exemplar) -> tuple:
-    "What two concepts share that ask the same: phrases but for case and spaces, exemplars to the last digit. `ValueError` for an empty phrase."
+    """What two concepts share that ask the same: phrases but for case and spaces, exemplars to the last digit.
+    `ValueError` for an empty phrase."""
     if not isinstance(concept, Exemplar): return (" ".join(wording(concept).split()),)
-    return meaning(wording(concept.phrase)) + (concept.frame, np.asarray(concept.boxes, np.float32).tobytes(), *concept.labels)
+    return meaning(wording(concept.phrase)) + (concept.frame, np.asarray(concept.boxes, np.float32).tobytes(),
+                                               *concept.labels)
 
 
 def distinct(concepts: Sequence[str | Exemplar]) -> list[int]:
@@ -168,7 +185,8 @@ class ConceptSession(Sam3VideoInferenceSession):
         teacher, student = (model.image_size, 128) if model.space == "teacher" else (128, model.image_size)
         super().__init__(None, *size, inference_device=device, inference_state_device=device, dtype=torch.float32)
         self.images, self.number = images, distinct(concepts)  # of each prompt: its position in `concepts`
-        self.pixels = partial(teacher_pixels, size=teacher) if model.space == "teacher" else partial(student_pixels, canvas=student)
+        self.pixels = partial(teacher_pixels, size=teacher) if model.space == "teacher" else partial(student_pixels,
+            canvas=student)
         self.spaces = Spaces(torch.tensor([size], device=device), teacher, student)
         self.told, self.now = (torch.empty(0), torch.empty(0)), 0  # what was propagated, and to which frame
         self.prompts = {k: str(concepts[n]) for k, n in enumerate(self.number)}
@@ -188,7 +206,8 @@ class ConceptSession(Sam3VideoInferenceSession):
         return self.pixels([self.images[frame_idx]])[0].to(self.inference_device)
 
 
-def of_one_image(model: Sam3, phrases: Sequence[str | None], boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
+def of_one_image(model: Sam3, phrases: Sequence[str | None], boxes: Tensor | None = None,
+                 labels: Tensor | None = None) -> Concepts:
     "Concepts that are all asked of the same image."
     return model.concepts(phrases, torch.zeros(len(phrases), dtype=torch.long, device=model.device), boxes, labels)
 
@@ -198,20 +217,23 @@ def _meet_exemplars(self: Sam3, session: ConceptSession, seen: Features) -> None
     for k, e in session.exemplars.items():
         if e.frame != session.now: continue
         boxes = torch.as_tensor(np.asarray(e.boxes, np.float32), device=self.device)[None]
-        xyxy = session.spaces.boxes(boxes, torch.zeros(1, dtype=torch.long, device=self.device), "source", self.space) / self.image_size
+        xyxy = session.spaces.boxes(boxes, torch.zeros(1, dtype=torch.long, device=self.device), "source",
+                                    self.space) / self.image_size
         centre = torch.cat([(xyxy[..., :2] + xyxy[..., 2:]) / 2, xyxy[..., 2:] - xyxy[..., :2]], -1)
         concepts = of_one_image(self, [e.phrase], centre, torch.tensor([list(e.labels)], device=self.device))
         session.queries.append(([k], keep_concepts(self, seen, concepts, concepts.image_index)))
 
 
-def _run_detection(self: Sam3, inference_session: Sam3VideoInferenceSession, vision_embeds: Any) -> dict[int, dict[str, Tensor]]:
+def _run_detection(self: Sam3, inference_session: Sam3VideoInferenceSession,
+                   vision_embeds: Any) -> dict[int, dict[str, Tensor]]:
     "Candidates of each concept above the detection threshold, after mask NMS: boxes, masks, scores."
     seen, out = Features(tuple(vision_embeds.fpn_hidden_states[:3]), ()), {}
     _meet_exemplars(self, inference_session, seen)
     for numbers, concepts in inference_session.queries:
         found = self.detect(seen, concepts)
         for k, p, boxes, masks in zip(numbers, found.scores(), found.boxes, found.masks):
-            if self.det_nms_thresh > 0: p = p * library.nms_masks(p, masks, self.score_threshold_detection, self.det_nms_thresh)
+            if self.det_nms_thresh > 0:
+                p = p * library.nms_masks(p, masks, self.score_threshold_detection, self.det_nms_thresh)
             kept = p > self.score_threshold_detection
             out[k] = {"bbox": boxes[kept], "mask": masks[kept], "scores": p[kept]}
     return dict(sorted(out.items()))
@@ -232,7 +254,9 @@ def _frame(self: Sam3, inference_session: ConceptSession, frame_idx: int, **opti
     return Sam3VideoModel._det_track_one_frame(self, inference_session, frame_idx, **options)
 
 
-for _name, _ours in {"run_tracker_propagation": _propagate, "_tracker_add_new_objects": _add, "run_detection": _run_detection, "_det_track_one_frame": _frame}.items(): _for_our_sessions(_name, _ours)
+for _name, _ours in {"run_tracker_propagation": _propagate, "_tracker_add_new_objects": _add,
+                     "run_detection": _run_detection, "_det_track_one_frame": _frame}.items():
+    _for_our_sessions(_name, _ours)
 
 # %% ../../nbs/32_concept_video.ipynb #c022
 @dataclass
@@ -242,7 +266,8 @@ class Followed:
     id: int
     score: float                                            # of the detection it began with
     masks: RunMasks = field(repr=False)                     # [T, H, W] bool as run lengths; empty where it is not seen
-    query: int = 0                                          # position of its concept in those given; of equal ones, the first
+    # position of its concept in those given; of equal ones, the first
+    query: int = 0
 
 
 def claim(masks: Tensor,   # [N, H, W] bool
@@ -258,7 +283,8 @@ def follow_concepts(model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H,
            concepts: Sequence[str | Exemplar],
            mend: bool = True                            # mask NMS, hole filling, sprinkle removal
            ) -> list[Followed]:
-    """Find and follow every instance of some concepts through a clip. Of concepts that ask the same (`meaning`) the first is answered for.
+    """Find and follow every instance of some concepts through a clip. Of concepts that ask the same (`meaning`) the
+    first is answered for.
 
     `ValueError` where there is nothing to ask, for an empty phrase, and for an exemplar on no frame of the clip."""
     if not concepts: raise ValueError("no concept to follow: give a phrase or an Exemplar")
@@ -272,7 +298,8 @@ def follow_concepts(model: Sam3, images: Sequence[np.ndarray],  # T × uint8 [H,
                 if k not in hidden: groups[session.obj_id_to_prompt_id[k]].append(k)
             for concept, ids in groups.items():
                 masks = session.spaces.to_source(torch.cat([out.obj_id_to_mask[k] for k in ids]), model.space, 0) > 0
-                shown = claim(masks, torch.tensor([float(out.obj_id_to_tracker_score.get(k, 0.0)) for k in ids], device=masks.device)).numpy(force=True)
+                shown = claim(masks, torch.tensor([float(out.obj_id_to_tracker_score.get(k, 0.0)) for k in ids],
+                                                  device=masks.device)).numpy(force=True)
                 for k, m in zip(ids, shown):
                     if k not in found:
                         never, query = RunMasks([None] * len(images), size), session.number[concept]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/21_perceiver.ipynb #c007
 def spans(size: int, parts: int) -> tuple[Tensor, Tensor, Tensor]:
-    "Split an axis of `size` cells: cell [parts, L] long, valid [parts, L] bool, centre [parts] float in cell indices 0..size-1."
+    """Split an axis of `size` cells: cell [parts, L] long, valid [parts, L] bool, centre [parts] float in cell indices
+    0..size-1."""
     edge = torch.arange(parts + 1) * size // parts
     start, stop = edge[:-1], torch.maximum(edge[1:], edge[:-1] + 1)    # fewer cells than parts: neighbours share one
     cell = start[:, None] + torch.arange(-(-size // parts))
@@ -43,14 +44,16 @@ def squarest(count: int) -> tuple[int, int]:
 
 # %% ../../nbs/21_perceiver.ipynb #c016
 def sine_encoding(at: Tensor, dim: int, temperature: float = 10000) -> Tensor:
-    "SAM3's sine position encoding [K, dim] of the places `at` [K, 2] (x, y as fractions of the map, 0..1): y in the first half, x in the second."
+    """SAM3's sine position encoding [K, dim] of the places `at` [K, 2] (x, y as fractions of the map, 0..1): y in the
+    first half, x in the second."""
     turn = 2 * math.pi / temperature ** (2 * (torch.arange(dim // 2, device=at.device) // 2) / (dim // 2))
     angle = at.flip(-1)[..., None] * turn
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), -1).flatten(-3)
 
 # %% ../../nbs/21_perceiver.ipynb #c020
 class LatentAttention(nn.Module):
-    "Latents [B, Q, dim] read cells [B, L, dim]; `pos` [B, L, dim] is added to projected keys and values, `mask` [B, L] is False where there is no cell."
+    """Latents [B, Q, dim] read cells [B, L, dim]; `pos` [B, L, dim] is added to projected keys and values, `mask` [B,
+    L] is False where there is no cell."""
     def __init__(self, dim: int, heads: int):
         super().__init__()
         if dim % heads: raise ValueError(f"{heads} attention heads do not divide {dim} channels")
@@ -60,11 +63,13 @@ class LatentAttention(nn.Module):
     def project(self, latents, cells, pos=None):
         "Queries, keys and values [B, heads, ., dim/heads]."
         k, v = self.k_proj(cells), self.v_proj(cells)
-        if pos is not None: k, v = (k + pos).to(k), (v + pos).to(v)  # places may be float32 beside maps of half precision
+        # places may be float32 beside maps of half precision
+        if pos is not None: k, v = (k + pos).to(k), (v + pos).to(v)
         return (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q_proj(latents), k, v))
 
     def forward(self, latents: Tensor, cells: Tensor, pos: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        out = F.scaled_dot_product_attention(*self.project(latents, cells, pos), attn_mask=None if mask is None else mask[:, None, None])
+        out = F.scaled_dot_product_attention(*self.project(latents, cells, pos),
+                                             attn_mask=None if mask is None else mask[:, None, None])
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def weights(self, latents: Tensor, cells: Tensor, pos: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -93,8 +98,10 @@ class PerceiverLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, latents: Tensor, cells: Tensor, pos: Tensor | None, mask: Tensor | None, circle: int) -> Tensor:
-        "latents [B, Q, dim], cells [B, L, dim]; `circle` rows of the batch talk to each other: an image's windows, or 1 for none."
-        latents = latents + self.dropout(self.cross_attention(self.layer_norm_latents(latents), self.layer_norm_input(cells), pos, mask))
+        """latents [B, Q, dim], cells [B, L, dim]; `circle` rows of the batch talk to each other: an image's windows, or
+        1 for none."""
+        latents = latents + self.dropout(self.cross_attention(self.layer_norm_latents(latents), self.layer_norm_input(
+            cells), pos, mask))
         latents = latents + self.dropout(self.mlp(latents))
         together = latents.reshape(-1, circle * latents.shape[1], latents.shape[2])
         normed = self.layer_norm_self(together)
@@ -125,7 +132,8 @@ class GlobalLatents(nn.Module):
     def forward(self, x: Tensor, pos: Tensor) -> Stream:
         "The stream before maps x, pos [B, dim, H, W]."
         cells = x.flatten(2).mT
-        return Stream(self.latents.repeat(len(x), 1, 1), cells, pos.flatten(2).mT, None, 1, torch.arange(cells.shape[1], device=x.device)[None])
+        return Stream(self.latents.repeat(len(x), 1, 1), cells, pos.flatten(2).mT, None, 1,
+                      torch.arange(cells.shape[1], device=x.device)[None])
 
     def xy(self, height: int, width: int) -> Tensor:
         "No place: NaN [count, 2]."
@@ -154,7 +162,8 @@ class LocalLatents(nn.Module):
         return windows(height, width, self.grid)[2]
 
     def encoded_at(self, height: int, width: int) -> Tensor:
-        "Where the sine encoding is taken [count, 2], as fractions of the map: at the centre, or (EdgeTAM) as a cell of a map of windows."
+        """Where the sine encoding is taken [count, 2], as fractions of the map: at the centre, or (EdgeTAM) as a cell
+        of a map of windows."""
         height, width = (height, width) if self.centred else self.grid
         return (self.xy(height, width) + 1) / torch.tensor([width, height])
 
@@ -169,8 +178,8 @@ class MemoryTokens(nn.Module):
 class SpatialPerceiver(MemoryTokens):
     """2D Spatial Perceiver: a memory map in K = num_global + num_local latents (§3.2, eq. 5; EdgeTAM §3.2).
 
-    `num_local=0` is the plain global Perceiver, `num_global=0` keeps windows only. Raises ValueError if `grid` has not `num_local` windows.
-    """
+    `num_local=0` is the plain global Perceiver, `num_global=0` keeps windows only. Raises ValueError if `grid` has not
+    `num_local` windows."""
     def __init__(self,
         dim: int = 64,              # channels of the memory map and of a latent
         num_global: int = 64,       # latents that read the whole map
@@ -181,14 +190,18 @@ class SpatialPerceiver(MemoryTokens):
         hidden: int = 0,            # width of the MLPs, 0: 4 * dim
         grid: tuple[int, int] | None = None,    # rows and columns of windows, None: the most square
         shared: bool = True,        # one set of layers for both kinds of latents
-        communicate: bool = True,   # local latents attend to each other (the paper); False: each to itself alone (EdgeTAM's code)
+        # local latents attend to each other (the paper); False: each to itself alone (EdgeTAM's code)
+        communicate: bool = True,
         local_pos: bool = False,    # local latents too read cells with their position encoding
-        centred: bool = True,       # encode a local latent at its window's centre; False: at its last corner (EdgeTAM's code)
+        # encode a local latent at its window's centre; False: at its last corner (EdgeTAM's code)
+        centred: bool = True,
     ):
         super().__init__()
         grid = tuple(grid) if grid else squarest(num_local)
-        if math.prod(grid) != num_local: raise ValueError(f"a grid of {grid[0]} x {grid[1]} windows does not hold {num_local} local latents")
-        if num_global + num_local == 0: raise ValueError("a Perceiver needs at least one latent: num_global or num_local")
+        if math.prod(grid) != num_local:
+            raise ValueError(f"a grid of {grid[0]} x {grid[1]} windows does not hold {num_local} local latents")
+        if num_global + num_local == 0:
+            raise ValueError("a Perceiver needs at least one latent: num_global or num_local")
         self.global_latents = GlobalLatents(num_global, dim) if num_global else None
         self.local_latents = LocalLatents(grid, dim, communicate, local_pos, centred) if num_local else None
         stack = lambda: nn.ModuleList(PerceiverLayer(dim, heads, hidden or 4 * dim, dropout) for _ in range(depth))
@@ -201,7 +214,8 @@ class SpatialPerceiver(MemoryTokens):
         return [(kind, layers) for kind, layers in both if kind is not None]
 
     def forward(self, x: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        "Map x [B, dim, H, W] and its encoding pos [B or 1, dim, H, W] -> latents [B, K, dim] and their encodings [B, K, dim]."
+        """Map x [B, dim, H, W] and its encoding pos [B or 1, dim, H, W] -> latents [B, K, dim] and their encodings [B,
+        K, dim]."""
         out = []
         for kind, layers in self.kinds():
             stream = kind(x, pos.expand_as(x))
@@ -215,7 +229,8 @@ class SpatialPerceiver(MemoryTokens):
 
 # %% ../../nbs/21_perceiver.ipynb #c031x
 def _latent_xy(self: SpatialPerceiver, height: int, width: int) -> Tensor:
-    "Place of each latent on an H x W map [K, 2]: x, y of its window's centre in cell indices 0..size-1; NaN for a global latent (not rotated)."
+    """Place of each latent on an H x W map [K, 2]: x, y of its window's centre in cell indices 0..size-1; NaN for a
+    global latent (not rotated)."""
     return torch.cat([kind.xy(height, width) for kind, _ in self.kinds()])
 
 SpatialPerceiver.latent_xy = _latent_xy
@@ -227,22 +242,30 @@ def _start_as_pooling(self: SpatialPerceiver) -> SpatialPerceiver:
     for kind, _ in self.kinds(): kind.latents.mul_(0.2)
     for layer in {*self.layers, *(self.local_layers or ())}:
         nn.init.eye_(layer.cross_attention.v_proj.weight)
-        layer.cross_attention.o_proj.weight.copy_(torch.eye(len(layer.cross_attention.o_proj.weight)) / len(self.layers))
-        for branch in (layer.mlp.down_proj, layer.self_mlp.down_proj, layer.self_attention.o_proj): branch.weight.mul_(0.1)
+        layer.cross_attention.o_proj.weight.copy_(torch.eye(len(layer.cross_attention.o_proj.weight))
+                                                  / len(self.layers))
+        for branch in (layer.mlp.down_proj, layer.self_mlp.down_proj, layer.self_attention.o_proj):
+            branch.weight.mul_(0.1)
     return self
 
 SpatialPerceiver.start_as_pooling = _start_as_pooling
 
 # %% ../../nbs/21_perceiver.ipynb #c042
 def _from_edgetam(cls, module: nn.Module) -> SpatialPerceiver:
-    "Copy a `transformers` EdgeTAM resampler (or a model that holds one as `spatial_perceiver`), all weights, to compute as it does."
+    """Copy a `transformers` EdgeTAM resampler (or a model that holds one as `spatial_perceiver`), all weights, to
+    compute as it does."""
     module = getattr(module, "spatial_perceiver", module)
     c, heads = module.config, module.config.perceiver_resampler_num_attention_heads
-    if heads != 1: raise ValueError(f"only EdgeTAM's single head can be copied: with {heads}, transformers' resampler transposes once too often and mixes tokens with heads")
+    if heads != 1:
+        raise ValueError(f"only EdgeTAM's single head can be copied: with {heads}, transformers' resampler transposes "
+                         f"once too often and mixes tokens with heads")
     if c.perceiver_resampler_attention_head_dim != c.perceiver_resampler_hidden_size:
-        raise ValueError("EdgeTAM's head_dim must equal its width: the position encoding is added to projected keys and values")
-    new = cls(c.perceiver_resampler_hidden_size, c.perceiver_resampler_num_latents, c.perceiver_resampler_num_latents_2d, c.perceiver_resampler_num_layers,
-        heads, c.perceiver_resampler_hidden_dropout, c.perceiver_resampler_mlp_intermediate_size, communicate=False, centred=False)
+        raise ValueError("EdgeTAM's head_dim must equal its width: the position encoding is added to projected keys "
+                         "and values")
+    new = cls(c.perceiver_resampler_hidden_size, c.perceiver_resampler_num_latents,
+              c.perceiver_resampler_num_latents_2d, c.perceiver_resampler_num_layers,
+        heads, c.perceiver_resampler_hidden_dropout, c.perceiver_resampler_mlp_intermediate_size, communicate=False,
+              centred=False)
     ours = {"latents_1d": "global_latents.latents", "latents_2d": "local_latents.latents"}
     new.load_state_dict({ours.get(name, name): weight for name, weight in module.state_dict().items()}, strict=True)
     return new.to(next(module.parameters())).train(module.training)
@@ -252,14 +275,16 @@ SpatialPerceiver.from_edgetam = classmethod(_from_edgetam)
 # %% ../../nbs/21_perceiver.ipynb #c046
 @torch.no_grad()
 def _attention(self: SpatialPerceiver, x: Tensor, pos: Tensor, layer: int = -1) -> Tensor:
-    "Cross-attention of layer `layer` as maps [B, K, H, W], global latents first; each map sums to 1, a local latent's is zero outside its window."
+    """Cross-attention of layer `layer` as maps [B, K, H, W], global latents first; each map sums to 1, a local latent's
+    is zero outside its window."""
     out = []
     for kind, layers in self.kinds():
         stream = kind(x, pos.expand_as(x))
         for before in layers[:range(len(layers))[layer]]: stream = stream._replace(latents=before(*stream[:5]))
         weight = layers[layer].weights(*stream[:4])
         cell = stream.cell.repeat_interleave(weight.shape[1], 0).expand(len(x), -1, -1)
-        out.append(x.new_zeros(*cell.shape[:2], x[0, 0].numel()).scatter_add_(2, cell, weight.reshape(cell.shape).to(x)))
+        out.append(x.new_zeros(*cell.shape[:2], x[0, 0].numel()).scatter_add_(2, cell, weight.reshape(cell.shape).to(
+            x)))
     return torch.cat(out, 1).unflatten(2, x.shape[-2:])
 
 SpatialPerceiver.attention = _attention
@@ -306,4 +331,5 @@ class AveragePooling(MemoryTokens):
         "What each token is made of, as maps [B, K, H, W]: its window in equal parts; each map sums to 1."
         cell, valid, _ = (t.to(x.device, non_blocking=True) for t in self.windows(*x.shape[-2:]))
         share = valid / valid.sum(1, keepdim=True)
-        return x.new_zeros(len(cell), x[0, 0].numel()).scatter_add_(1, cell, share.to(x)).unflatten(1, x.shape[-2:]).expand(len(x), -1, -1, -1)
+        return x.new_zeros(len(cell), x[0, 0].numel()).scatter_add_(1, cell, share.to(x)).unflatten(1,
+            x.shape[-2:]).expand(len(x), -1, -1, -1)

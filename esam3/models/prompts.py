@@ -23,7 +23,8 @@ def chances(seeds: Sequence[int],   # of each image
             many: int               # random numbers an instance
             ) -> Tensor:            # [Σ counts, many] float32 in [0, 1), on the CPU
     "Random numbers for the instances of some images, each image's by its own seed."
-    drawn = [torch.rand(n, many, generator=Generator().manual_seed(seed)) for seed, n in zip(seeds, counts, strict=True)]
+    drawn = [torch.rand(n, many, generator=Generator().manual_seed(seed)) for seed,
+             n in zip(seeds, counts, strict=True)]
     return torch.cat([torch.zeros(0, many), *drawn])
 
 # %% ../../nbs/12_prompts.ipynb #c006
@@ -35,8 +36,10 @@ def initial_prompts(boxes: Tensor,    # [N, 4] xyxy px in any one frame
                     image_index: Tensor,    # [N] long, which image of the batch
                     chance: Tensor,   # [N] in [0, 1), on the CPU
                     p_box: float = 0.5                  # chance of a box
-                    ) -> list[tuple[Tensor, Prompts]]:  # (instances [n] long, their prompts) for the boxes, then the points
-    "One prompt an instance, a box or its centre point by a coin of its own (§4.2). A kind that no instance drew is left out."
+                    # (instances [n] long, their prompts) for the boxes, then the points
+                    ) -> list[tuple[Tensor, Prompts]]:
+    """One prompt an instance, a box or its centre point by a coin of its own (§4.2). A kind that no instance drew is
+    left out."""
     heads = (chance < p_box).tolist()
     def kind(box: bool, points: Tensor, labels: tuple[int, ...], multimask: bool) -> tuple[Tensor, Prompts]:
         there = lambda numbers, dtype: torch.tensor(numbers, dtype=dtype).to(points.device, non_blocking=True)
@@ -68,7 +71,8 @@ def draw_cell(region: Tensor,  # [N, h, w] bool
               ) -> Tensor:     # [N] long, flat index of a cell of each region, uniformly; 0 where the region is empty
     "A uniformly random cell of each region."
     count = region.flatten(1).cumsum(1)
-    rank = (chance.double()[:, None] * count[:, -1:]).long()  # float64 holds the product, so that it stays below the count
+    # float64 holds the product, so that it stays below the count
+    rank = (chance.double()[:, None] * count[:, -1:]).long()
     cell = torch.searchsorted(count, rank, right=True)[:, 0]
     return torch.where(count[:, -1] > 0, cell, 0)
 

@@ -45,26 +45,32 @@ class EfficientSam3Config(Sam3VideoConfig):
     def __post_init__(self, **rest):
         super().__post_init__(**rest)
         find_variant(self.variant)
-        if self.memory not in ("dense", "perceiver", "pooling"): raise ValueError(f"memory must be 'dense', 'perceiver' or 'pooling', got '{self.memory}'")
+        if self.memory not in ("dense", "perceiver", "pooling"):
+            raise ValueError(f"memory must be 'dense', 'perceiver' or 'pooling', got '{self.memory}'")
         count = 64 if self.image_size >= 512 else 4
-        usual = {"dense": None, "perceiver": {"num_global": count, "num_local": count}, "pooling": {"grid": None}}[self.memory]
+        usual = {"dense": None, "perceiver": {"num_global": count, "num_local": count},
+                 "pooling": {"grid": None}}[self.memory]
         self.perceiver = usual and (self.perceiver or usual)
 
 
 def _on_grid(vision: dict, canvas: int) -> dict:
     "A vision configuration on a canvas: strides 4, 8 and 16, and a ViT without layers."
-    empty = dict(model_type="sam3_vit_model", hidden_size=32, intermediate_size=32, num_hidden_layers=0, num_attention_heads=1, image_size=canvas,
+    empty = dict(model_type="sam3_vit_model", hidden_size=32, intermediate_size=32, num_hidden_layers=0,
+                 num_attention_heads=1, image_size=canvas,
                  patch_size=16, window_size=canvas // 16, global_attn_indexes=[], pretrain_image_size=canvas)
     return {**vision, "backbone_config": empty, "backbone_feature_sizes": [[canvas // s] * 2 for s in (4, 8, 16)]}
 
 # %% ../../nbs/15_student.ipynb #c008
 def student_config(variant: str, teacher: Sam3VideoConfig,
                    memory: str = "dense",            # or "perceiver", or "pooling"
-                   perceiver: Mapping | None = None,  # options of `SpatialPerceiver` (None: K by the canvas) or of `AveragePooling`
-                   canvas: int = 0,                  # px; 0: 8/9 of the teacher's grid (72 → 64, 9 → 8) in patches of 16
+                   # options of `SpatialPerceiver` (None: K by the canvas) or of `AveragePooling`
+                   perceiver: Mapping | None = None,
+                   # px; 0: 8/9 of the teacher's grid (72 → 64, 9 → 8) in patches of 16
+                   canvas: int = 0,
                    widths: Sequence[int] | None = None  # of `TinyFPN`
                    ) -> EfficientSam3Config:
-    "Configuration of a student of a teacher, all dropout 0 but the Perceiver's. `ValueError` for an unknown variant or memory, or a canvas that is no multiple of 32."
+    """Configuration of a student of a teacher, all dropout 0 but the Perceiver's. `ValueError` for an unknown variant
+    or memory, or a canvas that is no multiple of 32."""
     d = without_dropout(deepcopy(teacher)).to_dict()
     detector, tracker = d["detector_config"], d["tracker_config"]
     prompts = tracker["prompt_encoder_config"]
@@ -72,15 +78,20 @@ def student_config(variant: str, teacher: Sam3VideoConfig,
     if canvas % 32: raise ValueError(f"the canvas must be a multiple of 32 px, got {canvas}")
     grid = canvas // 16
     for part in (detector, tracker): part["vision_config"] = _on_grid(part["vision_config"], canvas)
-    tracker |= {"image_size": canvas, "memory_attention_rope_feat_sizes": [grid, grid], "prompt_encoder_config": {**prompts, "image_size": canvas, "patch_size": 16}}
-    rest = {k: v for k, v in d.items() if k not in ("model_type", "architectures", "low_res_mask_size", "transformers_version", "dtype", "variant", "widths", "started_from", "memory", "perceiver")}
-    return EfficientSam3Config(**rest, low_res_mask_size=4 * grid, variant=variant, widths=list(widths) if widths else None, memory=memory,
+    tracker |= {"image_size": canvas, "memory_attention_rope_feat_sizes": [grid, grid],
+                "prompt_encoder_config": {**prompts, "image_size": canvas, "patch_size": 16}}
+    rest = {k: v for k, v in d.items() if k not in ("model_type", "architectures", "low_res_mask_size",
+                                                    "transformers_version", "dtype", "variant", "widths",
+                                                    "started_from", "memory", "perceiver")}
+    return EfficientSam3Config(**rest, low_res_mask_size=4 * grid, variant=variant,
+                               widths=list(widths) if widths else None, memory=memory,
                                perceiver=dict(perceiver) if perceiver else None)
 
 # %% ../../nbs/15_student.ipynb #c012
 @dataclass
 class StudentVisionOutput(Sam3VisionEncoderOutput):
-    "The library's output with the tracker's maps [B, C/8, 4g, 4g], [B, C/4, 2g, 2g], [B, C, g, g] beside the detector's."
+    """The library's output with the tracker's maps [B, C/8, 4g, 4g], [B, C/4, 2g, 2g], [B, C, g, g] beside the
+    detector's."""
     tracker_hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -105,15 +116,20 @@ class StudentVision(Sam3PreTrainedModel):
 # %% ../../nbs/15_student.ipynb #c015
 class LatentMemoryAttention(Sam3TrackerVideoMemoryAttention):
     "The library's memory attention over latents that each have their own place."
-    def __init__(self, config, memory: tuple[SpatialPerceiver | AveragePooling]):  # a tuple, so that the Perceiver is registered once, in the student
+    # a tuple, so that the Perceiver is registered once, in the student
+    def __init__(self, config, memory: tuple[SpatialPerceiver | AveragePooling]):
         super().__init__(config)
         self.memory = memory
 
     def forward(self, current_vision_features: Tensor, memory: Tensor, current_vision_position_embeddings: Tensor,
                 memory_posision_embeddings: Tensor, num_object_pointer_tokens: int = 0) -> Tensor:
-        "Queries [g², N, C] and tokens [K·frames + pointers, N, 64], as the library passes them → [N, 1, g², C], as it expects."
-        q, m, qp, mp = (x.transpose(0, 1) for x in (current_vision_features, memory, current_vision_position_embeddings, memory_posision_embeddings))
-        xy, bias = (of(*self.config.memory_attention_rope_feat_sizes).to(q.device) for of in (self.memory[0].latent_xy, self.memory[0].log_count))  # places stay float32
+        """Queries [g², N, C] and tokens [K·frames + pointers, N, 64], as the library passes them → [N, 1, g², C], as it
+        expects."""
+        q, m, qp, mp = (x.transpose(0, 1) for x in (current_vision_features, memory, current_vision_position_embeddings,
+                                                    memory_posision_embeddings))
+        # places stay float32
+        xy, bias = (of(*self.config.memory_attention_rope_feat_sizes).to(q.device)
+                    for of in (self.memory[0].latent_xy, self.memory[0].log_count))
         frames = (m.shape[1] - num_object_pointer_tokens) // len(xy)
         xy = torch.cat([xy.repeat(frames, 1), xy.new_full((num_object_pointer_tokens, 2), torch.nan)])
         bias = F.pad(bias.repeat(frames), (0, num_object_pointer_tokens)) if bias.any() else None
@@ -146,7 +162,8 @@ class EfficientSam3(Sam3):
         super().__init__(config)
         del self.tracker_neck
         self.detector_model.vision_encoder = StudentVision(config)
-        make = {"dense": lambda: None, "perceiver": partial(SpatialPerceiver, self.tracker_model.mem_dim), "pooling": AveragePooling}[config.memory]
+        make = {"dense": lambda: None, "perceiver": partial(SpatialPerceiver, self.tracker_model.mem_dim),
+                "pooling": AveragePooling}[config.memory]
         self.perceiver = make(**(config.perceiver or {}))
         self.tracker_model = StudentTracker(config.tracker_config, self.perceiver)
         if self.dtype in HALF: match_layers(self)
@@ -163,7 +180,8 @@ class EfficientSam3(Sam3):
         return [flat(m) for m in vision_embeds.tracker_hidden_states], [flat(vision_embeds.fpn_position_encoding[2])]
 
     def compress(self, maps: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        "A memory map and its positions [N, 64, g, g] → latents [N, K, 64] and theirs (eq. 5); every cell when memory is dense."
+        """A memory map and its positions [N, 64, g, g] → latents [N, K, 64] and theirs (eq. 5); every cell when memory
+        is dense."""
         return super().compress(maps, pos) if self.perceiver is None else self.perceiver(maps, pos)
 
     def memory_xy(self) -> Tensor:
@@ -177,21 +195,26 @@ class EfficientSam3(Sam3):
         return self.perceiver.log_count(self.grid, self.grid).to(self.device, non_blocking=True)
 
 # %% ../../nbs/15_student.ipynb #c021
-COPIED = (r"detector_model\.(text_encoder|text_projection|geometry_encoder|detr_encoder|detr_decoder|mask_decoder|dot_product_scoring)\.",
+COPIED = (
+    r"detector_model\.(text_encoder|text_projection|geometry_encoder|detr_encoder|detr_decoder|mask_decoder|dot_product_scoring)\.",
           r"tracker_model\.(?!mask_decoder\.conv_s[01]\.)")
 LEFT_BEHIND = (r"detector_model\.vision_encoder\.", r"tracker_neck\.", r"tracker_model\.mask_decoder\.conv_s[01]\.")
 NEW = (r"detector_model\.vision_encoder\.encoder\.(backbone|fpn)\.", r"perceiver\.")
 
 
 def copy_weights(student: EfficientSam3, source: Sam3,
-                 left_behind: Sequence[str] = LEFT_BEHIND, new: Sequence[str] = NEW, copied: Sequence[str] = COPIED  # expressions for the start of a name
+                 # expressions for the start of a name
+                 left_behind: Sequence[str] = LEFT_BEHIND, new: Sequence[str] = NEW, copied: Sequence[str] = COPIED
                  ) -> dict[str, list[str]]:
-    "Copy a teacher's weights into a student. Returns the names `copied`, `left behind` and `new`; `ValueError` for any that no list foresees."
+    """Copy a teacher's weights into a student. Returns the names `copied`, `left behind` and `new`; `ValueError` for
+    any that no list foresees."""
     ours, theirs = student.state_dict(), source.state_dict()
     named = lambda names, lists: {n for n in names if any(re.match(e, n) for e in lists)}
     take, left, fresh = named(theirs, copied), named(theirs, left_behind), named(ours, new)
     odd = sorted((theirs.keys() - take - left) | (take - ours.keys()) | (ours.keys() - take - fresh) | (take & left))
-    if odd: raise ValueError(f"{len(odd)} weights are neither copied, left behind nor new, or not in both models: {', '.join(odd[:3])}")
+    if odd:
+        raise ValueError(f"{len(odd)} weights are neither copied, left behind nor new, or not in both models: "
+                         f"{', '.join(odd[:3])}")
     student.load_state_dict({n: theirs[n] for n in take}, strict=False)
     return {"copied": sorted(take), "left behind": sorted(left), "new": sorted(fresh)}
 
@@ -199,12 +222,15 @@ def copy_weights(student: EfficientSam3, source: Sam3,
 def build_student(variant: str, teacher: Sam3,
                   memory: str = "dense",             # or "perceiver", or "pooling"
                   weights: str = "",                 # of the backbone: "" random, "imagenet", or a file
-                  perceiver: Mapping | None = None, canvas: int = 0, widths: Sequence[int] | None = None  # of `student_config`
+                  # of `student_config`
+                  perceiver: Mapping | None = None, canvas: int = 0, widths: Sequence[int] | None = None
                   ) -> EfficientSam3:
-    "A student of `teacher` in eval mode, every weight trainable. Its encoder is untrained: seed before calling. What `load_backbone` raises."
+    """A student of `teacher` in eval mode, every weight trainable. Its encoder is untrained: seed before calling. What
+    `load_backbone` raises."""
     student = EfficientSam3(student_config(variant, teacher.config, memory, perceiver, canvas, widths))
     copy_weights(student, teacher)
-    student.config.started_from = load_backbone(student.detector_model.vision_encoder.encoder, find_variant(variant).backbone, weights)
+    student.config.started_from = load_backbone(student.detector_model.vision_encoder.encoder,
+                                                find_variant(variant).backbone, weights)
     student.tokenizer = teacher.tokenizer
     return student
 
@@ -219,10 +245,12 @@ def with_memory(student: EfficientSam3, memory: str, perceiver: Mapping | None =
 
 # %% ../../nbs/15_student.ipynb #c028e
 def choose_layers(student: EfficientSam3, layers: Sequence[int]) -> EfficientSam3:
-    "Let a student read its memory with some of its layers, in this order; changes it and returns it. `ValueError` for layers that are not there, or twice."
+    """Let a student read its memory with some of its layers, in this order; changes it and returns it. `ValueError` for
+    layers that are not there, or twice."""
     attention = student.tracker_model.memory_attention
     if not layers or len(set(layers) & set(range(len(attention.layers)))) < len(layers):
-        raise ValueError(f"layers {list(layers)} of the memory attention: choose one or more of {list(range(len(attention.layers)))}, each once")
+        raise ValueError(f"layers {list(layers)} of the memory attention: choose one or more of "
+                         f"{list(range(len(attention.layers)))}, each once")
     attention.layers = nn.ModuleList(attention.layers[k] for k in layers)
     student.config.tracker_config.memory_attention_num_layers = len(layers)
     return student
@@ -231,7 +259,8 @@ def choose_layers(student: EfficientSam3, layers: Sequence[int]) -> EfficientSam
 def square(images: Tensor) -> Tensor:
     "uint8 [..., 3, H, W] → [..., 3, S, S], S = max(H, W), padded right and bottom with ImageNet's mean colour."
     h, w = images.shape[-2:]
-    out = torch.tensor([124, 116, 104], dtype=images.dtype, device=images.device).view(3, 1, 1).repeat(*images.shape[:-3], 1, max(h, w), max(h, w))
+    out = torch.tensor([124, 116, 104], dtype=images.dtype, device=images.device).view(3, 1,
+        1).repeat(*images.shape[:-3], 1, max(h, w), max(h, w))
     out[..., :h, :w] = images
     return out
 
@@ -240,7 +269,8 @@ def student_processor(student: EfficientSam3) -> Sam3VideoProcessor:
     "The library's processor with the student's canvas, mean, std and tokenizer; images go through `square` first."
     c, side = student.config, lambda s: {"height": s, "width": s}
     norm = dict(size=side(c.image_size), image_mean=list(c.image_mean), image_std=list(c.image_std))
-    return Sam3VideoProcessor(Sam3ImageProcessor(**norm, mask_size=side(c.low_res_mask_size)), Sam2VideoVideoProcessor(**norm), student.tokenizer)
+    return Sam3VideoProcessor(Sam3ImageProcessor(**norm, mask_size=side(c.low_res_mask_size)),
+                              Sam2VideoVideoProcessor(**norm), student.tokenizer)
 
 # %% ../../nbs/15_student.ipynb #c039
 from .teacher import check_weights
@@ -253,11 +283,13 @@ def _save(self: EfficientSam3, folder: str | Path, **options) -> None:
 
 
 def _load(cls: type, folder: str | Path, *args, output_loading_info: bool = False, **options) -> EfficientSam3:
-    "A student from a folder or the hub. `ValueError` where groups of weights are missing, unknown, there twice or misshapen."
+    """A student from a folder or the hub. `ValueError` where groups of weights are missing, unknown, there twice or
+    misshapen."""
     model, info = super(EfficientSam3, cls).from_pretrained(folder, *args, output_loading_info=True, **options)
     where = {k: options[k] for k in ("revision", "subfolder", "cache_dir", "token", "local_files_only") if k in options}
     check_weights(model, folder, info, **where)
-    for t in (*model.parameters(), *model.buffers()): t.data = t.data.clone()  # memory-mapped tensors are unaligned, and convolutions differ in the last bit
+    # memory-mapped tensors are unaligned, and convolutions differ in the last bit
+    for t in (*model.parameters(), *model.buffers()): t.data = t.data.clone()
     try: model.tokenizer = AutoTokenizer.from_pretrained(folder)
     except OSError: pass  # saved without one
     return (model, info) if output_loading_info else model
@@ -269,7 +301,8 @@ AutoModel.register(EfficientSam3Config, EfficientSam3)
 
 # %% ../../nbs/15_student.ipynb #c047
 PARTS = {"text": r"detector_model\.text_", "encoder": r"detector_model\.vision_encoder\.|tracker_neck\.",
-         "memory": r"perceiver\.|tracker_model\.(memory|no_mem|temporal|occlusion)", "decoder": r""}  # the first that matches
+         # the first that matches
+         "memory": r"perceiver\.|tracker_model\.(memory|no_mem|temporal|occlusion)", "decoder": r""}
 
 
 def count_parts(model: Sam3) -> dict[str, int]:

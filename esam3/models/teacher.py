@@ -89,7 +89,8 @@ class Memory:
 
 @dataclass
 class Bank:
-    "What `recall` reads: memories with their temporal slot (0: prompted frame, k: k frames ago) and pointers with their distance in frames."
+    """What `recall` reads: memories with their temporal slot (0: prompted frame, k: k frames ago) and pointers with
+    their distance in frames."""
     memories: list[tuple[int, Memory]] = field(default_factory=list)
     pointers: list[tuple[int, Tensor]] = field(default_factory=list)
     span: int = 16  # frames over which pointer distances are normalised
@@ -103,15 +104,17 @@ class Concepts:
     attention_mask: Tensor       # [N, L]
     boxes: Tensor | None = None  # [N, E, 4] cx, cy, w, h as fractions of the model's square
     labels: Tensor | None = None  # [N, E] 1 positive, 0 negative, -10 padding
-    encoded: Tensor | None = None  # [N, L, C] tokens of the prompt where they are known already; `attention_mask` says which count, `input_ids` are not read
+    # [N, L, C] tokens of the prompt where they are known already; `attention_mask` says which count, `input_ids` are
+    # not read
+    encoded: Tensor | None = None
 
 
 @dataclass
 class Detections:
     """Q candidates for each of N concepts; with `all_layers`, a leading axis of decoder layers.
 
-    A candidate's mask is the product of its query with the pixels. At full size six layers of 200 candidates are 79 M cells
-    a concept, of which a loss reads a few: with `draw=False` there are queries and pixels instead of masks."""
+    A candidate's mask is the product of its query with the pixels. At full size six layers of 200 candidates are 79 M
+    cells a concept, of which a loss reads a few: with `draw=False` there are queries and pixels instead of masks."""
     boxes: Tensor     # [N, Q, 4] xyxy as fractions of the model's square
     logits: Tensor    # [N, Q] class logits, float32
     presence: Tensor  # [N] logit: the concept is in the image; float32
@@ -140,7 +143,8 @@ Detections.masks_of = _masks_of
 # %% ../../nbs/03_teacher.ipynb #c006b
 def in_float32(device: torch.device) -> AbstractContextManager:
     "A context on `device` without autocast, for coordinates, positions and sampling. What enters it must be float32."
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()  # meta has none
+    # meta has none
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def with_float32_weights(module: nn.Module, *args: Any, names: str = "",  # an expression for the names of weights
@@ -169,10 +173,12 @@ def in_own_type(layer: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | N
     if own in HALF: return tuple(x.to(own) if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
 
-def bias_in_own_type(attention: Sam3Attention, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple, dict] | None:
+def bias_in_own_type(attention: Sam3Attention, given: tuple[Any, ...],
+                     named: dict[str, Any]) -> tuple[tuple, dict] | None:
     "Before the detector's attention is called: its additive mask in the type of its queries, as kernels want it."
     own, mask = attention.q_proj.weight.dtype, named.get("attention_mask")
-    if own in HALF and mask is not None and mask.is_floating_point(): return given, named | {"attention_mask": mask.to(own)}
+    if own in HALF and mask is not None and mask.is_floating_point():
+        return given, named | {"attention_mask": mask.to(own)}
 
 
 def match_layers(model: nn.Module) -> None:
@@ -192,7 +198,8 @@ def in_own_precision(call: Callable) -> Callable:
 
 
 def keep_places(model: nn.Module, convert: Callable[[], Any]) -> None:
-    "Convert a model; the tables that places are encoded with (`PLACES`) keep their float32 where they would be rounded."
+    """Convert a model; the tables that places are encoded with (`PLACES`) keep their float32 where they would be
+    rounded."""
     before = {n: b for n, b in model.named_buffers() if re.search(PLACES, n)}
     convert()
     for name, exact in before.items():
@@ -211,7 +218,8 @@ def _rotation(attention: nn.Module, xy: Tensor) -> tuple[Tensor, Tensor]:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor: return x * cos + rotate_pairwise(x) * sin
 
 
-def _cross_attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, q_rope: tuple, k_rope: tuple, bias: Tensor | None) -> Tensor:
+def _cross_attend(attn: nn.Module, query: Tensor, key: Tensor, value: Tensor, q_rope: tuple, k_rope: tuple,
+                  bias: Tensor | None) -> Tensor:
     "The library's rotary cross-attention with angles of its own for each key. [N, g², C] × [N, K, 64] → [N, g², C]."
     split = lambda x: x.unflatten(-1, (attn.num_attention_heads, attn.head_dim)).transpose(1, 2)
     q, k, v = (split(p(x)) for p, x in ((attn.q_proj, query), (attn.k_proj, key), (attn.v_proj, value)))
@@ -249,7 +257,8 @@ def read_on(attention: nn.Module,
             started: Tensor,                    # [N, g², C] by `first_look`
             tokens: Tensor, token_pos: Tensor,  # [N, K, 64]
             token_xy: Tensor,                   # [K, 2] grid coordinates (x, y); NaN: not rotated
-            bias: Tensor | None = None          # [K] added to a token's logits: the logarithm of how many cells it stands for
+            # [K] added to a token's logits: the logarithm of how many cells it stands for
+            bias: Tensor | None = None
             ) -> Tensor:                        # [N, g², C]
     "SAM3's memory attention (its layers and weights) from there on, over tokens that each have their own place."
     q_rope, k_rope = _rotation(attention, attention.position_ids.float()), _rotation(attention, token_xy)
@@ -257,14 +266,16 @@ def read_on(attention: nn.Module,
     def read(x: Tensor, tokens: Tensor, token_pos: Tensor) -> Tensor:
         for k, layer in enumerate(attention.layers):
             x = _look(layer, x, q_rope) if k else x
-            x = x + layer.dropout2(_cross_attend(layer.cross_attn_image, layer.layer_norm2(x), tokens + token_pos, tokens, q_rope, k_rope, bias))
+            x = x + layer.dropout2(_cross_attend(layer.cross_attn_image, layer.layer_norm2(
+                x), tokens + token_pos, tokens, q_rope, k_rope, bias))
             x = x + layer.dropout3(layer.linear2(layer.dropout(layer.activation(layer.linear1(layer.layer_norm3(x))))))
         return attention.layer_norm(x)
     few = _few(started)
     return torch.cat([read(*part) for part in zip(started.split(few), tokens.split(few), token_pos.split(few))])
 
 
-def read_memory(attention: nn.Module, queries: Tensor, query_pos: Tensor, tokens: Tensor, token_pos: Tensor, token_xy: Tensor,
+def read_memory(attention: nn.Module, queries: Tensor, query_pos: Tensor, tokens: Tensor, token_pos: Tensor,
+                token_xy: Tensor,
                 bias: Tensor | None = None) -> Tensor:
     "Both: N maps [N, g², C] read N memories."
     return read_on(attention, first_look(attention, queries, query_pos), tokens, token_pos, token_xy, bias)
@@ -277,7 +288,8 @@ class Sam3(Sam3VideoModel):
     "`transformers`' SAM3 whose parts answer five batched, differentiable calls."
     space = "teacher"  # the frame in which it sees images
     tokenizer = None   # set by `load_teacher`
-    _keep_in_fp32_modules_strict = {"positional_embedding"}  # the library's word for what `from_pretrained` does not round
+    # the library's word for what `from_pretrained` does not round
+    _keep_in_fp32_modules_strict = {"positional_embedding"}
 
     def __init__(self, config: Sam3VideoConfig):
         super().__init__(config)
@@ -344,16 +356,20 @@ def _prompt_tokens(self: Sam3, seen: Features, concepts: Concepts) -> tuple[Tens
     "Text and exemplar tokens [N, T, C] and which of them count [N, T]."
     d = self.detector_model
     tokens = concepts.encoded
-    if tokens is None: tokens = d.get_text_features(input_ids=concepts.input_ids, attention_mask=concepts.attention_mask, return_dict=True).pooler_output
+    if tokens is None:
+        tokens = d.get_text_features(input_ids=concepts.input_ids, attention_mask=concepts.attention_mask,
+                                     return_dict=True).pooler_output
     mask = concepts.attention_mask.bool()
     if concepts.boxes is None: return tokens, mask
     known = concepts.labels != -10
     with in_float32(tokens.device):  # RoIAlign; and a bf16 box is off by 2 px
         coarse = seen.detector[-1].float()
         shown = with_float32_weights(d.geometry_encoder, box_embeddings=concepts.boxes.float(), box_mask=known,
-                                     box_labels=concepts.labels.clamp(min=0), img_feats=(coarse,),  # it reads no finer map
+                                     # it reads no finer map
+                                     box_labels=concepts.labels.clamp(min=0), img_feats=(coarse,),
                                      img_pos_embeds=(self._position(coarse),))
-    exemplars = shown.attention_mask.bool() & known.any(1, keepdim=True)   # no exemplar: not even the exemplars' class token, as in the library
+    # no exemplar: not even the exemplars' class token, as in the library
+    exemplars = shown.attention_mask.bool() & known.any(1, keepdim=True)
     return torch.cat([tokens, shown.last_hidden_state], 1), torch.cat([mask, exemplars], 1)
 
 
@@ -365,14 +381,16 @@ def _detect(self: Sam3, features: Features, concepts: Concepts,
     "Candidates for each (image, concept) pair."
     d, seen = self.detector_model, features.pick(concepts.image_index)
     prompt, mask = self._prompt_tokens(seen, concepts)
-    e = d.detr_encoder(vision_features=[seen.detector[-1]], text_features=prompt, vision_pos_embeds=[self._position(seen.detector[-1])], text_mask=mask)
+    e = d.detr_encoder(vision_features=[seen.detector[-1]], text_features=prompt,
+                       vision_pos_embeds=[self._position(seen.detector[-1])], text_mask=mask)
     o = with_float32_weights(d.detr_decoder, names="reference_points", vision_features=e.last_hidden_state,
                              text_features=e.text_features, vision_pos_encoding=e.pos_embeds_flattened, text_mask=mask,
                              spatial_shapes=np.array([seen.detector[-1].shape[-2:]]))  # on the host
     keep = slice(None) if all_layers else slice(-1, None)
     states, anchors = o.intermediate_hidden_states[keep], o.reference_boxes[keep]
     boxes = box_cxcywh_to_xyxy((inverse_sigmoid(anchors.float()) + d.detr_decoder.box_head(states)).sigmoid())
-    logits = d.dot_product_scoring(decoder_hidden_states=states, text_features=e.text_features, text_mask=mask).squeeze(-1).float()
+    logits = d.dot_product_scoring(decoder_hidden_states=states, text_features=e.text_features,
+                                   text_mask=mask).squeeze(-1).float()
     queries, pixels, semantic = self._sketch(states, seen, e.last_hidden_state, prompt, mask)
     masks = torch.einsum("lnqc,nchw->lnqhw", queries, pixels) if draw else None
     layered = (boxes, logits, o.presence_logits[keep].flatten(1).float(), masks, None if draw else queries)
@@ -402,7 +420,8 @@ def _embed_prompts(self: Sam3, prompts: Prompts) -> tuple[Tensor, Tensor]:
         masks = None if prompts.masks is None else prompts.masks.float()
         if masks is not None and masks.shape[-2:] != t.prompt_encoder.mask_input_size:
             masks = F.interpolate(masks, t.prompt_encoder.mask_input_size, mode="bilinear", antialias=True)
-        return with_float32_weights(t.prompt_encoder, points[:, None], labels[:, None], input_boxes=None, input_masks=masks)
+        return with_float32_weights(t.prompt_encoder, points[:, None], labels[:, None], input_boxes=None,
+                                    input_masks=masks)
 
 
 @in_own_precision
@@ -414,14 +433,17 @@ def _decode(self: Sam3, features: Features, prompts: Prompts, conditioned: Tenso
     with in_float32(base.device): places = t.get_image_wide_positional_embeddings().expand(len(base), -1, -1, -1)
     masks, iou, tokens, seen = t.mask_decoder(
         image_embeddings=base, image_positional_embeddings=places,
-        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=prompts.multimask, high_resolution_features=[fine, middle])
-    masks, iou, tokens, seen = masks[:, 0], iou[:, 0].float(), tokens[:, 0], seen.view(-1).float()  # masks stay in the model's type
+        sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=prompts.multimask,
+        high_resolution_features=[fine, middle])
+    # masks stay in the model's type
+    masks, iou, tokens, seen = masks[:, 0], iou[:, 0].float(), tokens[:, 0], seen.view(-1).float()
     pointers = torch.where((seen > 0)[:, None, None], t.object_pointer_proj(tokens), t.no_object_pointer)
     return MaskSet(masks, iou, seen, pointers.expand(-1, masks.shape[1], -1), conditioned)
 
 
 def gate(masks: Tensor, object_logits: Tensor) -> Tensor:
-    "Masks [N, …] with `NO_OBJECT` where the object is predicted absent: the step that `decode` leaves out, since it cuts gradients."
+    """Masks [N, …] with `NO_OBJECT` where the object is predicted absent: the step that `decode` leaves out, since it
+    cuts gradients."""
     return torch.where((object_logits > 0).view(-1, *[1] * (masks.ndim - 1)), masks, NO_OBJECT)
 
 
@@ -448,7 +470,8 @@ def _remember(self: Sam3, features: Features,
     maps, _ = t.memory_encoder(features.tracker[2].index_select(0, image_index), shown)
     pos = t.memory_encoder.position_encoding(maps.shape, maps.device, torch.float32)  # not in the maps' type
     if t.occlusion_spatial_embedding_parameter is not None:
-        maps = maps + (object_logits <= 0).float().view(-1, 1, 1, 1) * t.occlusion_spatial_embedding_parameter[..., None, None]
+        maps = maps + (object_logits <= 0).float().view(-1, 1, 1,
+                                                        1) * t.occlusion_spatial_embedding_parameter[..., None, None]
     return Memory(*self.compress(maps, pos.expand_as(maps)), pointer)
 
 
@@ -477,9 +500,11 @@ def _pointer_tokens(self: Sam3, bank: Bank) -> tuple[Tensor, Tensor]:
     far = torch.tensor([float(d) for d, _ in bank.pointers]).to(pointers.device, non_blocking=True)
     far = far / max(bank.span - 1, 1)
     with in_float32(far.device):
-        pos = with_float32_weights(t.temporal_positional_encoding_projection_layer, get_1d_sine_pe(far, dim=pointers.shape[-1]))
+        pos = with_float32_weights(t.temporal_positional_encoding_projection_layer,
+                                   get_1d_sine_pe(far, dim=pointers.shape[-1]))
     cut = pointers.shape[-1] // width
-    return pointers.unflatten(-1, (cut, width)).flatten(1, 2), pos.repeat_interleave(cut, 0).expand(len(pointers), -1, -1)
+    return pointers.unflatten(-1, (cut, width)).flatten(1, 2), pos.repeat_interleave(cut, 0).expand(len(pointers), -1,
+        -1)
 
 
 def _first_look(self: Sam3, coarse: Tensor, checkpoint: bool = False) -> Tensor:
@@ -490,8 +515,10 @@ def _first_look(self: Sam3, coarse: Tensor, checkpoint: bool = False) -> Tensor:
 
 @in_own_precision
 def _begin_reading(self: Sam3, features: Features, checkpoint: bool = False) -> Features:
-    "The features, with what all objects of an image begin to read memory with; `checkpoint`: computed again in the backward pass."
-    return replace(features, started=self._first_look(features.tracker[2], checkpoint)) if features.started is None else features
+    """The features, with what all objects of an image begin to read memory with; `checkpoint`: computed again in the
+    backward pass."""
+    return replace(features, started=self._first_look(features.tracker[2],
+                                                      checkpoint)) if features.started is None else features
 
 
 @in_own_precision
@@ -499,7 +526,8 @@ def _recall(self: Sam3, features: Features, image_index: Tensor, bank: Bank) -> 
     "The 1× maps of images `image` [N] after reading a bank: [N, C, g, g]."
     t, coarse, started = self.tracker_model, features.tracker[2], features.started
     if started is None and len(coarse) <= len(image_index): started = self._first_look(coarse)
-    started = self._first_look(coarse.index_select(0, image_index)) if started is None else started.index_select(0, image_index)
+    started = self._first_look(coarse.index_select(0, image_index)) if started is None else started.index_select(0,
+        image_index)
     tokens = [m.tokens.to(coarse) for _, m in bank.memories]
     slots = t.memory_temporal_positional_encoding
     pos = [m.pos.to(coarse.device, torch.float32) + slots[k - 1, 0] for k, m in bank.memories]
@@ -508,7 +536,8 @@ def _recall(self: Sam3, features: Features, image_index: Tensor, bank: Bank) -> 
         p, at = self._pointer_tokens(bank)
         tokens, pos, xy = [*tokens, p], [*pos, at], [*xy, at.new_full((p.shape[1], 2), torch.nan)]
     tokens, bias = torch.cat(tokens, 1), self.memory_bias()
-    if bias is not None: bias = F.pad(bias.repeat(len(bank.memories)), (0, tokens.shape[1] - len(bias) * len(bank.memories)))
+    if bias is not None:
+        bias = F.pad(bias.repeat(len(bank.memories)), (0, tokens.shape[1] - len(bias) * len(bank.memories)))
     out = read_on(t.memory_attention, started, tokens, torch.cat(pos, 1), torch.cat(xy), bias)
     return out.transpose(1, 2).unflatten(2, coarse.shape[-2:])
 
@@ -529,16 +558,20 @@ def wording(phrase: str | None) -> str:
 
 def _cut_phrases(self: Sam3, phrases: Sequence[str | None]) -> list[tuple[str, str]]:
     "Notes (kind, detail) on phrases of which the text encoder reads the beginning only."
-    words = [w for w in map(wording, phrases) if len(w.encode()) > self.most_tokens - 2]  # no token is shorter than a byte
+    # no token is shorter than a byte
+    words = [w for w in map(wording, phrases) if len(w.encode()) > self.most_tokens - 2]
     counts = [len(ids) for ids in self.tokenizer(words, verbose=False)["input_ids"]] if words else []
     return [("phrase over the token limit", f"'{w[:60]}…': {n} tokens, of which {self.most_tokens} are read")
             for w, n in zip(words, counts) if n > self.most_tokens]
 
 
-def _concepts(self: Sam3, phrases: Sequence[str | None], image_index: Tensor, boxes: Tensor | None = None, labels: Tensor | None = None) -> Concepts:
-    """Concepts for phrases (None: exemplars only) on images `image` [N]; boxes [N, E, 4] cx, cy, w, h as fractions, labels [N, E].
+def _concepts(self: Sam3, phrases: Sequence[str | None], image_index: Tensor, boxes: Tensor | None = None,
+              labels: Tensor | None = None) -> Concepts:
+    """Concepts for phrases (None: exemplars only) on images `image` [N]; boxes [N, E, 4] cx, cy, w, h as fractions,
+    labels [N, E].
 
-    `ValueError` for an empty phrase; one over the token limit is cut, with a warning the first time, and counted in `PHRASES`."""
+    `ValueError` for an empty phrase; one over the token limit is cut, with a warning the first time, and counted in
+    `PHRASES`."""
     PHRASES.add(self.cut_phrases(phrases))
     words = self.tokenizer([*map(wording, phrases)], padding="longest", truncation=True, max_length=self.most_tokens,
                            return_tensors="pt").to(image_index.device)
@@ -589,13 +622,16 @@ RECOMPUTED = r"(^|\.)(position_ids|rotary_emb\.\w+)$"  # older files hold them, 
 
 def check_weights(model: PreTrainedModel, folder: str | Path, info: dict[str, Any],  # as `from_pretrained` returned it
                   **where: Any) -> None:
-    "`ValueError` that names the groups of weights (`tracker_model.memory_attention`) missing, unknown, there twice or misshapen."
+    """`ValueError` that names the groups of weights (`tracker_model.memory_attention`) missing, unknown, there twice or
+    misshapen."""
     ours, mapping = model.state_dict(), get_model_conversion_mapping(model)
     renamings = [r for r in mapping if isinstance(r, WeightRenaming)]
-    named = [rename_source_key(n, renamings, [], model.base_model_prefix, ours)[0] for n in saved_names(folder, **where)]
+    named = [rename_source_key(n, renamings, [], model.base_model_prefix, ours)[0]
+             for n in saved_names(folder, **where)]
     held = Counter(n for n in named if not re.search(RECOMPUTED, n))
     wrong = {"missing": (ours.keys() - held.keys()) | set(info["missing_keys"]), "unknown": held.keys() - ours.keys(),
-             "there twice": [n for n, k in held.items() if k > 1], "misshapen": [n for n, *_ in info["mismatched_keys"]],
+             "there twice": [n for n, k in held.items() if k > 1],
+             "misshapen": [n for n, *_ in info["mismatched_keys"]],
              "unreadable": info["error_msgs"]}
     said = [f"{group} {what} ({count} tensors)" for what, names in wrong.items()
             for group, count in sorted(Counter(".".join(n.split(".")[:2]) for n in names).items())]
@@ -605,7 +641,8 @@ def check_weights(model: PreTrainedModel, folder: str | Path, info: dict[str, An
 
 # %% ../../nbs/03_teacher.ipynb #c024d
 def load_strictly(cls: type, folder: str | Path, **options: Any) -> nn.Module:
-    "`from_pretrained` in float32, in eval mode. `ValueError` as `check_weights` says it, where the library would only log."
+    """`from_pretrained` in float32, in eval mode. `ValueError` as `check_weights` says it, where the library would only
+    log."""
     model, info = cls.from_pretrained(folder, output_loading_info=True, dtype=torch.float32, **options)
     check_weights(model, folder, info)
     return model.eval()
@@ -613,13 +650,16 @@ def load_strictly(cls: type, folder: str | Path, **options: Any) -> nn.Module:
 # %% ../../nbs/03_teacher.ipynb #c024f
 def thin_config(words: int  # in the tokenizer's vocabulary
                 ) -> Sam3VideoConfig:
-    "SAM3's geometry and kinds of modules (sizes not named here are the library's), 128 channels wide, a layer or two deep."
+    """SAM3's geometry and kinds of modules (sizes not named here are the library's), 128 channels wide, a layer or two
+    deep."""
     narrow, once = dict(hidden_size=128, intermediate_size=256), dict(num_layers=1)
     vit = dict(model_type="sam3_vit_model", **narrow, num_hidden_layers=3, num_attention_heads=2,
                global_attn_indexes=[2])  # the other two in windows
     vision = dict(model_type="sam3_vision_model", fpn_hidden_size=128, backbone_config=vit)
-    text = dict(model_type="clip_text_model", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-                hidden_act="gelu", projection_dim=64, vocab_size=words, max_position_embeddings=32, bos_token_id=1, eos_token_id=2,
+    text = dict(model_type="clip_text_model", hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=2,
+                hidden_act="gelu", projection_dim=64, vocab_size=words, max_position_embeddings=32, bos_token_id=1,
+                eos_token_id=2,
                 pad_token_id=0)
     detector = dict(model_type="sam3", vision_config=vision, text_config=text, geometry_encoder_config=narrow | once,
                     detr_encoder_config=narrow | once, detr_decoder_config=narrow | dict(num_layers=2),
@@ -634,7 +674,8 @@ def thin_config(words: int  # in the tokenizer's vocabulary
 # %% ../../nbs/03_teacher.ipynb #c024h
 def thin_sam3(words: int, seed: int = 11  # with this one objects are now there, now not
               ) -> Sam3:
-    "A model of `thin_config` with random weights: of `seed` alone, and such that signals keep their size through the layers."
+    """A model of `thin_config` with random weights: of `seed` alone, and such that signals keep their size through the
+    layers."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = Sam3(without_dropout(thin_config(words))).eval()
@@ -662,6 +703,8 @@ def load_teacher(name: str = "toy") -> Sam3:
         model = load_strictly(Sam3, place, config=config).requires_grad_(False)
         model.tokenizer = AutoTokenizer.from_pretrained(place)
     except OSError as e:
-        raise OSError(f"cannot load the teacher '{name}': it is neither a folder here nor can it be fetched. SAM3's weights are gated: ask for access on the page "
-                      f"of facebook/sam3 at the Hugging Face hub, run `hf auth login`, and try again online; or pass a folder with the weights, or teacher='toy'. ({type(e).__name__})") from e
+        raise OSError(f"cannot load the teacher '{name}': it is neither a folder here nor can it be fetched. SAM3's "
+                      f"weights are gated: ask for access on the page "
+                      f"of facebook/sam3 at the Hugging Face hub, run `hf auth login`, and try again online; or pass a "
+                      f"folder with the weights, or teacher='toy'. ({type(e).__name__})") from e
     return model

@@ -20,14 +20,17 @@ from .teacher import Bank, Features, MaskSet, Memory, Prompts, Sam3, gate
 
 # %% ../../nbs/22_tracker.ipynb #c005
 def own_time(frame_index: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    "Shift frame_index [N, T] so that column 0 is each object's frame `start` [N]; with valid [N, T], False past the clip's end (its last image is repeated there)."
+    """Shift frame_index [N, T] so that column 0 is each object's frame `start` [N]; with valid [N, T], False past the
+    clip's end (its last image is repeated there)."""
     t = torch.arange(frame_index.shape[1], device=start.device) + start[:, None]
     return frame_index.gather(1, t.clamp(max=frame_index.shape[1] - 1)), t < frame_index.shape[1]
 
 # %% ../../nbs/22_tracker.ipynb #c006
 def clip_time(values: Tensor, start: Tensor, before: float) -> Tensor:
-    "Back again: values [N, T, ...] in objects' own time -> in the clip's, with `before` on the frames ahead of `start` [N]."
-    t = (torch.arange(values.shape[1], device=start.device) - start[:, None]).view(*values.shape[:2], *[1] * (values.ndim - 2))
+    """Back again: values [N, T, ...] in objects' own time -> in the clip's, with `before` on the frames ahead of
+    `start` [N]."""
+    t = (torch.arange(values.shape[1], device=start.device) - start[:, None]).view(*values.shape[:2],
+        *[1] * (values.ndim - 2))
     return torch.where(t < 0, before, values.gather(1, t.clamp(min=0).expand_as(values)))
 
 # %% ../../nbs/22_tracker.ipynb #c009
@@ -43,23 +46,31 @@ CERTAIN = 10.0  # the library's logit of a given mask, and of its object's prese
 def mask_as_output(model: Sam3, features: Features, prompts: Prompts) -> tuple[MaskSet, Tensor]:
     "What a mask prompt [N, 1, S, S] gives without decoding: a set of one mask, and the logits [N, S, S] to remember."
     logits = CERTAIN * (2 * prompts.masks.float() - 1)
-    low = torch.nn.functional.interpolate(logits, (4 * model.grid, 4 * model.grid), mode="bilinear", align_corners=False, antialias=True)
+    low = torch.nn.functional.interpolate(logits, (4 * model.grid, 4 * model.grid), mode="bilinear",
+                                          align_corners=False, antialias=True)
     hint = replace(prompts, masks=model.tracker_model.mask_downsample(prompts.masks.float()), multimask=True)
     pointer = model.decode(features, hint, features.tracker[2].index_select(0, prompts.image_index)).best()[2]
     there = prompts.masks.flatten(1).any(1)
     pointer = torch.where(there[:, None], pointer, model.tracker_model.no_object_pointer)
-    return MaskSet(low, torch.ones_like(low[:, :, 0, 0]), CERTAIN * (2 * there.float() - 1), pointer[:, None]), logits[:, 0]
+    return MaskSet(low, torch.ones_like(low[:, :, 0, 0]), CERTAIN * (2 * there.float() - 1),
+                   pointer[:, None]), logits[:, 0]
 
 # %% ../../nbs/22_tracker.ipynb #c013
 def unprompted(model: Sam3, features: Features, image_index: Tensor) -> Prompts:
     "No prompt at all, for N objects on images `image` [N]."
-    return Prompts(image_index, features.tracker[2].new_zeros(len(image_index), 0, 2), image_index.new_zeros(len(image_index), 0, dtype=torch.int32), multimask=use_multimask(model.tracker_model.config, 0, False))
+    return Prompts(image_index, features.tracker[2].new_zeros(len(image_index), 0, 2),
+                   image_index.new_zeros(len(image_index), 0, dtype=torch.int32),
+                   multimask=use_multimask(model.tracker_model.config, 0, False))
 
 
-def see(model: Sam3, features: Features, image_index: Tensor, prompts: Prompts | None = None, bank: Bank | None = None) -> tuple[MaskSet, Memory]:
-    "One frame of N objects on images `image` [N], prompted or read from a `bank`: the decoder's masks, and what to remember."
+def see(model: Sam3, features: Features, image_index: Tensor, prompts: Prompts | None = None,
+        bank: Bank | None = None) -> tuple[MaskSet, Memory]:
+    """One frame of N objects on images `image` [N], prompted or read from a `bank`: the decoder's masks, and what to
+    remember."""
     shown = None
-    if prompts is None: out = model.decode(features, unprompted(model, features, image_index), model.recall(features, image_index, bank))
+    if prompts is None:
+        out = model.decode(features, unprompted(model, features, image_index),
+                           model.recall(features, image_index, bank))
     elif prompts.masks is None:
         multimask = use_multimask(model.tracker_model.config, prompts.labels.shape[1], True)
         out = model.decode(features, replace(prompts, image_index=image_index, multimask=multimask))
@@ -72,7 +83,8 @@ def see(model: Sam3, features: Features, image_index: Tensor, prompts: Prompts |
 class History:
     "What a tracker keeps of the frames it has seen, for objects that share a time."
     def __init__(self, config: Sam3TrackerVideoConfig, frames: int = 0, store: torch.dtype | None = None):
-        self.slots, self.most, self.closest = config.num_maskmem, config.max_object_pointers_in_encoder, config.max_cond_frame_num
+        self.slots, self.most, self.closest = (config.num_maskmem, config.max_object_pointers_in_encoder,
+                                               config.max_cond_frame_num)
         self.span = min(frames, self.most) if frames else self.most     # pointer distances are divided by span - 1
         self.store, self.prompted, self.tracked = store, {}, {}
 
@@ -80,12 +92,15 @@ class History:
         "Keep a frame's memory, its tokens as `store`; forget what no later frame will read."
         kept = replace(memory, tokens=memory.tokens.to(self.store) if self.store else memory.tokens)
         (self.prompted if prompted else self.tracked)[frame] = kept
-        if not prompted: self.tracked = {t: m for t, m in self.tracked.items() if t > frame + 1 - max(self.slots, self.most)}
+        if not prompted:
+            self.tracked = {t: m for t, m in self.tracked.items() if t > frame + 1 - max(self.slots, self.most)}
 
     def chosen(self, frame: int) -> list[int]:
-        "Prompted frames read at `frame`: the closest before, the closest after, then by distance, up to `max_cond_frame_num`."
+        """Prompted frames read at `frame`: the closest before, the closest after, then by distance, up to
+        `max_cond_frame_num`."""
         if self.closest == -1 or len(self.prompted) <= self.closest: return list(self.prompted)
-        first = [max((t for t in self.prompted if t < frame), default=None), min((t for t in self.prompted if t >= frame), default=None)]
+        first = [max((t for t in self.prompted if t < frame), default=None),
+                 min((t for t in self.prompted if t >= frame), default=None)]
         first = [t for t in first if t is not None]
         rest = sorted((t for t in self.prompted if t not in first), key=lambda t: abs(t - frame))
         return first + rest[:self.closest - len(first)]
@@ -94,7 +109,9 @@ class History:
         "What frame number `frame` reads; `maps=False` leaves the memory maps out and keeps the pointers."
         chosen = self.chosen(frame)
         recent = {**{t: m for t, m in self.prompted.items() if t not in chosen}, **self.tracked}
-        memories = [(0, self.prompted[t]) for t in chosen] + [(k, recent[frame - k]) for k in range(self.slots - 1, 0, -1) if frame - k in recent]
+        memories = [(0, self.prompted[t]) for t in chosen] + [(k, recent[frame - k])
+                                                              for k in range(self.slots - 1, 0, -1)
+                                                              if frame - k in recent]
         pointers = [(frame - t, m.pointer) for t, m in self.prompted.items() if t <= frame]
         pointers += [(k, self.tracked[frame - k].pointer) for k in range(1, self.most) if frame - k in self.tracked]
         return Bank(memories if maps else [], pointers, self.span)
@@ -129,16 +146,20 @@ def collect(sets: list[MaskSet]) -> Track:
 def track(model: Sam3,
           features: Features,               # of all images of all clips
           frame_index: Tensor,              # [N, T] image of each object's frames
-          prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once); their `image` is not read
+          # of frame 0, or by frame number (all objects at once); their `image` is not read
+          prompts: Prompts | Mapping[int, Prompts],
           memory: str = "full",             # "full", or "pointers_only": memory maps dropped, pointers kept
-          frames: int = 0,                  # length of the video, if it is to normalise pointer distances as the library does offline; 0: as in streaming
+          # length of the video, if it is to normalise pointer distances as the library does offline; 0: as in streaming
+          frames: int = 0,
           store: torch.dtype | None = None, # type memories are kept in; None: as computed
           detach_every: int = 0,            # cut gradients through memory every so many frames; 0: never
           checkpoint: bool = False,         # recompute each frame in the backward pass
           ) -> Track:
     "Track N objects through T frames. Raises ValueError without a prompt on frame 0 or for an unknown `memory`."
     prompts = {0: prompts} if isinstance(prompts, Prompts) else prompts
-    if 0 not in prompts: raise ValueError(f"frame 0 needs a prompt, got prompts on {sorted(prompts)}: shift late objects with `own_time`")
+    if 0 not in prompts:
+        raise ValueError(
+            f"frame 0 needs a prompt, got prompts on {sorted(prompts)}: shift late objects with `own_time`")
     if memory not in ("full", "pointers_only"): raise ValueError(f"memory is 'full' or 'pointers_only', not {memory!r}")
     run = partial(recompute, see, use_reentrant=False) if checkpoint and torch.is_grad_enabled() else see
     history, sets = History(model.tracker_model.config, frames, store), {}
@@ -164,7 +185,8 @@ class Follower:
         "The answer in the next frame. `ValueError` without a prompt on frame 0."
         if prompts is None and not self.frame: raise ValueError("frame 0 needs a prompt")
         if self.image_index is None: self.image_index = torch.zeros_like(prompts.image_index)
-        out, memory = see(self.model, seen, self.image_index, prompts, self.history.bank(self.frame, self.maps) if prompts is None else None)
+        out, memory = see(self.model, seen, self.image_index, prompts,
+                          self.history.bank(self.frame, self.maps) if prompts is None else None)
         self.history.add(self.frame, memory, prompted=prompts is not None)
         self.frame += 1
         return out
@@ -172,7 +194,8 @@ class Follower:
 
 @torch.no_grad()
 def follow(model: Sam3,
-           images: Iterable[Tensor],                 # [1, 3, S, S] each, as the model's `encode` wants them; may be endless
+           # [1, 3, S, S] each, as the model's `encode` wants them; may be endless
+           images: Iterable[Tensor],
            prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once)
            store: torch.dtype | None = None,           # as `Follower`'s
            ) -> Iterator[MaskSet]:

@@ -17,7 +17,8 @@ from ..models.tracker import History, see
 
 # %% ../../nbs/61_memory_attention.ipynb #c010
 def attention_weights(model: Sam3, features: Features, image_index: Tensor, bank: Bank, layer: int = -1) -> Tensor:
-    "Attention [N, g², A] of each query cell of images `image` [N] to the A tokens of a bank, in one layer of memory attention: mean of the heads, rows sum to 1."
+    """Attention [N, g², A] of each query cell of images `image` [N] to the A tokens of a bank, in one layer of memory
+    attention: mean of the heads, rows sum to 1."""
     attention = model.tracker_model.memory_attention
     reader, caught = attention.layers[layer].cross_attn_image, []
     hooks = [m.register_forward_hook(lambda _, __, out: caught.append(out)) for m in (reader.q_proj, reader.k_proj)]
@@ -25,10 +26,12 @@ def attention_weights(model: Sam3, features: Features, image_index: Tensor, bank
         with torch.no_grad(): model.recall(features, image_index, bank)
     finally:
         for hook in hooks: hook.remove()
-    q, k = (torch.cat(caught[n::2]).unflatten(-1, (reader.num_attention_heads, -1)).transpose(1, 2) for n in (0, 1))  # of a few objects at a time
+    # of a few objects at a time
+    q, k = (torch.cat(caught[n::2]).unflatten(-1, (reader.num_attention_heads, -1)).transpose(1, 2) for n in (0, 1))
     places, bias = [model.memory_xy()] * len(bank.memories), model.memory_bias()
     xy = torch.cat([*places, places[0].new_full((k.shape[2] - sum(map(len, places)), 2), torch.nan)])
-    logits = _rotate(q, *_rotation(attention, attention.position_ids.float())) @ _rotate(k, *_rotation(attention, xy)).mT * reader.scaling
+    logits = _rotate(q, *_rotation(attention, attention.position_ids.float())) @ _rotate(k,
+        *_rotation(attention, xy)).mT * reader.scaling
     if bias is not None: logits[..., :len(bias) * len(places)] += bias.repeat(len(places))
     return logits.softmax(-1).mean(1)
 
@@ -46,7 +49,8 @@ class Reading:
         return torch.einsum("mk,mkhw->mhw", self.weights[n, y, x], self.looks[:, n])
 
     def windows(self) -> Tensor:
-        "The cells that each token can see at all, as boxes [K, 4] (x0, y0, x1, y1 in cells); NaN for one that sees the whole map."
+        """The cells that each token can see at all, as boxes [K, 4] (x0, y0, x1, y1 in cells); NaN for one that sees
+        the whole map."""
         sees = self.looks.sum((0, 1)) > 0
         edges = lambda along: torch.stack([along.int().argmax(1), along.shape[1] - along.flip(1).int().argmax(1)])
         (x0, x1), (y0, y1) = edges(sees.any(1)), edges(sees.any(2))
@@ -57,19 +61,25 @@ class Reading:
 def read_at(model: Sam3, features: Features, frame_index: Tensor,  # [N, T], as `track` takes them
             prompts: Prompts,                                      # of frame 0
             frame: int, layer: int = -1) -> Reading:
-    "Track up to `frame` (1…T-1) and say what is read there, in one layer of memory attention. `IndexError` for a frame that has no past."
-    if not 0 < frame < frame_index.shape[1]: raise IndexError(f"frame {frame}: memory is read at frames 1…{frame_index.shape[1] - 1}")
-    history, compressor, looks, plain = History(model.tracker_model.config), getattr(model, "perceiver", None) or DenseMemory(), {}, model.compress
+    """Track up to `frame` (1…T-1) and say what is read there, in one layer of memory attention. `IndexError` for a
+    frame that has no past."""
+    if not 0 < frame < frame_index.shape[1]:
+        raise IndexError(f"frame {frame}: memory is read at frames 1…{frame_index.shape[1] - 1}")
+    history, compressor, looks, plain = History(model.tracker_model.config), getattr(model, "perceiver",
+        None) or DenseMemory(), {}, model.compress
     for t in range(frame):
         def compress(maps: Tensor, pos: Tensor, t: int = t) -> tuple[Tensor, Tensor]:
             looks[t] = compressor.attention(maps, pos)
             return plain(maps, pos)
         model.compress = compress
-        try: _, memory = see(model, features, frame_index[:, t], prompts if t == 0 else None, history.bank(t) if t else None)
+        try:
+            _, memory = see(model, features, frame_index[:, t], prompts if t == 0 else None,
+                            history.bank(t) if t else None)
         finally: del model.compress
         history.add(t, memory, prompted=t == 0)
     bank, chosen = history.bank(frame), history.chosen(frame)
     frames = [*chosen, *(frame - slot for slot, _ in bank.memories[len(chosen):])]
-    weights = attention_weights(model, features, frame_index[:, frame], bank, layer).unflatten(1, (model.grid, model.grid))
+    weights = attention_weights(model, features, frame_index[:, frame], bank, layer).unflatten(1,
+        (model.grid, model.grid))
     tokens = weights[..., :len(frames) * len(model.memory_xy())].unflatten(-1, (len(frames), -1))
     return Reading(tokens, 1 - tokens.sum((-2, -1)), torch.stack([looks[t] for t in frames]), frames)

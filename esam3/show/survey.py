@@ -36,7 +36,8 @@ from .views import show_image  # chapter 6 draws for all
 # %% ../../nbs/02a_survey.ipynb #c008
 @singledispatch
 def head(reader: Any, i: int) -> dict[str, int]:
-    "What a reader's index says of sample i: `instances`, `frames`, `positive` and `negative` phrases, as far as it does."
+    """What a reader's index says of sample i: `instances`, `frames`, `positive` and `negative` phrases, as far as it
+    does."""
     return {}
 
 
@@ -58,7 +59,8 @@ def _(reader: SaCoImages, i: int) -> dict[str, int]:
 def _(reader: SaCoVideo, i: int) -> dict[str, int]:
     video = reader.videos[i]
     marks = [reader.marks.get((video["id"], pair["category_id"]), ()) for pair in reader.pairs[video["id"]]]
-    return {"frames": len(video["file_names"]), "instances": sum(map(len, marks)), "positive": sum(map(bool, marks)), "negative": sum(not m for m in marks)}
+    return {"frames": len(video["file_names"]), "instances": sum(map(len, marks)), "positive": sum(map(bool, marks)),
+            "negative": sum(not m for m in marks)}
 
 
 @head.register
@@ -66,11 +68,13 @@ def _(reader: Davis, i: int) -> dict[str, int]: return {"frames": len(frame_file
 
 
 @head.register
-def _(reader: Videos, i: int) -> dict[str, int]: return {} if reader.paths[i].is_file() else {"frames": len(reader._images(reader.paths[i]))}
+def _(reader: Videos, i: int) -> dict[str, int]:
+    return {} if reader.paths[i].is_file() else {"frames": len(reader._images(reader.paths[i]))}
 
 
 @head.register
-def _(reader: SaVFolders, i: int) -> dict[str, int]: return {"frames": len(frame_files(reader, i)), "instances": len(reader._objects(i))}
+def _(reader: SaVFolders, i: int) -> dict[str, int]:
+    return {"frames": len(frame_files(reader, i)), "instances": len(reader._objects(i))}
 
 # %% ../../nbs/02a_survey.ipynb #c011
 def movie(reader: Any, i: int) -> Path | None:
@@ -78,12 +82,14 @@ def movie(reader: Any, i: int) -> Path | None:
     if isinstance(reader, SaV): return reader.video(i)
     if isinstance(reader, Videos): return reader.paths[i] if reader.paths[i].is_file() else None
     if not isinstance(reader, SaCoVideo) or not reader.videos[i]["file_names"]: return None
-    return next((f for f in _frame_files(reader.media, reader.videos[i]["file_names"])[:1] if is_media(f, VIDEOS)), None)
+    return next((f for f in _frame_files(reader.media, reader.videos[i]["file_names"])[:1] if is_media(f, VIDEOS)),
+                None)
 
 
 def stream_of(path: Path) -> dict[str, Any]:
     "Codec, `frames`, `seconds` of a video, as far as it can be read; and what cannot, as `notes`."
-    with _opened(path) as (_, stream): word, rate = stream.codec_context.codec.canonical_name, float(stream.average_rate or stream.guessed_rate or 0)
+    with _opened(path) as (_, stream):
+        word, rate = stream.codec_context.codec.canonical_name, float(stream.average_rate or stream.guessed_rate or 0)
     found = {"codec": CODECS.get(word, word.upper())}
     video = Video(path)
     lost = len(video) - video.index.whole if not video.index.clean else 0
@@ -94,9 +100,11 @@ def stream_of(path: Path) -> dict[str, Any]:
 def _groups(reader: Any, i: int) -> list[Sequence[Path]]:
     "Files of a clip that should be of one size each: its images, and its masks."
     if isinstance(reader, Davis): return [frame_files(reader, i), reader._masks(reader.names[i])]
-    if isinstance(reader, SaVFolders): return [frame_files(reader, i), [m for _, masks in reader._objects(i) for m in masks]]
+    if isinstance(reader, SaVFolders):
+        return [frame_files(reader, i), [m for _, masks in reader._objects(i) for m in masks]]
     if isinstance(reader, Videos): return [reader._images(reader.paths[i])]
-    if isinstance(reader, SaCoVideo) and reader.videos[i]["file_names"]: return [_frame_files(reader.media, reader.videos[i]["file_names"])]
+    if isinstance(reader, SaCoVideo) and reader.videos[i]["file_names"]:
+        return [_frame_files(reader.media, reader.videos[i]["file_names"])]
     return []
 
 
@@ -131,21 +139,28 @@ def fault(error: BadSample) -> str:
 
 
 def opened_sample(reader: Any, i: int) -> dict[str, Any]:
-    "What a sample shows: `size` [H, W], `instances`, `frames`, `codec`, `seconds`, phrases, `notes`; or its `fault` (kind, message)."
+    """What a sample shows: `size` [H, W], `instances`, `frames`, `codec`, `seconds`, phrases, `notes`; or its `fault`
+    (kind, message)."""
     found: dict[str, Any] = {"notes": []}
     try:
         if path := movie(reader, i): found |= stream_of(path)
-        if isinstance(reader, SaV): found["instances"] = len(_masklets(reader.paths[i].with_name(reader.names[i] + reader.suffix))[1])
+        if isinstance(reader, SaV):
+            found["instances"] = len(_masklets(reader.paths[i].with_name(reader.names[i] + reader.suffix))[1])
         sample = reader.read(i, **({"most": 1} if reader.kind == "clips" else {}))
-        if reader.kind == "clips" and is_suspect(reader, i): found["notes"] += read_through(reader, i, head(reader, i).get("frames", 1))
-    except (BadSample, OSError) as e: return found | {"fault": [fault(e) if isinstance(e, BadSample) else type(e).__name__, str(e)]}
+        if reader.kind == "clips" and is_suspect(reader, i):
+            found["notes"] += read_through(reader, i, head(reader, i).get("frames", 1))
+    except (BadSample, OSError) as e:
+        return found | {"fault": [fault(e) if isinstance(e, BadSample) else type(e).__name__, str(e)]}
     found["size"] = list((sample.frames if isinstance(sample, ClipSample) else [sample.image])[0].shape[:2])
     told = Counter("positive" if p.instances else "negative" for p in sample.phrases)
     private = [] if getattr(sample, "public", True) else [("only first masks are public", sample.name)]
-    return {"instances": len(sample.masks), **dict(told), **found, "notes": [*dict.fromkeys((*found["notes"], *sample.notes, *private))]}
+    return {"instances": len(sample.masks), **dict(told), **found,
+            "notes": [*dict.fromkeys((*found["notes"], *sample.notes, *private))]}
 
 # %% ../../nbs/02a_survey.ipynb #c015
-CODE = [Path(m.__file__) for m in (samples, readers, public_sets, folder, sys.modules[__name__]) if hasattr(m, "__file__")]  # what decides of a sample
+# what decides of a sample
+CODE = [Path(m.__file__) for m in (samples, readers, public_sets, folder, sys.modules[__name__])
+        if hasattr(m, "__file__")]
 EVERY = 100  # samples after which what was seen is kept: a survey that was stopped goes on from there
 
 
@@ -163,7 +178,8 @@ class Kept:
     "What was seen of a reader's samples, in the cache folder."
 
     def __init__(self, reader: Any):
-        key = {"reader": type(reader).__name__, "data": reader.digest, "times": times_of(reader), "code": digest_of((), sizes_of(()), CODE)}
+        key = {"reader": type(reader).__name__, "data": reader.digest, "times": times_of(reader),
+               "code": digest_of((), sizes_of(()), CODE)}
         self.file, self.rows = cache_dir() / "surveys" / f"{fingerprint(key)}.json", {}
         if self.file.exists(): self.rows = {int(i): row for i, row in json.loads(self.file.read_text()).items()}
 
@@ -201,7 +217,8 @@ class PartSurvey:
     def remarks(self) -> dict[str, list[str]]:
         "What was left out or mended, by kind of note."
         found = defaultdict(dict)
-        for kind, detail in (*self.notes, *(tuple(n) for row in self.rows.values() for n in row.get("notes", ()))): found[kind][detail] = None
+        for kind, detail in (*self.notes, *(tuple(n) for row in self.rows.values() for n in row.get("notes", ()))):
+            found[kind][detail] = None
         return {kind: [*details] for kind, details in found.items()}
 
 # %% ../../nbs/02a_survey.ipynb #c017
@@ -215,7 +232,8 @@ def look_over(reader: Any, split: str, kind: str, opened: int) -> PartSurvey:
         if done % EVERY == 0 or done == len(missing): kept.save()
     rows = {int(i): kept.rows[int(i)] for i in order}
     plain = reader.reader if isinstance(reader, Stills) else reader
-    return PartSurvey(split, kind, type(plain).__name__, len(reader), [head(reader, i) for i in range(len(reader))], rows, list(reader.notes), getattr(reader, "labelled", True))
+    return PartSurvey(split, kind, type(plain).__name__, len(reader), [head(reader, i) for i in range(len(reader))],
+                      rows, list(reader.notes), getattr(reader, "labelled", True))
 
 # %% ../../nbs/02a_survey.ipynb #c020
 def spread(values: Sequence[float], form: str = "{:g}") -> str:
@@ -230,18 +248,25 @@ def _lines(part: PartSurvey) -> Iterable[str]:
     yield f"{part.split}, {part.kind}: " + counted * bool(part.count) + (part.why or f"{len(part.rows):,} opened")
     sizes, instances, frames = np.array(part.values("size")), part.values("instances"), part.values("frames")
     clips = "clips" in part.kind
-    if len(sizes): yield f"  width {spread(sizes[:, 1])}, height {spread(sizes[:, 0])} px" + (f", {np.mean(sizes[:, 0] > sizes[:, 1]):.0%} upright" if len(sizes) > 1 else "")
+    if len(sizes):
+        (yield f"  width {spread(sizes[:, 1])}, height {spread(sizes[:, 0])} px"
+         + (f", {np.mean(sizes[:, 0] > sizes[:, 1]):.0%} upright" if len(sizes) > 1 else ""))
     if frames: yield f"  frames {spread(frames)}, {sum(frames):,} in all"
-    if seconds := part.values("seconds"): yield f"  seconds {spread(seconds, '{:.1f}')}, " + (f"{sum(seconds) / 3600:.1f} hours" if sum(seconds) > 360 else f"{sum(seconds):.0f} s") + " in all"
-    if codecs := Counter(part.values("codec")): yield "  codecs " + ", ".join(f"{n} × {codec}" for codec, n in codecs.most_common())
+    if seconds := part.values("seconds"):
+        yield f"  seconds {spread(seconds, '{:.1f}')}, " + (f"{sum(seconds) / 3600:.1f} hours" if sum(seconds) > 360
+                                                            else f"{sum(seconds):.0f} s") + " in all"
+    if codecs := Counter(part.values("codec")):
+        yield "  codecs " + ", ".join(f"{n} × {codec}" for codec, n in codecs.most_common())
     if not part.labelled: yield "  not annotated: what is to be seen is left to the teacher"
     elif instances:
         where, bare = " on its first frame" * (part.format in ("Davis", "Vos")), sum(t == 0 for t in instances)
-        yield f"  {'tracks' if clips else 'instances'} {spread(instances)} of a sample{where}, {sum(instances):,} in all" + (f", {bare:,} samples without" if bare else "")
+        yield (f"  {'tracks' if clips else 'instances'} {spread(instances)} of a sample{where}, {sum(instances):,} in "
+               f"all") + (f", {bare:,} samples without" if bare else "")
     phrases = [sum(part.values(k)) for k in ("positive", "negative")]
     if sum(phrases): yield f"  phrases {phrases[0]:,} positive, {phrases[1]:,} negative"
     for kind, of in (("cannot be used", part.faults), ("noted", part.remarks)):
-        for what, found in sorted(of.items(), key=lambda f: -len(f[1])): yield f"  {kind}: {len(found)} × {what}, for instance {found[0]}"
+        for what, found in sorted(of.items(), key=lambda f: -len(f[1])):
+            yield f"  {kind}: {len(found)} × {what}, for instance {found[0]}"
     if part.rows and not part.faults: yield "  every sample that was opened can be used"
 
 # %% ../../nbs/02a_survey.ipynb #c021
@@ -253,7 +278,8 @@ class Survey:
 
     def __str__(self) -> str: return "\n".join([self.name, *(line for part in self.parts for line in _lines(part))])
 
-    def __repr__(self) -> str: return f"<Survey of {self.name}: {sum(p.count for p in self.parts):,} samples in {len(self.parts)} parts>"
+    def __repr__(self) -> str:
+        return f"<Survey of {self.name}: {sum(p.count for p in self.parts):,} samples in {len(self.parts)} parts>"
 
     @property
     def faults(self) -> dict[str, list[str]]:
@@ -269,24 +295,29 @@ def recipe_of(what: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], boo
     if isinstance(what, Mapping): return dict(what), False
     path, word = Path(what), str(what)
     named = word in ALIASES or (RECIPES / f"{word}.yaml").exists() or path.suffix in (".yaml", ".yml")
-    if "/" in word and not named and ":" not in word and not path.exists(): raise FileNotFoundError(f"{word}: no such folder, and no recipe's name")
+    if "/" in word and not named and ":" not in word and not path.exists():
+        raise FileNotFoundError(f"{word}: no such folder, and no recipe's name")
     if named or not path.exists(): return load_recipe(what), False
     place = path.absolute()
     root, inside = (place, ".") if place.is_dir() else (place.parent, place.name)
     train = {kind: {"format": "folder", "path": inside} for kind in ("images", "clips")}
-    return {**load_recipe("folder"), "name": place.name, "root": str(root), "splits": {"train": train}, "download": f"looked below {place}"}, True
+    return {**load_recipe("folder"), "name": place.name, "root": str(root), "splits": {"train": train},
+            "download": f"looked below {place}"}, True
 
 
-def survey(recipe: str | Path | Mapping[str, Any],  # a recipe, loaded or by name, a mixture, or a folder of images and videos
+# a recipe, loaded or by name, a mixture, or a folder of images and videos
+def survey(recipe: str | Path | Mapping[str, Any],
            split: str = "",                         # empty: all
            opened: int = 1000                       # samples of each part whose media are opened, at most
            ) -> Survey:
-    """What a data set holds, printed and returned. What was seen is kept in the cache folder while the data stay the same.
+    """What a data set holds, printed and returned. What was seen is kept in the cache folder while the data stay the
+    same.
 
     `ValueError` for an unknown recipe or split; `FileNotFoundError` where nothing of it is there."""
     found, plain = recipe_of(recipe)
     if split and split not in found["splits"]: open_dataset(found, split)  # says which there are
-    parts = [p for s in ([split] if split else found["splits"]) for kind in found["splits"][s] for p in _surveyed(found, s, kind, opened)]
+    parts = [p for s in ([split] if split else found["splits"]) for kind in found["splits"][s]
+             for p in _surveyed(found, s, kind, opened)]
     if not any(p.count for p in parts): raise FileNotFoundError("\n".join(p.why for p in parts))
     result = Survey(found["name"], [p for p in parts if p.count or not plain])
     print(result)
@@ -300,21 +331,25 @@ def _annotated(recipe: Mapping[str, Any], split: str, kind: str, why: str) -> Pa
     except FileNotFoundError: reader = None
     if reader is None: return PartSurvey(split, kind, why=f"not there: {why}")
     heads = [head(reader, i) for i in range(len(reader))]
-    return PartSurvey(split, kind, type(reader).__name__, len(reader), heads, notes=[n for n in reader.notes if n[0] != NO_MEDIA], why=f"annotations alone: {why}")
+    return PartSurvey(split, kind, type(reader).__name__, len(reader), heads,
+                      notes=[n for n in reader.notes if n[0] != NO_MEDIA], why=f"annotations alone: {why}")
 
 
 def _surveyed(recipe: Mapping[str, Any], split: str, kind: str, opened: int) -> list[PartSurvey]:
     "The parts of one kind of data: one, or those of a mixture."
     try:
-        with warnings.catch_warnings(): warnings.simplefilter("ignore"); reader = open_dataset(recipe, split, kind)  # its notes are listed
+        # its notes are listed
+        with warnings.catch_warnings(): warnings.simplefilter("ignore"); reader = open_dataset(recipe, split, kind)
     except FileNotFoundError as e: return [_annotated(recipe, split, kind, str(e))]
     if not isinstance(reader, Mixture): return [look_over(reader, split, kind, opened)]
-    return [look_over(r, split, f"{kind}, {share:.0%} {name}", opened) for name, r, share in zip(reader.parts, reader.readers, reader.shares)]
+    return [look_over(r, split, f"{kind}, {share:.0%} {name}", opened) for name, r,
+            share in zip(reader.parts, reader.readers, reader.shares)]
 
 # %% ../../nbs/02a_survey.ipynb #c029
 def main(words: Sequence[str]) -> None:
     "The command: RECIPE [SPLIT [OPENED]]."
-    if not 1 <= len(words) <= 3 or words[0].startswith("-"): raise SystemExit("python -m esam3.show.survey RECIPE [SPLIT [OPENED]]: what a data set, or a folder, holds")
+    if not 1 <= len(words) <= 3 or words[0].startswith("-"):
+        raise SystemExit("python -m esam3.show.survey RECIPE [SPLIT [OPENED]]: what a data set, or a folder, holds")
     try: survey(words[0], *words[1:2], **({"opened": int(words[2])} if words[2:] else {}))
     except (ValueError, FileNotFoundError) as e: raise SystemExit(str(e)) from e
 
@@ -324,7 +359,8 @@ if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])
 # %% ../../nbs/02a_survey.ipynb #c031
 def _phrases(phrases: Sequence[Phrase], most: int = 4) -> str:
     "The first phrases of a sample, a line each, with the numbers of what they mean."
-    lines = [p.text[:36] + (f": {', '.join(map(str, p.instances[:8]))}" if p.instances else " (none)") for p in sorted(phrases, key=lambda p: not p.instances)]
+    lines = [p.text[:36] + (f": {', '.join(map(str, p.instances[:8]))}" if p.instances else " (none)")
+             for p in sorted(phrases, key=lambda p: not p.instances)]
     return "\n".join(lines[:most] + ([f"… {len(lines) - most} more"] if len(lines) > most else []))
 
 
@@ -347,17 +383,20 @@ def _draw(ax: Axes, image: np.ndarray, masks: Sequence[np.ndarray], title: str,
 def _strip(axes: Sequence[Axes], sample: ImageSample | ClipSample) -> None:
     "One sample in a row of axes: an image, or frames of a clip from its first to its last."
     said = _phrases(sample.phrases)
-    if isinstance(sample, ImageSample): return _draw(axes[0], sample.image, sample.masks, f"{sample.name[-40:]}\n{said}".strip())
+    if isinstance(sample, ImageSample):
+        return _draw(axes[0], sample.image, sample.masks, f"{sample.name[-40:]}\n{said}".strip())
     shown = np.linspace(0, len(sample.frames) - 1, len(axes)).round().astype(int)
     for k, (ax, t) in enumerate(zip(axes, shown)):
-        _draw(ax, sample.frames[t], sample.masks[:, t], f"{sample.name[-40:]}\n{said}".strip() if k == 0 else f"frame {sample.numbers[t]}")
+        _draw(ax, sample.frames[t], sample.masks[:, t], f"{sample.name[-40:]}\n{said}".strip() if k == 0
+              else f"frame {sample.numbers[t]}")
 
 
 def sheet(reader: Any,         # of any recipe
           count: int = 0,      # samples; 0: eight images, or three clips
           frames: int = 4,     # of a clip
           seed: int = 0) -> Figure:
-    "Some samples of a reader, drawn at random: outlines, boxes and numbers of instances, and phrases. What cannot be read says why."
+    """Some samples of a reader, drawn at random: outlines, boxes and numbers of instances, and phrases. What cannot be
+    read says why."""
     clips = reader.kind == "clips"
     chosen = rng_at(seed, 0).permutation(len(reader))[:count or (3 if clips else 8)]
     columns = frames if clips else min(4, len(chosen))
@@ -366,6 +405,8 @@ def sheet(reader: Any,         # of any recipe
     for ax in axes.flat: ax.axis("off")
     for place, i in zip(axes if clips else axes.reshape(-1, 1), chosen):
         try: _strip(place, reader.read(int(i), **({"most": 12} if clips else {})))
-        except BadSample as e: place[0].text(0, 0.5, "\n".join(re.findall(".{1,44}", str(e)))[:300], fontsize=5, va="center", wrap=True, transform=place[0].transAxes)
+        except BadSample as e:
+            place[0].text(0, 0.5, "\n".join(re.findall(".{1,44}", str(e)))[:300], fontsize=5, va="center", wrap=True,
+                          transform=place[0].transAxes)
     fig.tight_layout(pad=0.3, h_pad=0.8)
     return fig

@@ -25,13 +25,18 @@ from ..models.teacher import Prompts
 
 if get_ipython() is not None: set_matplotlib_formats("jpeg")  # a noisy image is ten times smaller than as PNG
 
-COLORS = {"truth": "#ffffff", "teacher": "#1f9bff", "student": "#ff7f0e", "missed": "#17becf", "too much": "#d62728"}  # one colour a role, everywhere
+# one colour a role, everywhere
+COLORS = {"truth": "#ffffff", "teacher": "#1f9bff", "student": "#ff7f0e", "missed": "#17becf", "too much": "#d62728"}
 
 # %% ../../nbs/62_views.ipynb #c005
 def show_image(ax: Axes, image: np.ndarray, title: str = "") -> Axes:
     "Draw uint8 [H, W, 3] without axes, in continuous px."
     h, w = image.shape[:2]
-    ax.imshow(image, extent=(0, w, h, 0)); ax.set_xlim(0, w); ax.set_ylim(h, 0); ax.axis("off"); ax.set_title(title, fontsize=7)
+    ax.imshow(image, extent=(0, w, h, 0))
+    ax.set_xlim(0, w)
+    ax.set_ylim(h, 0)
+    ax.axis("off")
+    ax.set_title(title, fontsize=7)
     return ax
 
 
@@ -67,7 +72,8 @@ def prompt_loop(images: Sequence[np.ndarray], spaces: Spaces,
     fig, axes = plt.subplots(rows, 4, figsize=(7.5, 1.75 * rows), dpi=70, squeeze=False)
     missed, extra = disagreement(teacher, student, spaces.valid("student", teacher.shape[-1], prompts.image_index))
     at = lambda p, n: spaces.points(p.points[n][None], p.image_index[n][None], "student", "source")[0].numpy(force=True)
-    back = lambda maps, n: spaces.to_source(maps[n][None].float(), "student", int(prompts.image_index[n]))[0].numpy(force=True)
+    back = lambda maps, n: spaces.to_source(maps[n][None].float(), "student",
+                                            int(prompts.image_index[n]))[0].numpy(force=True)
     for n, row in enumerate(axes):
         image_index = images[int(prompts.image_index[n])]
         titles = ("prompt", "teacher", "student", "disagreement → new point")
@@ -87,9 +93,11 @@ def clip_strip(images: Sequence[np.ndarray],                  # T × uint8 [H, W
     "One row for each tracker, each over the images; `role` gives a row's colour."
     shown = np.linspace(0, len(images) - 1, min(columns, len(images))).round().astype(int)
     h, w = images[0].shape[:2]
-    fig, axes = plt.subplots(len(masks), len(shown), figsize=(1.15 * len(shown), (1.2 * h / w + 0.2) * len(masks)), dpi=75, squeeze=False)
+    fig, axes = plt.subplots(len(masks), len(shown), figsize=(1.15 * len(shown), (1.2 * h / w + 0.2) * len(masks)),
+                             dpi=75, squeeze=False)
     for row, (title, of) in zip(axes, masks.items()):
-        for ax, t in zip(row, shown): show_image(ax, images[t], f"{title}, frame {t}" if t == shown[0] else ""); outline(ax, of[t], role[title])
+        for ax, t in zip(row, shown):
+            show_image(ax, images[t], f"{title}, frame {t}" if t == shown[0] else ""); outline(ax, of[t], role[title])
     fig.tight_layout(pad=0.2)
     return fig
 
@@ -102,7 +110,10 @@ def curves(folder: str | Path, names: Sequence[str] = ("loss",), smooth: int = 2
     for ax, name in zip(axes[0], names):
         x, y = np.array([(r["step"], r[name]) for r in lines if name in r]).T
         k = max(1, min(smooth, len(y) // 3))
-        ax.plot(x[k - 1:], np.convolve(y, np.ones(k) / k, "valid")); ax.set_title(name, fontsize=8); ax.tick_params(labelsize=6); ax.set_xlabel("step", fontsize=7)
+        ax.plot(x[k - 1:], np.convolve(y, np.ones(k) / k, "valid"))
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=6)
+        ax.set_xlabel("step", fontsize=7)
     fig.tight_layout(pad=0.4)
     return fig
 
@@ -113,7 +124,9 @@ def bars(scores: Mapping[str, Mapping[str, float]], keys: Sequence[str], title: 
     for i, (name, row) in enumerate(scores.items()):
         x = np.arange(len(keys)) + (i - (len(scores) - 1) / 2) * 0.8 / len(scores)
         ax.bar(x, [np.nan if row.get(k) is None else row[k] for k in keys], 0.75 / len(scores), label=name)
-    ax.set_xticks(range(len(keys)), keys, fontsize=8); ax.tick_params(axis="y", labelsize=7); ax.set_title(title, fontsize=8)
+    ax.set_xticks(range(len(keys)), keys, fontsize=8)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.set_title(title, fontsize=8)
     ax.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1)); fig.tight_layout(pad=0.4)
     return fig
 
@@ -122,7 +135,8 @@ def table(scores: Mapping[str, Mapping[str, float]], keys: Sequence[str]) -> str
     "A Markdown table of scores × 100."
     cell = lambda v: "–" if v is None or v != v else f"{100 * v:.1f}"
     lines = ["| | " + " | ".join(keys) + " |", "| --- |" + " ---: |" * len(keys)]
-    return "\n".join([*lines, *(f"| {n} | " + " | ".join(cell(r.get(k)) for k in keys) + " |" for n, r in scores.items())])
+    return "\n".join([*lines, *(f"| {n} | " + " | ".join(cell(r.get(
+        k)) for k in keys) + " |" for n, r in scores.items())])
 
 # %% ../../nbs/62_views.ipynb #c015
 def memory_reading(images: Sequence[np.ndarray],        # T × uint8 [H, W, 3]
@@ -130,19 +144,27 @@ def memory_reading(images: Sequence[np.ndarray],        # T × uint8 [H, W, 3]
                    mask: np.ndarray,                    # [H, W] logits of the student there
                    past: Sequence[int], heat: Tensor,   # M frame numbers; [M, H, W] attention laid over them
                    weights: Tensor, pointers: float,    # [M, K] attention to each token, and to object pointers
-                   boxes: Tensor                        # [K, 4] window of each token, xyxy source px; NaN: the whole map
+                   # [K, 4] window of each token, xyxy source px; NaN: the whole map
+                   boxes: Tensor
                    ) -> Figure:
     "One query pixel, the past frames as it reads them, and its attention to each of their tokens."
-    fig, (top, low) = plt.subplots(2, 1 + len(past), figsize=(1.45 * (1 + len(past)), 2.6), dpi=75, height_ratios=[2, 1])
-    show_image(top[0], images[frame], f"frame {frame} reads"); outline(top[0], mask, "student"); top[0].plot(*at, "P", color="#2ca02c", mec="white", ms=7)
+    fig, (top, low) = plt.subplots(2, 1 + len(past), figsize=(1.45 * (1 + len(past)), 2.6), dpi=75,
+                                   height_ratios=[2, 1])
+    show_image(top[0], images[frame], f"frame {frame} reads")
+    outline(top[0], mask, "student")
+    top[0].plot(*at, "P", color="#2ca02c", mec="white", ms=7)
     most, w, shown = float(heat.max()), weights.numpy(force=True), heat.numpy(force=True)
     for ax, bars, t, h, row in zip(top[1:], low[1:], past, shown, w):
         show_image(ax, images[t], f"frame {t}: {row.sum():.0%}")
-        ax.imshow(np.concatenate([np.zeros((*h.shape, 3)), 0.6 * (1 - h[..., None] / max(most, 1e-9))], -1), extent=(0, h.shape[1], h.shape[0], 0))
+        ax.imshow(np.concatenate([np.zeros((*h.shape, 3)), 0.6 * (1 - h[..., None] / max(most, 1e-9))], -1),
+                  extent=(0, h.shape[1], h.shape[0], 0))
         _windows(ax, boxes.numpy(force=True), row / max(w.max(), 1e-9))
-        bars.bar(range(len(row)), row, color=np.where(np.isnan(boxes[:, 0].numpy(force=True)), COLORS["teacher"], COLORS["student"]))
+        bars.bar(range(len(row)), row, color=np.where(np.isnan(boxes[:, 0].numpy(force=True)), COLORS["teacher"],
+                                                      COLORS["student"]))
         bars.set_ylim(0, 1.05 * w.max()); bars.tick_params(labelsize=5); bars.set_xlabel("token", fontsize=6)
-    low[0].bar([*map(str, past), "ptr"], [*w.sum(1), pointers], color="0.5"); low[0].tick_params(labelsize=5); low[0].set_xlabel("past frame", fontsize=6)
+    low[0].bar([*map(str, past), "ptr"], [*w.sum(1), pointers], color="0.5")
+    low[0].tick_params(labelsize=5)
+    low[0].set_xlabel("past frame", fontsize=6)
     fig.tight_layout(pad=0.3)
     return fig
 
@@ -150,4 +172,6 @@ def memory_reading(images: Sequence[np.ndarray],        # T × uint8 [H, W, 3]
 def _windows(ax: Axes, boxes: np.ndarray, share: np.ndarray) -> None:
     "Frames around windows [K, 4] that are read, as strong as their share [K] in 0…1."
     for (x0, y0, x1, y1), s in zip(boxes, share):
-        if np.isfinite(x0) and s > 0.1: ax.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=COLORS["student"], lw=0.5 + 1.5 * s, alpha=float(min(1, 0.3 + s))))
+        if np.isfinite(x0) and s > 0.1:
+            ax.add_patch(plt.Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=COLORS["student"], lw=0.5 + 1.5 * s,
+                                       alpha=float(min(1, 0.3 + s))))

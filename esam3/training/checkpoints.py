@@ -32,14 +32,15 @@ def trained(task: nn.Module) -> dict[str, Tensor]:
 def restore(task: nn.Module, saved: Mapping[str, Tensor]) -> None:
     "Copy saved tensors into a task, wherever it is. `ValueError` where the names are not the same."
     own = trained(task)
-    if own.keys() != saved.keys(): raise ValueError(f"the checkpoint is of another task: {sorted(own.keys() ^ saved.keys())[:3]}")
+    if own.keys() != saved.keys():
+        raise ValueError(f"the checkpoint is of another task: {sorted(own.keys() ^ saved.keys())[:3]}")
     for n, t in own.items(): t.copy_(saved[n])
 
 # %% ../../nbs/05a_checkpoints.ipynb #k008
 def save_state(folder: Path, task: nn.Module, optimizer, average: dict[str, Tensor] | None, step: int,
                scaler: "torch.amp.GradScaler | None" = None, more: Mapping[str, object] | None = None) -> None:
-    """Write folder/state/last.pt: weights, optimiser, average, scaler, step, and `more` (plain values). The one before it
-    stays, as before.pt.
+    """Write folder/state/last.pt: weights, optimiser, average, scaler, step, and `more` (plain values). The one before
+    it stays, as before.pt.
 
     `OSError` where it cannot be written (a full disk): what was there is whole."""
     path = folder / "state" / "last.pt"
@@ -83,15 +84,16 @@ def _checked(path: Path) -> dict:
     with zipfile.ZipFile(path) as z:
         if odd := z.testzip(): raise ValueError(f"{odd} has another checksum")
     saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not (isinstance(saved, dict) and {"step", "task", "optimizer"} <= saved.keys()): raise ValueError("no checkpoint")
+    if not (isinstance(saved, dict) and {"step", "task", "optimizer"} <= saved.keys()):
+        raise ValueError("no checkpoint")
     return saved
 
 
 def load_state(folder: Path, task: nn.Module, optimizer, scaler: "torch.amp.GradScaler | None" = None,
                main: bool = True  # the rank that writes the logs
                ) -> tuple[int, dict[str, Tensor] | None, dict]:
-    """Step, average (on the task's device) and `more` of the checkpoint that `read_state` finds, after weights, optimiser
-    and scaler were restored; step 0 where there is none.
+    """Step, average (on the task's device) and `more` of the checkpoint that `read_state` finds, after weights,
+    optimiser and scaler were restored; step 0 where there is none.
 
     The main rank cuts `metrics.jsonl` and `skipped.jsonl` back to the step, and removes what a killed process has left
     half-written. `ValueError` names a damaged file."""
@@ -118,7 +120,8 @@ def _on_cpu(value: object) -> object:
 def cut_back(path: Path, step: int) -> None:
     "Keep the whole lines of a log whose `step` is before a step."
     if not path.exists(): return
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] < step]
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")
+             and json.loads(line)["step"] < step]
     with atomically(path) as p: p.write_text("".join(whole))
 
 # %% ../../nbs/05a_checkpoints.ipynb #k011
@@ -141,12 +144,14 @@ class Tally:
         bad, drawn = self.own["skipped"], self.own["drawn"] + self.own["skipped"]
         if bad > max(self.LEAST, self.share * drawn):
             self._list(self.rows)
-            raise BadSample(f"{bad} of {drawn} samples could not be read, more than {self.share:.0%} (sampling: bad): see {self.path}. The last: {self.rows[-1]['detail']}")
+            raise BadSample(f"{bad} of {drawn} samples could not be read, more than {self.share:.0%} (sampling: bad): "
+                            f"see {self.path}. The last: {self.rows[-1]['detail']}")
 
     def gather(self, main: bool) -> None:
         "Called by all ranks at a checkpoint: the first one counts and lists what all have noted since the last time."
         mine = [(dict(self.own - self.told), self.rows)]
-        for own, rows in gather_object(mine) if torch.distributed.is_available() and torch.distributed.is_initialized() else mine:
+        for own, rows in gather_object(
+            mine) if torch.distributed.is_available() and torch.distributed.is_initialized() else mine:
             self.drawn += own.pop("drawn", 0); self.counts.update(own)
             if main: self._list(rows)
         self.told, self.rows = Counter(self.own), []
@@ -172,5 +177,7 @@ def tensors_in(value: object, name: str = "") -> dict[str, Tensor]:
 
 def keep_batch(path: Path, batch: object) -> Path:
     "Write a batch's tensors, and the names of its samples as metadata, to a safetensors file."
-    with atomically(path) as p: save_file(tensors_in(batch) or {"empty": torch.zeros(0)}, p, {"names": json.dumps(list(map(str, getattr(batch, "names", ()))))})
+    with atomically(path) as p:
+        save_file(tensors_in(batch) or {"empty": torch.zeros(0)}, p,
+                  {"names": json.dumps(list(map(str, getattr(batch, "names", ()))))})
     return path

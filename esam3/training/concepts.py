@@ -35,12 +35,13 @@ from .losses import focal_factor, mask_loss, over_count, soft_target
 # %% ../../nbs/31_concepts.ipynb #c006
 def text_digest(model: Sam3) -> str:
     "16 hexadecimal digits of the weights of a model's text encoder."
-    return weights_digest({name: t for name, t in model.detector_model.state_dict().items() if name.startswith("text_")})
+    return weights_digest({name: t for name, t in model.detector_model.state_dict().items() if name.startswith(
+        "text_")})
 
 # %% ../../nbs/31_concepts.ipynb #c008
 class PhraseEmbeddings:
-    """Embeddings of noun phrases by a model's text encoder, computed one by one (so that none depends on its neighbours) and
-    kept on disk; the last `most` on the device."""
+    """Embeddings of noun phrases by a model's text encoder, computed one by one (so that none depends on its
+    neighbours) and kept on disk; the last `most` on the device."""
 
     def __init__(self, model: Sam3, most: int = 16384):
         self.model, self.folder, self.most = model, cache_dir() / f"text-{text_digest(model)}", most
@@ -69,14 +70,17 @@ class PhraseEmbeddings:
 
     @torch.no_grad()
     def _read(self, ids: tuple[int, ...]) -> Tensor:
-        "[L, C] of one phrase, from its file, which is written first where it is missing. `ValueError` names a damaged one."
+        """[L, C] of one phrase, from its file, which is written first where it is missing. `ValueError` names a damaged
+        one."""
         path = self.folder / f"{blake2b(repr(ids).encode(), digest_size=12).hexdigest()}.safetensors"
         if path.exists():
             try: return load_file(path)["tokens"]
-            except SafetensorError as e: raise ValueError(f"{path} is damaged ({e}): remove it, and it is made again") from e
+            except SafetensorError as e:
+                raise ValueError(f"{path} is damaged ({e}): remove it, and it is made again") from e
         ids = torch.tensor([ids]).to(self.model.device, non_blocking=True)
         with torch.autocast(ids.device.type, enabled=False):
-            tokens = self.model.detector_model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids), return_dict=True).pooler_output[0].float().cpu()
+            tokens = self.model.detector_model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids),
+                return_dict=True).pooler_output[0].float().cpu()
         with atomically(path) as p: save_file({"tokens": tokens.contiguous()}, p)
         return tokens
 
@@ -90,7 +94,8 @@ def vocabulary(reader: Any) -> tuple[str, ...]:
 ARTICLES = frozenset(("a", "an", "the"))
 JOINS = frozenset(("and", "or"))
 LINKS = frozenset(  # what follows them is said of the head noun
-    "of in on at with without for from by to into onto over under above below behind near inside outside beside between "
+    "of in on at with without for from by to into onto over under above below behind near inside outside beside "
+    "between "
     "against along across around through that who which wearing holding carrying".split())
 
 
@@ -116,7 +121,8 @@ def masked(words: tuple[str, ...]) -> list[tuple[str, ...]]:
 # %% ../../nbs/31_concepts.ipynb #c012c
 @torch.no_grad()
 def token_bags(model: Sam3, phrases: Sequence[str]) -> Tensor:
-    "Mean of the text encoder's token embeddings of each phrase, as unit vectors [N, C], float32 on the CPU; 0 without tokens."
+    """Mean of the text encoder's token embeddings of each phrase, as unit vectors [N, C], float32 on the CPU; 0 without
+    tokens."""
     table = model.detector_model.text_encoder.get_input_embeddings().weight.float().cpu()
     ids = model.tokenizer(list(phrases), add_special_tokens=False, truncation=True)["input_ids"]
     starts = torch.tensor(np.cumsum([0, *map(len, ids)])[:-1], dtype=torch.long)
@@ -125,7 +131,8 @@ def token_bags(model: Sam3, phrases: Sequence[str]) -> Tensor:
 
 # %% ../../nbs/31_concepts.ipynb #c012e
 class Confusables:
-    """The phrases of a vocabulary that could be mistaken for a given one, through an index that is built once; answers are kept.
+    """The phrases of a vocabulary that could be mistaken for a given one, through an index that is built once; answers
+    are kept.
 
     First those that differ in one content word; of a masked phrase that more than `k` fit, the `k` nearest by
     `token_bags`. If that makes fewer than `few`, also `k` with the same head noun; if there still are too few, the `k`
@@ -144,7 +151,8 @@ class Confusables:
             for pattern in masked(own): self.fits[pattern].append(n)
             self.heads[head_noun(own)].append(n)
         self.contents = list(self.number)
-        self.bags = token_bags(model, [" ".join(c) for c in self.contents]) if model is not None and self.phrases else None
+        self.bags = token_bags(model, [" ".join(c)
+                                       for c in self.contents]) if model is not None and self.phrases else None
 
     def __call__(self, phrase: str) -> tuple[str, ...]:
         "Phrases of the vocabulary, in its order; none where the phrase has no kin in it."
@@ -154,7 +162,8 @@ class Confusables:
 
 # %% ../../nbs/31_concepts.ipynb #c012f
 def _nearest(self: Confusables, n: int | None, among: Sequence[int], fit: Callable[[int], bool]) -> Iterable[int]:
-    "Up to `k` of some phrases that `fit`: the nearest to phrase `n`, or at even distances where nothing is known to be near."
+    """Up to `k` of some phrases that `fit`: the nearest to phrase `n`, or at even distances where nothing is known to
+    be near."""
     if len(among) > self.k and self.bags is not None and n is not None:
         near = (self.bags if len(among) == len(self.bags) else self.bags[torch.tensor(among)]) @ self.bags[n]
         order = near.argsort(descending=True, stable=True).tolist()
@@ -191,7 +200,8 @@ class QuerySampling:
     def __post_init__(self) -> None:
         "`ValueError` for what cannot be asked."
         if self.each < 1: raise ValueError(f"each={self.each}: an image is asked at least 1 query")
-        if min(self.easy, self.hard) < 0 or self.easy + self.hard > 1: raise ValueError(f"easy={self.easy}, hard={self.hard}: parts of the queries, from 0, together at most 1")
+        if min(self.easy, self.hard) < 0 or self.easy + self.hard > 1:
+            raise ValueError(f"easy={self.easy}, hard={self.hard}: parts of the queries, from 0, together at most 1")
         if not 0 <= self.exemplar <= 1: raise ValueError(f"exemplar={self.exemplar}: a part, 0 to 1")
 
 
@@ -202,12 +212,14 @@ class ConceptQueries:
     phrases: list[str | None]        # None: exemplars alone
     kinds: list[str]                 # positive | easy | hard | proposed
     members: list[tuple[int, ...]]   # instances of the batch that are to be found
-    known: Tensor                    # [N] bool; False: the truth has not been looked for, or an exemplar leaves open what it stands for
+    # [N] bool; False: the truth has not been looked for, or an exemplar leaves open what it stands for
+    known: Tensor
     boxes: Tensor                    # [N, 2, 4] exemplars
     labels: Tensor                   # [N, 2] 1 positive, 0 negative, -10 none
 
 # %% ../../nbs/31_concepts.ipynb #c015
-def _exemplars(batch: ImageBatch, members: Sequence[int], b: int, rng: np.random.Generator, against: float) -> tuple[list[list[float]], list[int]]:
+def _exemplars(batch: ImageBatch, members: Sequence[int], b: int, rng: np.random.Generator,
+               against: float) -> tuple[list[list[float]], list[int]]:
     "Two boxes and their labels: one or two of the members, or one and another instance of image `b` as a negative."
     shown = [(int(k), 1) for k in rng.permutation(list(members))[: int(rng.integers(1, 3))]]
     others = [k for k in torch.nonzero(batch.image_index == b)[:, 0].tolist() if k not in members]
@@ -216,30 +228,37 @@ def _exemplars(batch: ImageBatch, members: Sequence[int], b: int, rng: np.random
     return boxes + [[0.0] * 4] * (2 - len(shown)), labels + [-10] * (2 - len(shown))
 
 
-def _kind(phrase: Any) -> str: return "positive" if phrase.instances else "hard" if phrase.negative.startswith("hard") else "easy"
+def _kind(phrase: Any) -> str:
+    return "positive" if phrase.instances else "hard" if phrase.negative.startswith("hard") else "easy"
 
 # %% ../../nbs/31_concepts.ipynb #c016
 def sample_queries(batch: ImageBatch, rngs: Sequence[np.random.Generator],  # of each image
         query_sampling: QuerySampling,
         confusables: Callable[[str], Sequence[str]] = lambda phrase: ()  # `Confusables` of the data set's vocabulary
         ) -> ConceptQueries:
-    "Draw queries for a batch of images. One without phrases (an empty one is none) is not asked; where none has any, there are no queries."
+    """Draw queries for a batch of images. One without phrases (an empty one is none) is not asked; where none has any,
+    there are no queries."""
     rows = []
-    for b, (rng, labelled) in enumerate(zip(rngs, [[p for p in some if p.text.strip()] for some in batch.phrases], strict=True)):
+    for b, (rng, labelled) in enumerate(zip(
+        rngs, [[p for p in some if p.text.strip()] for some in batch.phrases], strict=True)):
         taken, named = {content_words(p.text) for p in labelled}, [p.text for p in labelled if p.instances]
         for _ in range(query_sampling.each if labelled else 0):
-            kind = str(rng.choice(("easy", "hard", "positive"), p=(query_sampling.easy, query_sampling.hard, 1 - query_sampling.easy - query_sampling.hard)))
+            kind = str(rng.choice(("easy", "hard", "positive"), p=(
+                query_sampling.easy, query_sampling.hard, 1 - query_sampling.easy - query_sampling.hard)))
             phrase = (fit := [p for p in labelled if _kind(p) == kind] or labelled)[int(rng.integers(len(fit)))]
             boxes, labels, text, known = [[0.0] * 4] * 2, [-10, -10], phrase.text.lower(), True
             new = [s for p in named for s in confusables(p) if content_words(s) not in taken] if kind == "hard" else []
-            if new and rng.random() < query_sampling.proposed: rows.append((b, str(rng.choice(new)), "proposed", (), False, boxes, labels)); continue
+            if new and rng.random() < query_sampling.proposed:
+                rows.append((b, str(rng.choice(new)), "proposed", (), False, boxes, labels)); continue
             if phrase.instances and rng.random() < query_sampling.exemplar:
                 boxes, labels = _exemplars(batch, phrase.instances, b, rng, query_sampling.against)
                 if rng.random() < query_sampling.alone: text, known = None, False
             rows.append((b, text, _kind(phrase), phrase.instances, known, boxes, labels))
     image_index, phrases, kinds, members, known, boxes, labels = map(list, zip(*rows) if rows else [()] * 7)
-    return ConceptQueries(torch.tensor(image_index, dtype=torch.long), phrases, kinds, members, torch.tensor(known, dtype=torch.bool),
-                     torch.tensor(boxes, dtype=torch.float32).view(-1, 2, 4), torch.tensor(labels, dtype=torch.long).view(-1, 2))
+    return ConceptQueries(torch.tensor(image_index, dtype=torch.long), phrases, kinds, members,
+                          torch.tensor(known, dtype=torch.bool),
+                     torch.tensor(boxes, dtype=torch.float32).view(-1, 2, 4),
+                          torch.tensor(labels, dtype=torch.long).view(-1, 2))
 
 # %% ../../nbs/31_concepts.ipynb #c018c
 def query_counts(queries: ConceptQueries | None) -> dict[str, float]:
@@ -285,13 +304,15 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
                    least: float = 0.3,  # candidates below this class score are left out
                    temperature: float = 1.0  # of `losses.soft_target`
                    ) -> Targets:
-    "A teacher's answer, moved from its frame to another: what it finds with its scores, presence and masks as probabilities."
+    """A teacher's answer, moved from its frame to another: what it finds with its scores, presence and masks as
+    probabilities."""
     p = found.logits.float().sigmoid()
     most = max([1, *(p > least).sum(1).tolist()])  # all that is read: of these, masks are drawn
     best, query = p.topk(most, 1)
     row = torch.arange(len(p), device=p.device)[:, None]
     drawn = found.masks is not None
-    chosen = found.masks[row, query] if drawn else torch.einsum("nkc,nchw->nkhw", found.queries[row, query], found.pixels)
+    chosen = found.masks[row, query] if drawn else torch.einsum("nkc,nchw->nkhw", found.queries[row, query],
+                                                                found.pixels)
     boxes = spaces.boxes(found.boxes[row, query].float() * spaces.side(src), image_index, src, dst) / spaces.side(dst)
     masks = soft_target(spaces.maps(chosen, src, dst, size, image_index), temperature)
     union = soft_target(spaces.maps(found.semantic, src, dst, size, image_index)[:, 0], temperature)
@@ -313,11 +334,13 @@ def box_giou(a: Tensor, b: Tensor,  # xyxy boxes [..., 4] that broadcast against
     return inter / (union + eps) - (hull - union) / (hull + eps)
 
 
-def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,  # of Q candidates, [..., Q, …]; masks [..., Q, h, w] in 0…1
+# of Q candidates, [..., Q, …]; masks [..., Q, h, w] in 0…1
+def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,
                goal_boxes: Tensor, goal_masks: Tensor         # of K targets, [..., K, …]
                ) -> Tensor:                                   # [..., Q, K] float32
     "What it costs that a candidate stands for a target. Boxes are xyxy fractions. In float32, whatever autocast does."
-    scores, boxes, goal_boxes, a, b = (x.float() for x in (scores, boxes, goal_boxes, masks.flatten(-2), goal_masks.flatten(-2)))
+    scores, boxes, goal_boxes, a, b = (x.float() for x in (scores, boxes, goal_boxes, masks.flatten(-2),
+                                                           goal_masks.flatten(-2)))
     with torch.autocast(scores.device.type, enabled=False):
         dice = 1 - (2 * a @ b.mT + 1) / (a.sum(-1)[..., None] + b.sum(-1)[..., None, :] + 1)
         l1 = torch.cdist(box_convert(boxes, "xyxy", "cxcywh"), box_convert(goal_boxes, "xyxy", "cxcywh"), p=1)
@@ -339,7 +362,8 @@ def halved_masks(found: Detections) -> Iterator[Tensor]:
 
 
 def _assigned(cost: np.ndarray) -> Tensor:
-    "[M, 4] of costs [L, N, Q, K]: layer, concept, query, target; concepts ascend. Where costs are infinite there is no target."
+    """[M, 4] of costs [L, N, Q, K]: layer, concept, query, target; concepts ascend. Where costs are infinite there is
+    no target."""
     rows = [np.zeros((0, 4), np.int64)]
     for n, layer in np.ndindex(cost.shape[1], cost.shape[0]):
         real = np.flatnonzero(np.isfinite(cost[layer, n, 0]))
@@ -354,11 +378,13 @@ def match_all(found: Detections,                   # with a leading axis of laye
               weights: Sequence[Tensor | None]     # [N] of each set; a concept of weight 0 is not matched
               ) -> list[Tensor]:                   # [M, 4] long on the CPU of each: layer, concept, query, target
     "One candidate for each target with a score above 0, in each layer and set by itself. The device is read once."
-    real = [g.scores > 0 if w is None else (g.scores > 0) & (w > 0)[:, None] for g, w in zip(goals, weights, strict=True)]
+    real = [g.scores > 0 if w is None else (g.scores > 0) & (w > 0)[:, None] for g,
+            w in zip(goals, weights, strict=True)]
     halves, cost = [halved(goal.masks) for goal in goals], []
     for layer in zip(found.logits.float().sigmoid(), found.boxes.float(), halved_masks(found)):
         cost.append(torch.cat([match_cost(*layer, goal.boxes, half) for goal, half in zip(goals, halves)], -1))
-    cost = torch.stack(cost).nan_to_num(nan=1e6, posinf=1e6)  # an assignment there must be: the losses say what is wrong
+    # an assignment there must be: the losses say what is wrong
+    cost = torch.stack(cost).nan_to_num(nan=1e6, posinf=1e6)
     cost = cost.masked_fill(~torch.cat(real, 1)[None, :, None], torch.inf).numpy(force=True)
     return [_assigned(c) for c in np.split(cost, np.cumsum([r.shape[1] for r in real])[:-1], -1)]
 
@@ -372,7 +398,8 @@ WEIGHTS: Mapping[str, float] = {"presence": 1.0, "score": 4.0, "l1": 5.0, "giou"
 
 
 def soft_focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
-    "Cross-entropy with targets in 0…1, times |p − target|^gamma: what is nearly right counts little. Any shape; float32."
+    """Cross-entropy with targets in 0…1, times |p − target|^gamma: what is nearly right counts little. Any shape;
+    float32."""
     x, t = logits.float(), target.float()
     return F.binary_cross_entropy_with_logits(x, t, reduction="none") * focal_factor((x.sigmoid() - t).abs(), gamma)
 
@@ -382,13 +409,15 @@ def concept_losses(found: Detections,   # with a leading axis of layers
                    valid: Tensor,       # [N, h, w] bool: the image, not its padding
                    focal: float = 20.0,  # of `losses.mask_loss`
                    weight: Tensor | None = None,  # [N] 1: the concept counts, 0: it does not; none: all do
-                   whole: Mapping[str, float | Tensor] | None = None,  # `concepts`, `targets` of the step; none: of these
+                   # `concepts`, `targets` of the step; none: of these
+                   whole: Mapping[str, float | Tensor] | None = None,
                    matched: Tensor | None = None,  # of `match`
                    recompute: bool = False         # mask losses are computed again in the backward pass
                    ) -> dict[str, Tensor]:
     """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts.
 
-    Means over layers: of scores, boxes and masks over targets (weighted by their scores), of presence and union over concepts."""
+    Means over layers: of scores, boxes and masks over targets (weighted by their scores), of presence and union over
+    concepts."""
     counts = torch.ones_like(goal.presence, dtype=torch.float32) if weight is None else weight.float()
     if matched is None: matched = match(found, goal, weight)
     layer, concept, query, target = matched.to(counts.device, non_blocking=True).unbind(1)

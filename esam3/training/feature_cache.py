@@ -59,7 +59,8 @@ def replayed(reader: Any,              # of images
              seed: int, index: int,    # index: of the sample in the reader
              replay: int,              # 0 … R − 1
              augmentation: Mapping[str, Any] | None,  # arguments of `augment`; None: images as they are
-             rng: np.random.Generator | None = None, **options: Any  # of the reader's `read`: which instances, never which pixels
+             # of the reader's `read`: which instances, never which pixels
+             rng: np.random.Generator | None = None, **options: Any
              ) -> ReplayedSample:
     "A sample whose image depends on (seed, index, replay) only. `BadSample` as the reader raises it."
     s = reader.read(index, rng, **options)
@@ -77,7 +78,8 @@ class Replays:
     def __len__(self) -> int: return len(self.reader) * self.replays
 
     def read(self, item: int, rng: np.random.Generator | None = None, **options: Any) -> ReplayedSample:
-        return replayed(self.reader, self.seed, item % len(self.reader), item // len(self.reader), self.augmentation, rng, **options)
+        return replayed(self.reader, self.seed, item % len(self.reader), item // len(self.reader), self.augmentation,
+                        rng, **options)
 
 # %% ../../nbs/14_feature_cache.ipynb #c033
 def vit_digest(teacher: Sam3) -> str:
@@ -97,12 +99,15 @@ def cache_settings(teacher: Sam3, images: Replays,
                    dtype: str = "int8",  # or "fp16"
                    records: int = 512    # images in a file (2.7 GB at SAM3's size)
                    ) -> dict[str, Any]:
-    "What must be equal for a cache to be the right one. The number of replays is not part of it: a cache can be given more."
+    """What must be equal for a cache to be the right one. The number of replays is not part of it: a cache can be given
+    more."""
     names = "\n".join(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in images.reader.names)
     defaults = {k: p.default for k, p in list(signature(augment).parameters.items())[2:]}
     changes = None if images.augmentation is None else {**defaults, **images.augmentation}
-    return {"format": 2, "dtype": dtype, "teacher": vit_digest(teacher), "image_size": teacher.image_size, "tokens": teacher.grid ** 2,
-            "width": teacher.detector_model.vision_encoder.backbone.config.hidden_size, "preprocessing": preprocessing(teacher.image_size),
+    return {"format": 2, "dtype": dtype, "teacher": vit_digest(teacher), "image_size": teacher.image_size,
+            "tokens": teacher.grid ** 2,
+            "width": teacher.detector_model.vision_encoder.backbone.config.hidden_size,
+            "preprocessing": preprocessing(teacher.image_size),
             "pictures": len(images.reader), "names": blake2b(names.encode(), digest_size=8).hexdigest(),
             "augment": changes, "seed": images.seed, "records": records}
 
@@ -120,7 +125,8 @@ def settings_in(path: Path) -> dict[str, Any]:
     "The settings in a file's header. `ValueError` when it is damaged."
     with open(path, "rb") as f: text, crc = f.read(HEADER - 4), f.read(4)
     if zlib.crc32(text).to_bytes(4, "little") == crc: return json.loads(text)
-    raise ValueError(f"{path}: its header is damaged; delete this file and call write_cache again, it writes what is missing")
+    raise ValueError(f"{path}: its header is damaged; delete this file and call write_cache again, it writes what is "
+                     f"missing")
 
 # %% ../../nbs/14_feature_cache.ipynb #c042
 class FeatureCache:
@@ -144,10 +150,13 @@ class FeatureCache:
 
 # %% ../../nbs/14_feature_cache.ipynb #c044
 def _compare(self: FeatureCache, path: Path) -> None:
-    "`ValueError` where a file's settings differ from ours. A setting that we do not have, such as the writer's precision, does not count."
+    """`ValueError` where a file's settings differ from ours. A setting that we do not have, such as the writer's
+    precision, does not count."""
     there = settings_in(path)
     wrong = [f"{k}: {there.get(k)!r} there, {v!r} now" for k, v in self.settings.items() if there.get(k) != v]
-    if wrong: raise ValueError(f"{path} holds features made with other settings ({'; '.join(wrong)}): choose another folder, or delete it")
+    if wrong:
+        raise ValueError(f"{path} holds features made with other settings ({'; '.join(wrong)}): choose another folder, "
+                         f"or delete it")
 
 
 def _open(self: FeatureCache, path: Path) -> np.ndarray:
@@ -208,10 +217,12 @@ def _read(self: FeatureCache, items: Sequence[int]) -> Packed:
     for k, item in enumerate(items):
         path, row = self.place(item)
         what = f"image {item % self.settings['pictures']} in replay {item // self.settings['pictures']}"
-        if not self.holds(item): raise LookupError(f"{path} holds no features of {what}: call write_cache again, it writes them")
+        if not self.holds(item):
+            raise LookupError(f"{path} holds no features of {what}: call write_cache again, it writes them")
         record = self.open(path)[row:row + 1]
         if record["crc"][0] != checksum(record):
-            raise ValueError(f"{path}: features of {what} are damaged (checksum): call write_cache with verify=True, it writes them again")
+            raise ValueError(f"{path}: features of {what} are damaged (checksum): call write_cache with verify=True, "
+                             f"it writes them again")
         for name in PARTS: out[name][k] = record[name][0]
     return Packed(*map(torch.from_numpy, out.values()))
 
@@ -229,7 +240,8 @@ def _prefetch(self: FeatureCache, items: Sequence[int]) -> None:
 def _take(self: FeatureCache, items: Sequence[int]) -> Packed:
     """The maps of some items, prefetched or not; counts the time in `waited`.
 
-    `LookupError` for an item that is not there, `ValueError` for one that is damaged; both name the file and what to do."""
+    `LookupError` for an item that is not there, `ValueError` for one that is damaged; both name the file and what to
+    do."""
     start, key = time.perf_counter(), tuple(map(int, items))
     packed = self._coming.pop(key).result() if key in self._coming else self._read(key)
     self.waited += time.perf_counter() - start
@@ -254,7 +266,8 @@ class Plan:
     def hours(self) -> float: return self.items / self.rate / 3600
 
     def __str__(self) -> str:
-        return (f"{self.items:,} images of {self.each / 1e6:.3g} MB: {self.bytes / 1e9:,.1f} GB in {self.files:,} files; "
+        return (f"{self.items:,} images of {self.each / 1e6:.3g} MB: {self.bytes / 1e9:,.1f} GB in {self.files:,} "
+                f"files; "
                 f"{self.hours:.2g} hours at {self.rate:.3g} images a second")
 
 
@@ -269,7 +282,9 @@ def check_room(folder: str | Path, wanted: Plan) -> None:
     folder = Path(folder)
     more = wanted.bytes - sum(p.stat().st_blocks * 512 for p in folder.glob("*.trunk"))
     free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
-    if more > free: raise OSError(f"{folder}: the features want {more / 1e9:,.1f} GB more ({wanted}), {free / 1e9:,.1f} GB are free: "
+    if more > free:
+        raise OSError(f"{folder}: the features want {more / 1e9:,.1f} GB more ({wanted}), {free / 1e9:,.1f} GB are "
+                      f"free: "
                                   "make room, choose another folder, or cache fewer images or replays")
 
 # %% ../../nbs/14_feature_cache.ipynb #c069
@@ -288,7 +303,8 @@ class _Pixels(Dataset):
         except BadSample as e: return item, str(e)
 
 # %% ../../nbs/14_feature_cache.ipynb #c071
-def _write_batch(cache: FeatureCache, teacher: Sam3, found: Sequence[tuple[int, Tensor | str]], items: Sequence[int]) -> int:
+def _write_batch(cache: FeatureCache, teacher: Sam3, found: Sequence[tuple[int, Tensor | str]],
+                 items: Sequence[int]) -> int:
     "Encode the images of a batch, store those of `items` among them, and return how many these are."
     good = [(i, x) for i, x in found if isinstance(x, Tensor)]
     rows = [k for k, (i, _) in enumerate(good) if i in items]
@@ -296,7 +312,8 @@ def _write_batch(cache: FeatureCache, teacher: Sam3, found: Sequence[tuple[int, 
     with torch.inference_mode(), autocast(teacher.device, cache.settings["precision"]):
         trunk = encode_trunk(teacher, torch.stack([x for _, x in good]).to(teacher.device))
     if not trunk.isfinite().all():
-        raise FloatingPointError(f"the teacher's features of items {good[0][0]}–{good[-1][0]} are not finite: pass precision='no'")
+        raise FloatingPointError(f"the teacher's features of items {good[0][0]}–{good[-1][0]} are not finite: pass "
+                                 f"precision='no'")
     cache.write([good[k][0] for k in rows], pack(trunk, cache.settings["dtype"]).pick(rows))
     return len(rows)
 
@@ -309,19 +326,23 @@ def write_cache(folder: str | Path, teacher: Sam3, images: Replays, dtype: str =
                 verify: bool = False,           # compute the checksums of what is there
                 precision: str = "no"           # of `core.PRECISIONS`
                 ) -> dict[str, float]:
-    """Write what is missing in a cache; returns numbers of items `there`, `written` and `skipped` (bad samples), and `seconds`.
+    """Write what is missing in a cache; returns numbers of items `there`, `written` and `skipped` (bad samples), and
+    `seconds`.
 
-    `OSError` when the disk is or will be full, `ValueError` when the folder holds other features, `FloatingPointError` for features
-    that are no numbers."""
+    `OSError` when the disk is or will be full, `ValueError` when the folder holds other features, `FloatingPointError`
+    for features that are no numbers."""
     cache = FeatureCache(folder, cache_settings(teacher, images, dtype, records) | {"precision": precision})
     check_room(folder, plan(len(images.reader), cache.settings, images.replays))
     own, start, bad, written = batches(len(images), records, batch, rank, world), time.perf_counter(), Reported(), 0
     todo = {b: items for b in own if (items := [i for i in b if not cache.holds(i, verify)])}
     count, missing = sum(map(len, own)), sum(map(len, todo.values()))
     print(f"rank {rank}: {missing:,} of {count:,} images to write into {printable(cache.folder)}")
-    loader = DataLoader(_Pixels(images, teacher.image_size), batch_sampler=list(todo), num_workers=workers, collate_fn=list)
-    for items, found in zip(todo.values(), tqdm(loader, desc="features", unit="batch", disable=rank > 0, mininterval=2)):
+    loader = DataLoader(_Pixels(images, teacher.image_size), batch_sampler=list(todo), num_workers=workers,
+                        collate_fn=list)
+    for items, found in zip(todo.values(), tqdm(loader, desc="features", unit="batch", disable=rank > 0,
+                                                mininterval=2)):
         bad.add(("skipped", what) for _, what in found if isinstance(what, str))
         written += _write_batch(cache, teacher, found, items)
     if bad.counts: print(f"rank {rank}: {bad}")
-    return {"there": count - missing, "written": written, "skipped": missing - written, "seconds": time.perf_counter() - start}
+    return {"there": count - missing, "written": written, "skipped": missing - written,
+            "seconds": time.perf_counter() - start}

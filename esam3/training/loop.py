@@ -37,19 +37,22 @@ from .cluster import Stopped, stop_requested
 TRAINS: Mapping[int, Mapping[str, tuple[str, float]]] = {  # stage → group → (expression, weight decay); paper §4.2–4.4
     1: {"encoder": (r"^detector_model\.vision_encoder\.", 0.05), "decoder": (r"^tracker_model\.mask_decoder\.", 0.01)},
     2: {"perceiver": (r"^perceiver\.", 0.01),
-        "tracking head": (r"^tracker_model\.(memory_attention|memory_encoder|mask_decoder|object_pointer_proj|memory_temporal_positional_encoding"
+        "tracking head": (
+            r"^tracker_model\.(memory_attention|memory_encoder|mask_decoder|object_pointer_proj|memory_temporal_positional_encoding"
                           r"|temporal_positional_encoding_projection_layer|no_object_pointer|occlusion_spatial_embedding_parameter)", 0.01)},
     3: {"perceiver": (r"^perceiver\.", 0.01), "mask decoders": (r"^(detector|tracker)_model\.mask_decoder\.", 0.01),
         "presence and scoring": (r"^detector_model\.(dot_product_scoring|detr_decoder\.presence)", 0.01)},
 }
 THAW: Mapping[str, tuple[str, float]] = {  # what stage 3 may train beside its own groups
-    "encoder": TRAINS[1]["encoder"], "detr": (r"^detector_model\.(detr_encoder|geometry_encoder|detr_decoder\.(?!presence))", 0.01),
+    "encoder": TRAINS[1]["encoder"],
+    "detr": (r"^detector_model\.(detr_encoder|geometry_encoder|detr_decoder\.(?!presence))", 0.01),
     "tracking": (TRAINS[2]["tracking head"][0].replace("|mask_decoder", ""), 0.01),
 }
 
 
 def select_trainable(model: nn.Module, groups: Mapping[str, tuple[str, float]]) -> dict[str, list[nn.Parameter]]:
-    "Freeze a model but for the groups' parameters, and return these by group. `ValueError` where a group names nothing."
+    """Freeze a model but for the groups' parameters, and return these by group. `ValueError` where a group names
+    nothing."""
     model.requires_grad_(False)
     out = {g: [p for n, p in model.named_parameters() if re.search(e, n)] for g, (e, _) in groups.items()}
     empty = [g for g, ps in out.items() if not ps]
@@ -77,7 +80,8 @@ def parameter_groups(model: nn.Module, groups: Mapping[str, tuple[str, float]],
                      ) -> list[dict]:
     "AdamW's parameter groups; biases and norms are not decayed."
     chosen = select_trainable(model, groups)
-    return [{"name": f"{g}{' (no decay)' if flat else ''}", "params": [p for p in ps if (p.ndim < 2) == flat], "lr": lr * (1.0 if g in NEW_GROUPS else inherited),
+    return [{"name": f"{g}{' (no decay)' if flat else ''}", "params": [p for p in ps if (
+        p.ndim < 2) == flat], "lr": lr * (1.0 if g in NEW_GROUPS else inherited),
              "weight_decay": 0.0 if flat else groups[g][1]} for g, ps in chosen.items() for flat in (False, True)]
 
 # %% ../../nbs/05_training.ipynb #c013l
@@ -111,15 +115,19 @@ def loader(source: Dataset,        # item `part` is its batch, such as `Steps` o
            workers: int = 0,       # processes that read ahead; 0: here, when a batch is wanted
            pinned: bool = False    # in memory that a GPU copies from by itself
            ) -> DataLoader:
-    """Batches in order, whoever makes them: a batch depends on its part alone, so any number of workers gives the same ones.
+    """Batches in order, whoever makes them: a batch depends on its part alone, so any number of workers gives the same
+    ones.
 
     An error in a worker is raised here and names its file; a worker that dies ends the run."""
-    more = {"prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}  # a fork has the open recipe and the index of its files
-    return DataLoader(source, batch_size=None, sampler=parts, num_workers=workers, collate_fn=_as_it_is, pin_memory=pinned, generator=torch.Generator(), **more)
+    # a fork has the open recipe and the index of its files
+    more = {"prefetch_factor": 2, "multiprocessing_context": "fork"} if workers else {}
+    return DataLoader(source, batch_size=None, sampler=parts, num_workers=workers, collate_fn=_as_it_is,
+                      pin_memory=pinned, generator=torch.Generator(), **more)
 
 
 def pick_workers(device: torch.device, wanted: int = -1) -> int:
-    "How many processes read ahead: `wanted`, or where it is −1 a rank's share of the cores, at most 8, beside a GPU, and none on a CPU, which has enough to do."
+    """How many processes read ahead: `wanted`, or where it is −1 a rank's share of the cores, at most 8, beside a GPU,
+    and none on a CPU, which has enough to do."""
     if wanted >= 0 or device.type != "cuda": return max(0, wanted)
     return min(8, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -144,12 +152,14 @@ class Clock:
             yield batch
 
     def step(self) -> dict[str, float]:
-        "A step is done: its `seconds`, the share of them that was `waits`, samples `per_second`, `memory_gb` held at most so far, the seconds `left`."
+        """A step is done: its `seconds`, the share of them that was `waits`, samples `per_second`, `memory_gb` held at
+        most so far, the seconds `left`."""
         now = time.perf_counter()
         seconds, waited = now - self.last, self.waited - self.before
         self.last, self.before, self.steps = now, self.waited, self.steps - 1
         self.took = [*self.took[-99:], seconds]
-        told = {"seconds": seconds, "waits": waited / max(1e-9, seconds), "per_second": self.samples / max(1e-9, seconds),
+        told = {"seconds": seconds, "waits": waited / max(1e-9, seconds),
+                "per_second": self.samples / max(1e-9, seconds),
                 "memory_gb": peak_memory() / 1e9, "left": self.steps * statistics.mean(self.took)}
         return {k: round(v, 4) for k, v in told.items()}
 
@@ -157,7 +167,8 @@ class Clock:
 NOT_FINITE = 10  # steps in a row that end a run
 
 
-def fit(task: nn.Module,                            # `forward(batch)` → named, weighted losses; where it lies is where it is trained
+# `forward(batch)` → named, weighted losses; where it lies is where it is trained
+def fit(task: nn.Module,
         source: Dataset,                            # item `Part(step, …)` → the batch of a part of a step
         groups: list[dict],                         # AdamW's parameter groups
         schedule: Schedule, folder: str | Path,     # where state/ and metrics.jsonl go
@@ -166,20 +177,25 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
         precision: str = "auto",                    # or `no`, `bf16`, `fp16`
         bad: float = 0.01,                          # share of unreadable samples that ends the run
         workers: int = -1,                          # processes of each rank that read ahead; −1: as `pick_workers`
-        log_to: str = "",                           # one of accelerate's trackers beside metrics.jsonl, such as tensorboard
+        # one of accelerate's trackers beside metrics.jsonl, such as tensorboard
+        log_to: str = "",
         stop: int | None = None                     # stop here though the schedule goes on (tests, sessions)
         ) -> dict[str, object]:
-    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one. A task that has a `step` is told it;
-    one that has `counts(batch)` is called `forward(batch, whole)` with their sums over the step, and its losses then add up over the parts of a step.
-    One that says it is `steady` uses all its trainable parameters in every batch.
+    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one. A task
+    that has a `step` is told it; one that has `counts(batch)` is called `forward(batch, whole)` with their sums over
+    the step, and its losses then add up over the parts of a step. One that says it is `steady` uses all its
+    trainable parameters in every batch.
 
-    Returns seconds and steps of this call, the seconds `waited` for batches, `per_second` (samples), and `samples`, the account of what was drawn and skipped. Raises `BadSample` when too much
-    cannot be read, `FloatingPointError` after `NOT_FINITE` steps in a row whose loss or gradient was not finite,
-    `Stopped` after a checkpoint where `$ESAM3_STOP` names a file that is there, `ValueError` for a tracker that is not there."""
+    Returns seconds and steps of this call, the seconds `waited` for batches, `per_second` (samples), and `samples`, the
+    account of what was drawn and skipped. Raises `BadSample` when too much cannot be read, `FloatingPointError` after
+    `NOT_FINITE` steps in a row whose loss or gradient was not finite, `Stopped` after a checkpoint where `$ESAM3_STOP`
+    names a file that is there, `ValueError` for a tracker that is not there."""
     folder, device = Path(folder), next(task.parameters()).device
     AcceleratorState._reset_state()  # a process may train again in another precision
-    accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu", log_with=_tracker(log_to), project_dir=folder,
-                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not getattr(task, "steady", False))])
+    accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
+                              log_with=_tracker(log_to), project_dir=folder,
+                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not getattr(task,
+                                  "steady", False))])
     rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     if ranks > 1 and device.type == "cuda": task = convert_sync_batchnorm(task)
     train_mode(task)
@@ -189,12 +205,14 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     accelerator.wait_for_everyone()  # all have read the checkpoint before a next one is written
     last, row, micro = min(schedule.steps, stop or schedule.steps), 0, schedule.micro_batches(ranks)
     tally, clock, together = Tally(folder, bad, kept), Clock(last - first, schedule.batch_size), Together(accelerator)
-    ahead = loader(source, Parts(range(first, last), rank, ranks, micro), pick_workers(device, workers), device.type == "cuda")
+    ahead = loader(source, Parts(range(first, last), rank, ranks, micro), pick_workers(device, workers),
+                   device.type == "cuda")
     batches = clock.waiting(iter(ahead))
     bar = tqdm(range(first, last), initial=first, total=last, desc=f"{folder.name}", disable=not main, mininterval=2)
     average = average or ({n: t.clone() for n, t in trained(task).items()} if schedule.ema else None)
     log = open(folder / "metrics.jsonl", "a", buffering=1) if main else None  # a line is there when its step is done
-    if log_to: accelerator.init_trackers("", init_kwargs={log_to: {"purge_step": first}} if log_to == "tensorboard" else {})
+    if log_to:
+        accelerator.init_trackers("", init_kwargs={log_to: {"purge_step": first}} if log_to == "tensorboard" else {})
     for step in bar:
         for g in optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * schedule.factor(step)
         if hasattr(task, "step"): task.step = step
@@ -209,7 +227,8 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
         if row == NOT_FINITE: _give_up(log, folder, step, parts[-1], logged)
         if (step + 1) % every == 0 or step + 1 == last or stopped:
             tally.gather(main)
-            if main: log.flush(); save_state(folder, task, optimizer, average, step + 1, accelerator.scaler, tally.state())
+            if main:
+                log.flush(); save_state(folder, task, optimizer, average, step + 1, accelerator.scaler, tally.state())
             if main and watch: watch(step + 1)
         if stopped:
             if log: log.close()
@@ -221,7 +240,8 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
     accelerator.wait_for_everyone()
     if average and last == schedule.steps: restore(task, average)
     seconds = time.perf_counter() - clock.began
-    return {"seconds": seconds, "steps": last - first, "waited": clock.waited, "per_second": (last - first) * schedule.batch_size / max(1e-9, seconds), "samples": tally.state()}
+    return {"seconds": seconds, "steps": last - first, "waited": clock.waited,
+            "per_second": (last - first) * schedule.batch_size / max(1e-9, seconds), "samples": tally.state()}
 
 # %% ../../nbs/05_training.ipynb #c015
 class Together:
@@ -230,7 +250,8 @@ class Together:
     def __init__(self, accelerator: Accelerator):
         alone = accelerator.num_processes == 1
         self.count = accelerator.num_processes
-        self.group = None if alone or torch.distributed.get_backend() == "gloo" else torch.distributed.new_group(backend="gloo")
+        self.group = (None if alone or torch.distributed.get_backend() == "gloo"
+                      else torch.distributed.new_group(backend="gloo"))
 
     def all(self, mine: Any) -> list[Any]:
         "What each rank brings, in the order of ranks; called by all."
@@ -248,10 +269,12 @@ def added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return out
 
 
-def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[object], step: int, seed: int, schedule: Schedule, together: Together,
+def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[object], step: int, seed: int,
+          schedule: Schedule, together: Together,
           stopping: bool = False  # to stop
           ) -> tuple[dict[str, object], bool]:
-    "One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank was asked to stop. Left out by all ranks where a loss or the gradient is not finite."
+    """One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank was
+    asked to stop. Left out by all ranks where a loss or the gradient is not finite."""
     own, ranks, sums = accelerator.unwrap_model(task), accelerator.num_processes, {}
     counts = getattr(own, "counts", None)
     whole = added(together.all(added([counts(batch) for batch in parts]))) if counts else None
@@ -262,11 +285,16 @@ def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[
             with accelerator.autocast(): losses = task(batch, whole) if counts else task(batch)
             loss = sum(losses.values()) * share
             accelerator.backward(loss * ranks)  # gradients are averaged over ranks
-        for name, v in {"loss": loss, **{n: v * share for n, v in losses.items()}}.items(): sums[name] = sums.get(name, 0.0) + v.detach()
-    overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1   # then a gradient that is not finite is the scaler's business
+        for name, v in {"loss": loss, **{n: v * share for n, v in losses.items()}}.items():
+            sums[name] = sums.get(name, 0.0) + v.detach()
+    # then a gradient that is not finite is the scaler's business
+    overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
     norm = accelerator.clip_grad_norm_(task.parameters(), schedule.max_norm or math.inf)
-    *mine, norm = torch.stack([v.float() for v in (*sums.values(), torch.as_tensor(norm, device=accelerator.device))]).tolist()
-    odd = [k for k, v in zip(sums, mine) if not math.isfinite(v)] + (["gradient"] if not (overflow or math.isfinite(norm)) else [])
+    *mine, norm = torch.stack([v.float() for v in (*sums.values(), torch.as_tensor(
+        norm, device=accelerator.device))]).tolist()
+    odd = [k for k, v in zip(sums,
+                             mine) if not math.isfinite(v)] + (["gradient"] if not (overflow or math.isfinite(norm))
+                                                               else [])
     told, stops, faults = zip(*together.all((dict(zip(sums, mine)), stopping, odd)))
     if not any(faults): optimizer.step()  # fp16: the scaler itself leaves an overflow out
     elif accelerator.scaler is not None: accelerator.scaler.update()
@@ -283,7 +311,9 @@ def _rounded(value: float, digits: int) -> float | str:
 def _tracker(name: str) -> str | None:
     "One of accelerate's trackers. `ValueError` for one that is unknown, or whose package is not there."
     there = [str(t) for t in get_available_trackers()]
-    if name and name not in there: raise ValueError(f"log_to='{name}': accelerate knows no such tracker here ({', '.join(there) or 'none'} can be used); TensorBoard's is pip install tensorboard")
+    if name and name not in there:
+        raise ValueError(f"log_to='{name}': accelerate knows no such tracker here ({', '.join(there) or 'none'} can be "
+                         f"used); TensorBoard's is pip install tensorboard")
     return name or None
 
 
@@ -291,14 +321,16 @@ def _tell(log, bar, line: Mapping[str, object], clock: Clock) -> None:
     "A line of metrics.jsonl, with its `timing`; the bar's end."
     timing = clock.step()
     log.write(json.dumps({**line, "timing": timing}) + "\n")
-    bar.set_postfix(loss=f"{line['loss']}", waits=f"{clock.share:.0%}", per_second=f"{timing['per_second']:.3g}", memory=f"{timing['memory_gb']:.1f} GB")
+    bar.set_postfix(loss=f"{line['loss']}", waits=f"{clock.share:.0%}", per_second=f"{timing['per_second']:.3g}",
+                    memory=f"{timing['memory_gb']:.1f} GB")
 
 
 def _give_up(log, folder: Path, step: int, batch: object, logged: Mapping[str, object]) -> None:
     "Keep the batch and stop."
     if log: log.flush()
     place = keep_batch(folder / "inspect" / f"step-{step}-rank-{PartialState().process_index}.safetensors", batch)
-    raise FloatingPointError(f"{NOT_FINITE} steps in a row were not finite, the last is {step} ({', '.join(logged['not_finite'])}): its batch is in {place}; "
+    raise FloatingPointError(f"{NOT_FINITE} steps in a row were not finite, the last is {step} "
+                             f"({', '.join(logged['not_finite'])}): its batch is in {place}; "
                              "look at it, or try a smaller lr, clip=1.0 or precision no")
 
 
@@ -319,23 +351,29 @@ def with_checkpoint(options: Mapping[str, object] | None, checkpoint: int  # a r
 
 
 def for_training(student: nn.Module, schedule: Schedule) -> None:
-    "Lay a student's encoder out channels last, which depthwise convolutions want, and let its backbone be computed again in the backward pass if the schedule says so (statistics of batch norms that are live then follow twice as fast)."
+    """Lay a student's encoder out channels last, which depthwise convolutions want, and let its backbone be computed
+    again in the backward pass if the schedule says so (statistics of batch norms that are live then follow twice as
+    fast)."""
     encoder = student.detector_model.vision_encoder
     encoder.to(memory_format=torch.channels_last)
     encoder.encoder.backbone.set_grad_checkpointing(schedule.checkpoint_encoder)
 
 # %% ../../nbs/05_training.ipynb #c019
 def in_ranks(run: Callable, count: int, **given) -> object:
-    """`run(**given)` by `count` processes of this machine, which share each step and the cores; returns what the first one does.
+    """`run(**given)` by `count` processes of this machine, which share each step and the cores; returns what the first
+    one does.
 
-    Runs here and now where there is a GPU, for one rank, or where torchrun has started this process. An error in one rank stops all and is raised here."""
+    Runs here and now where there is a GPU, for one rank, or where torchrun has started this process. An error in one
+    rank stops all and is raised here."""
     if count < 2 or "RANK" in os.environ or pick_device().type != "cpu": return run(**given)
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     answer = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    started = torch.multiprocessing.spawn(_rank, (count, port, max(1, torch.get_num_threads() // count), cloudpickle.dumps((run, given)), answer), count, join=False)
+    started = torch.multiprocessing.spawn(_rank, (count, port, max(1, torch.get_num_threads() // count),
+                                                  cloudpickle.dumps((run, given)), answer), count, join=False)
     try:
         while not started.join(): pass
-    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as e:  # raised, or ended by `together`
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as e:
+        # raised, or ended by `together`
         if answer.empty(): raise
         raise answer.get() from e
     finally:
@@ -345,8 +383,10 @@ def in_ranks(run: Callable, count: int, **given) -> object:
 
 def _rank(rank: int, count: int, port: int, threads: int, call: bytes, answer) -> None:
     "One process of `in_ranks`: the variables that torchrun would set, then the call. Only the first one prints."
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(threads),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": socket.if_nameindex()[0][1]}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+                   "OMP_NUM_THREADS": str(threads),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "GLOO_SOCKET_IFNAME": socket.if_nameindex()[0][1]}
     torch.set_num_threads(threads)
     if rank: sys.stdout = open(os.devnull, "w")
     run, given = cloudpickle.loads(call)

@@ -37,7 +37,8 @@ def over_count(x: Tensor, count: float | Tensor) -> Tensor:
 
 
 def mean_of(x: Tensor) -> Tensor:
-    "Mean of the numbers of any shape, scalar; of none at all it is 0 (and still has a gradient), where `Tensor.mean` says nan."
+    """Mean of the numbers of any shape, scalar; of none at all it is 0 (and still has a gradient), where `Tensor.mean`
+    says nan."""
     return x.mean() if x.numel() else x.sum()
 
 # %% ../../nbs/13_losses.ipynb #c010
@@ -106,12 +107,15 @@ def match_masks(student: Tensor,             # [N, M, h, w] logits
                 valid: Tensor | None = None, # [N, h, w] bool
                 focal: float = 20.0          # of `mask_loss`
                 ) -> Tensor:                 # [N, M] long: which student mask answers each teacher mask
-    "Match the masks of each prompt one to one by least total Dice + Focal (§4.2, eq. 4). More than 4 masks are matched on the CPU."
+    """Match the masks of each prompt one to one by least total Dice + Focal (§4.2, eq. 4). More than 4 masks are
+    matched on the CPU."""
     n, m = student.shape[:2]
     if m == 1: return torch.zeros(n, 1, dtype=torch.long, device=student.device)
     v = None if valid is None else valid[:, None]
-    cost = torch.stack([mask_loss(student, target[:, k:k + 1].expand_as(student), v, focal=focal) for k in range(m)], 1)  # [N, teacher, student]
-    cost = cost.nan_to_num(nan=1e6, posinf=1e6)  # an assignment there must be: the loss of such masks says what is wrong with them
+    # [N, teacher, student]
+    cost = torch.stack([mask_loss(student, target[:, k:k + 1].expand_as(student), v, focal=focal) for k in range(m)], 1)
+    # an assignment there must be: the loss of such masks says what is wrong with them
+    cost = cost.nan_to_num(nan=1e6, posinf=1e6)
     if m <= 4: return least_orders(cost)
     pairs = np.array([linear_sum_assignment(c)[1] for c in cost.cpu().numpy()], dtype=np.int64).reshape(n, m)
     return torch.from_numpy(pairs).to(student.device, non_blocking=True)
@@ -135,11 +139,13 @@ def image_errors(student: Sequence[Tensor],               # maps [B, C, h, w]
                    teacher: Sequence[Tensor],               # the same shapes, in the student's frame
                    valid: Sequence[Tensor] | None = None    # bool [B, h, w] for each map; False in the padding
                    ) -> Tensor:                             # [maps, B]
-    "Squared error of each image's map over the teacher's variance in it: 0 perfect, 1 as bad as its channel means (eq. 3 without λ)."
+    """Squared error of each image's map over the teacher's variance in it: 0 perfect, 1 as bad as its channel means
+    (eq. 3 without λ)."""
     out = []
     for i, (s, t) in enumerate(zip(student, teacher, strict=True)):
         s, t = s.float(), t.detach().float()
-        if s.shape != t.shape: raise ValueError(f"map {i}: the student's is {tuple(s.shape)}, the teacher's {tuple(t.shape)}")
+        if s.shape != t.shape:
+            raise ValueError(f"map {i}: the student's is {tuple(s.shape)}, the teacher's {tuple(t.shape)}")
         ok = torch.ones_like(t[:, :1]) if valid is None else valid[i][:, None].float()
         n = ok.sum((1, 2, 3)).clamp(min=1) * t.shape[1]
         mean = (t * ok).sum((2, 3), keepdim=True) / ok.sum((2, 3), keepdim=True).clamp(min=1)
@@ -148,7 +154,8 @@ def image_errors(student: Sequence[Tensor],               # maps [B, C, h, w]
     return torch.stack(out)
 
 
-def feature_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], valid: Sequence[Tensor] | None = None) -> Tensor:
+def feature_errors(student: Sequence[Tensor], teacher: Sequence[Tensor],
+                   valid: Sequence[Tensor] | None = None) -> Tensor:
     "The means of `picture_errors` over the images: [maps]; 0 of no image."
     errors = image_errors(student, teacher, valid)
     return over_count(errors.sum(1), errors.shape[1])
@@ -170,7 +177,8 @@ def pick_cells(maps: Tensor,          # [B, C, h, w]
                count: int,            # cells wanted of each map
                seeds: Sequence[int] | None = None  # of each map; None: 0, 1, …
                ) -> tuple[Tensor, Tensor]:         # flat indices [B, K] long, K = min(count, h·w); [B, K] bool
-    "Random valid cells of each map by its own seed, each at most once. The second answer is False where a map had no more of them."
+    """Random valid cells of each map by its own seed, each at most once. The second answer is False where a map had no
+    more of them."""
     drawn = [torch.rand(maps.shape[2:], generator=Generator().manual_seed(s)) for s in seeds or range(len(maps))]
     chance = torch.stack(drawn) if drawn else torch.zeros(maps[:, 0].shape)
     chance = chance.to(maps.device, non_blocking=True)
@@ -208,7 +216,8 @@ def relational_loss(student: Tensor,              # [B, C, h, w]
     cells, ok = pick_cells(teacher, valid, count, seeds)
     pairs = ok[:, None] & ok[:, :, None] & ~torch.eye(ok.shape[1], dtype=torch.bool, device=ok.device)
     triples = pairs[..., None] & pairs[:, :, None] & pairs[:, None]
-    (ds, cs), (dt, ct) = _relations(at_cells(student, cells), pairs), _relations(at_cells(teacher.detach(), cells), pairs)
+    (ds, cs), (dt, ct) = _relations(at_cells(student, cells), pairs), _relations(at_cells(teacher.detach(), cells),
+        pairs)
     huber = lambda a, b, which: over_cells(F.smooth_l1_loss(a, b, reduction="none"), which)
     return distance * huber(ds, dt, pairs) + angle * huber(cs.flatten(1, 2), ct.flatten(1, 2), triples.flatten(1, 2))
 
@@ -230,7 +239,8 @@ def contrastive_loss(student: Tensor,              # [B, C, h, w]
                      temperature: float = 0.07, count: int = 32,  # CRD's; cells of an image
                      seeds: Sequence[int] | None = None  # of `pick_cells`
                      ) -> Tensor:                        # [B]
-    "Contrastive distillation after CRD: cross-entropy of finding the teacher's features of a cell among those of all picked cells of the batch."
+    """Contrastive distillation after CRD: cross-entropy of finding the teacher's features of a cell among those of all
+    picked cells of the batch."""
     cells, ok = pick_cells(teacher, valid, count, seeds)
     s, t = (F.normalize(at_cells(m, cells).flatten(0, 1), dim=-1) for m in (student, teacher.detach()))
     with torch.autocast(s.device.type, enabled=False): logits = (s @ t.T / temperature).masked_fill(~ok.flatten(), -1e4)
@@ -243,7 +253,8 @@ MAP_LOSSES: Mapping[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
 
 
 def map_terms(names: Sequence[str],                          # of `MAP_LOSSES`
-              student: Sequence[Tensor], teacher: Sequence[Tensor],  # maps [B, C, h, w], the teacher's in the student's frame
+              # maps [B, C, h, w], the teacher's in the student's frame
+              student: Sequence[Tensor], teacher: Sequence[Tensor],
               valid: Sequence[Tensor] | None = None,         # bool [B, h, w] for each map
               whole: float | Tensor | None = None,           # images of the whole step; None: these are all
               seeds: Sequence[int] | None = None             # of each image, for the losses of picked cells
@@ -295,17 +306,21 @@ def task_terms(masks: Tensor,          # [N, M, h, w] logits
                valid: Tensor | None = None,   # [N, h, w] bool
                present: Tensor | None = None, # [N] bool; an absent object teaches its score only. None: all are there
                focal: float = 20.0,           # of `mask_loss`
-               known: Tensor | None = None,   # [N] bool; an object without a known truth teaches nothing. None: all are known
-               whole: Mapping[str, float | Tensor] | None = None  # objects of the whole step that are `there`, and `known`; None: these are all
+               # [N] bool; an object without a known truth teaches nothing. None: all are known
+               known: Tensor | None = None,
+               # objects of the whole step that are `there`, and `known`; None: these are all
+               whole: Mapping[str, float | Tensor] | None = None
                ) -> dict[str, Tensor]:        # scalars `mask`, `iou`, `score`
-    """L_task (§4.2): the best mask of the set against the truth and the IoU head, summed over objects that are there, and the object score,
-    summed over known ones; each sum divided by its count in `whole`."""
-    per_mask = mask_loss(masks, target[:, None].expand_as(masks), None if valid is None else valid[:, None], focal=focal)
+    """L_task (§4.2): the best mask of the set against the truth and the IoU head, summed over objects that are there,
+    and the object score, summed over known ones; each sum divided by its count in `whole`."""
+    per_mask = mask_loss(masks, target[:, None].expand_as(masks), None if valid is None else valid[:, None],
+                         focal=focal)
     seen = torch.ones_like(object_logits, dtype=torch.float32) if known is None else known.float()
     here = seen if present is None else seen * present
     def share(x: Tensor, weight: Tensor, of: str) -> Tensor:
         return over_count((x * weight).sum(), weight.sum() if whole is None else whole[of])
-    return {"mask": share(per_mask.min(1).values, here, "there"), "iou": share(iou_head_loss(iou, masks, target, valid), here, "there"),
+    return {"mask": share(per_mask.min(1).values, here, "there"),
+            "iou": share(iou_head_loss(iou, masks, target, valid), here, "there"),
             "score": share(score_loss(object_logits, here), seen, "known")}
 
 # %% ../../nbs/13_losses.ipynb #c076
@@ -314,5 +329,6 @@ def total(terms: Mapping[str, Tensor],  # name → scalar
           ) -> Tensor:
     "Weighted sum of named losses. `ValueError` for a weight that names no term."
     if unknown := set(weights) - set(terms):
-        raise ValueError(f"weights for losses that are not there: {', '.join(sorted(unknown))}; there are: {', '.join(terms)}")
+        raise ValueError(f"weights for losses that are not there: {', '.join(sorted(unknown))}; there are: "
+                         f"{', '.join(terms)}")
     return sum(weights.get(k, 1.0) * v for k, v in terms.items())

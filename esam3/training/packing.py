@@ -45,7 +45,8 @@ RARE = 1024  # int8 keeps one value in so many exactly
 def pack(trunk: Tensor,        # [B, T, C]
          dtype: str = "int8"   # or "fp16"
          ) -> Packed:
-    "Quantise trunk maps, on their device. int8 errs by less than 1 % of a channel's σ while outliers are rarer than one value in 1,024."
+    """Quantise trunk maps, on their device. int8 errs by less than 1 % of a channel's σ while outliers are rarer than
+    one value in 1,024."""
     x = trunk.float()
     mean = x.mean(1, keepdim=True)
     far = (x - mean).abs()
@@ -53,7 +54,8 @@ def pack(trunk: Tensor,        # [B, T, C]
         scale, none = (far.amax(1) / 65504).clamp(min=1), x.new_empty(len(x), 0)
         return Packed(((x - mean) / scale[:, None]).half(), mean[:, 0], scale, none.int(), none)
     place = (far / far.mean(1, keepdim=True).clamp(min=1e-12)).flatten(1).topk(x[0].numel() // RARE).indices
-    near = x.flatten(1).scatter(1, place, mean.expand_as(x).flatten(1).gather(1, place)).view_as(x)  # the range is that of all others
+    # the range is that of all others
+    near = x.flatten(1).scatter(1, place, mean.expand_as(x).flatten(1).gather(1, place)).view_as(x)
     low, high = near.amin(1), near.amax(1)
     centre, scale = (low + high) / 2, ((high - low) / 254).clamp(min=1e-12)
     codes = ((near - centre[:, None]) / scale[:, None]).round().clamp(-127, 127)

@@ -52,37 +52,50 @@ def model_name(name: str) -> str:
 def digests(recipe: Mapping, parts: Mapping[str, Sequence[str]]  # split → kinds of data
             ) -> dict[str, dict[str, str]]:
     "split → kind → digest, of the parts that the recipe has. `FileNotFoundError` says what to download."
-    return {split: {k: open_dataset(recipe, split, k).digest for k in kinds if k in recipe["splits"].get(split, {})} for split, kinds in parts.items()}
+    return {split: {k: open_dataset(recipe, split, k).digest for k in kinds if k in recipe["splits"].get(split, {})}
+            for split, kinds in parts.items()}
 
 
-def open_stage(stage: int, recipe: Mapping, variant: str, teacher: str, schedule: Schedule, seed: int, runs: str, resume: bool,
+def open_stage(stage: int, recipe: Mapping, variant: str, teacher: str, schedule: Schedule, seed: int, runs: str,
+               resume: bool,
                kinds: Mapping[str, Sequence[str]],  # split → kinds of data that the stage reads
                **more) -> tuple[Path, dict]:
     """The folder of a stage's run, for this job alone, and the settings that change its result.
 
-    `ValueError` where the batch does not divide among ranks, or the folder has other settings; `RuntimeError` where another process uses it."""
+    `ValueError` where the batch does not divide among ranks, or the folder has other settings; `RuntimeError` where
+    another process uses it."""
     schedule.micro_batches(ranks().num_processes)
-    with ranks().main_process_first(): data = digests(recipe, kinds)  # the first one indexes, and the others find it done
-    settings = {"stage": stage, "variant": variant, "recipe": {k: recipe[k] for k in ("name", "sampling", "augment")}, "data": data,
-                "teacher": model_name(teacher), "schedule": asdict(schedule), "ranks": ranks().num_processes, "seed": seed, **more}
+    # the first one indexes, and the others find it done
+    with ranks().main_process_first(): data = digests(recipe, kinds)
+    settings = {"stage": stage, "variant": variant, "recipe": {k: recipe[k] for k in ("name", "sampling", "augment")},
+                "data": data,
+                "teacher": model_name(teacher), "schedule": asdict(schedule), "ranks": ranks().num_processes,
+                "seed": seed, **more}
     with ranks().main_process_first():  # only the first one removes a run that is begun anew
         if ranks().is_main_process: hold(runs_folder(runs) / recipe["name"] / variant / f"stage{stage}")
-        folder = open_run(runs_folder(runs), recipe["name"], variant, f"stage{stage}", settings, resume or not ranks().is_main_process)
+        folder = open_run(runs_folder(runs), recipe["name"], variant, f"stage{stage}", settings,
+                          resume or not ranks().is_main_process)
     return folder, settings
 
 # %% ../../nbs/07_runs.ipynb #r011
-def earlier_student(stage: int, run: Callable[..., Path], variant: str, recipe: Mapping, student: str, runs: str, **given) -> Path:
+def earlier_student(stage: int, run: Callable[..., Path], variant: str, recipe: Mapping, student: str, runs: str,
+                    **given) -> Path:
     """Folder of the student that an earlier stage left: `student`, or the one in `runs`.
 
-    Where a recipe of the toy world has none, `run` (of that stage) makes it first; `FileNotFoundError` with the command otherwise."""
+    Where a recipe of the toy world has none, `run` (of that stage) makes it first; `FileNotFoundError` with the command
+    otherwise."""
     if student:
-        if not (Path(student) / "config.json").exists(): raise FileNotFoundError(f"student={student}: no config.json there; pass the folder that stage {stage} wrote (…/stage{stage}/student)")
+        if not (Path(student) / "config.json").exists():
+            raise FileNotFoundError(f"student={student}: no config.json there; pass the folder that stage {stage} "
+                                    f"wrote (…/stage{stage}/student)")
         return Path(student)
     name = recipe["after"] or recipe["name"]
     folder = runs_folder(runs) / name / variant / f"stage{stage}"
     if not is_saved(folder):
         if not recipe["root"].startswith("toyworld"):
-            raise FileNotFoundError(f"no stage-{stage} student in {folder}: run first\n  papermill nbs/{stage}0_stage{stage}.ipynb out{stage}.ipynb -p variant {variant} -p recipe {name}")
+            raise FileNotFoundError(f"no stage-{stage} student in {folder}: run first\n  papermill "
+                                    f"nbs/{stage}0_stage{stage}.ipynb out{stage}.ipynb -p variant {variant} -p recipe "
+                                    f"{name}")
         print(f"no stage-{stage} student in {printable(folder)}: running stage {stage} first")
         run(variant, name, runs=runs, **given)
     return folder / "student"
@@ -92,7 +105,8 @@ def is_saved(folder: Path) -> bool: return (folder / "student" / "config.json").
 
 # %% ../../nbs/07_runs.ipynb #r014
 def save_student(folder: Path, student: EfficientSam3, trained: Mapping[str, Any]) -> None:
-    "Write folder/student and folder/training.json (`fit`'s account), each whole or not at all. Of several processes the first one writes, the others wait."
+    """Write folder/student and folder/training.json (`fit`'s account), each whole or not at all. Of several processes
+    the first one writes, the others wait."""
     if ranks().is_main_process:
         write_json(folder / "training.json", {**trained, "peak_memory": peak_memory()})
         with atomically(folder / "student") as p: student.save_pretrained(p)
@@ -102,41 +116,54 @@ def save_student(folder: Path, student: EfficientSam3, trained: Mapping[str, Any
 def saved_student(folder: Path, device: torch.device) -> tuple[EfficientSam3, dict[str, Any]]:
     "The student that a run has saved, in eval mode, and the account of its training."
     account = folder / "training.json"
-    return EfficientSam3.from_pretrained(folder / "student").to(device).eval(), json.loads(account.read_text()) if account.exists() else {}
+    return EfficientSam3.from_pretrained(folder
+                                         / "student").to(device).eval(), json.loads(
+                                             account.read_text()) if account.exists() else {}
 
 
 WANTED: Mapping[int, Mapping[str, tuple[str, ...]]] = {  # stage → kind of data → protocols of its report
     1: {"images": ("box", "point", "point+1")}, 2: {"clips": ("visible", *CONTROLS)},
-    3: {"concept_images": ("phrase", "exemplar"), "concept_clips": ("phrase",), "images": ("box", "point", "point+1"), "clips": ("visible",)}}
+    3: {"concept_images": ("phrase", "exemplar"), "concept_clips": ("phrase",), "images": ("box", "point", "point+1"),
+        "clips": ("visible",)}}
 
 
 def parameter_counts(student: Sam3, teacher: Sam3) -> dict[str, int]:
     "Parameters of a student's parts, and the teacher's."
     count = lambda *parts: sum(p.numel() for m in parts for p in m.parameters())
     d, t = student.detector_model, student.tracker_model
-    memory = [t.memory_attention, t.memory_encoder, *([student.perceiver] if getattr(student, "perceiver", None) is not None else [])]
+    memory = [t.memory_attention, t.memory_encoder, *([student.perceiver]
+                                                      if getattr(student, "perceiver", None) is not None else [])]
     return {"encoder": count(d.vision_encoder), "memory": count(*memory), "text": count(d.text_encoder),
-            "decoder": count(student) - count(d.vision_encoder, d.text_encoder, *memory), "total": count(student), "teacher": count(teacher)}
+            "decoder": count(student) - count(d.vision_encoder, d.text_encoder, *memory), "total": count(student),
+            "teacher": count(teacher)}
 
 
 def print_groups(groups: list[dict]) -> None:
     "What is trained, with counts."
     if ranks().is_main_process:
         for g in groups:
-            print(f"  trains {g['name']:24} {sum(p.numel() for p in g['params']):>11,} parameters, lr {g['lr']:g}, weight decay {g['weight_decay']}")
+            print(f"  trains {g['name']:24} {sum(p.numel() for p in g['params']):>11,} parameters, lr {g['lr']:g}, "
+                  f"weight decay {g['weight_decay']}")
 
 
 def finish(folder: Path, settings: Mapping, student: EfficientSam3, teacher: Sam3, trained: Mapping[str, Any],
            limits: Limits, scores: Mapping[str, Mapping], evaluation: float, **more) -> dict:
-    "Write the report of a stage and return it. `scores`: who (teacher, before, student) → figures; `evaluation`: the seconds they took."
+    """Write the report of a stage and return it. `scores`: who (teacher, before, student) → figures; `evaluation`: the
+    seconds they took."""
     schedule, told = settings["schedule"], {k: v for k, v in trained.items() if k not in ("samples", "peak_memory")}
-    figures = {who: {k: v for k, v in s.items() if k not in ("samples", "skipped", "controls")} for who, s in scores.items()}
-    report = {"stage": settings["stage"], "variant": settings["variant"], "recipe": settings["recipe"]["name"], "settings": settings, "versions": versions(),
-              "fingerprint": fingerprint(settings), "params": parameter_counts(student, teacher), "started_from": student.config.started_from,
-              "data": {"train": schedule["steps"] * schedule["batch_size"], "held_out": scores.get("student", {}).get("samples", {}), "seeds": [settings["seed"]],
-                       "samples": trained.get("samples", {}), "skipped_held_out": scores.get("student", {}).get("skipped", {})},
+    figures = {who: {k: v for k, v in s.items() if k not in ("samples", "skipped", "controls")} for who,
+               s in scores.items()}
+    report = {"stage": settings["stage"], "variant": settings["variant"], "recipe": settings["recipe"]["name"],
+              "settings": settings, "versions": versions(),
+              "fingerprint": fingerprint(settings), "params": parameter_counts(student, teacher),
+              "started_from": student.config.started_from,
+              "data": {"train": schedule["steps"] * schedule["batch_size"],
+                       "held_out": scores.get("student", {}).get("samples", {}), "seeds": [settings["seed"]],
+                       "samples": trained.get("samples", {}),
+                       "skipped_held_out": scores.get("student", {}).get("skipped", {})},
               "evaluation": asdict(limits), "teacher": {}, "student": {}, **figures, **more,
-              "timing": {**told, "evaluation": evaluation, "peak_memory": max(peak_memory(), trained.get("peak_memory", 0)), "machine": machine(), "date": str(date.today())}}
+              "timing": {**told, "evaluation": evaluation, "peak_memory": max(peak_memory(),
+                  trained.get("peak_memory", 0)), "machine": machine(), "date": str(date.today())}}
     if ranks().is_main_process: write_json(folder / "report.json", report)
     ranks().wait_for_everyone()
     return report

@@ -42,13 +42,16 @@ from .tracks import propose, sought, with_instances  # finds what nobody has ann
 def check_cache(cache: str, replays: int,
                 part: Mapping | None = None  # of the recipe: its training images
                 ) -> None:
-    "`ValueError` for an unknown kind of cache (empty: none), for a cache without images, or of a mixture, whose shares it does not keep."
+    """`ValueError` for an unknown kind of cache (empty: none), for a cache without images, or of a mixture, whose
+    shares it does not keep."""
     if cache and cache not in CODES: raise ValueError(nearest(cache, CODES, "cache"))
     if cache and replays < 1: raise ValueError(f"a cache holds at least 1 replay of each image, not {replays}")
-    if cache and part and part.get("format") == "mixture": raise ValueError("a cache is of one data set, and this recipe mixes several: leave cache out")
+    if cache and part and part.get("format") == "mixture":
+        raise ValueError("a cache is of one data set, and this recipe mixes several: leave cache out")
 
 # %% ../../nbs/10_stage1.ipynb #c009
-def image_batch(recipe: Mapping, sides: tuple[int, int], samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator], rng: np.random.Generator) -> ImageBatch:
+def image_batch(recipe: Mapping, sides: tuple[int, int], samples: Sequence[ImageSample],
+                rngs: Sequence[np.random.Generator], rng: np.random.Generator) -> ImageBatch:
     "Samples of a step, each augmented by its own generator, as a batch; of many instances some."
     return collate_images(changed(samples, rngs, recipe["augment"]), *sides, recipe["sampling"]["instances"], rngs)
 
@@ -69,7 +72,8 @@ def encode_rate(teacher: Sam3, precision: str = "no", batch: int = 8) -> float:
 
 
 def decode_rate(images: Replays, side: int, workers: int, some: int = 6) -> float:
-    "Images a second that are read, augmented and made ready for the ViT: by so many workers, or here (0), judged by a few of them."
+    """Images a second that are read, augmented and made ready for the ViT: by so many workers, or here (0), judged by a
+    few of them."""
     items, made = np.linspace(0, len(images) - 1, some).astype(int).tolist(), 0
     start = time.perf_counter()
     for item in items:
@@ -115,13 +119,16 @@ def keep_features(recipe: Mapping, teacher: Sam3, cache: str, replays: int,
 class CachedSteps(Steps):
     "As `picture_source`, of images whose features `keep_features` has written."
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, images: Replays, kept: FeatureCache, sides: tuple[int, int], seed: int):
+    def __init__(self, recipe: Mapping, schedule: Schedule, images: Replays, kept: FeatureCache, sides: tuple[int, int],
+                 seed: int):
         super().__init__(images, self.collated, seed, schedule.batch_size)
         self.kept, self.sides, self.most = kept, sides, recipe["sampling"]["instances"]
 
-    def collated(self, samples: Sequence[ReplayedSample], rngs: Sequence[np.random.Generator], rng: np.random.Generator) -> ImageBatch:
+    def collated(self, samples: Sequence[ReplayedSample], rngs: Sequence[np.random.Generator],
+                 rng: np.random.Generator) -> ImageBatch:
         "A batch with the packed trunk maps of its images."
-        return replace(collate_images(samples, *self.sides, self.most, rngs, with_teacher=False), trunk=self.kept.read([s.item for s in samples]))
+        return replace(collate_images(samples, *self.sides, self.most, rngs, with_teacher=False),
+                       trunk=self.kept.read([s.item for s in samples]))
 
     def __getitem__(self, part: Part) -> ImageBatch:
         batch = super().__getitem__(part)
@@ -131,26 +138,31 @@ class CachedSteps(Steps):
 # %% ../../nbs/10_stage1.ipynb #c012
 def warp_features(seen: Features, batch: ImageBatch, like: Features) -> tuple[list[Tensor], list[Tensor]]:
     "The teacher's six maps in the student's frame, at the sizes of the student's, and where they are valid."
-    maps = [batch.spaces.maps(t, "teacher", "student", s.shape[-1]) for t, s in zip((*seen.detector, *seen.tracker), (*like.detector, *like.tracker))]
+    maps = [batch.spaces.maps(t, "teacher", "student", s.shape[-1]) for t,
+            s in zip((*seen.detector, *seen.tracker), (*like.detector, *like.tracker))]
     return maps, [batch.spaces.valid("student", m.shape[-1]) for m in maps]
 
 # %% ../../nbs/10_stage1.ipynb #c015
 def prompt_teacher(teacher: Sam3, teacher_features: Features, batch: ImageBatch, prompts: Prompts,
                 size: int  # cells along a side of the masks
                 ) -> MaskSet:
-    "The teacher's answer, without gradient, to prompts given in the student's frame; its masks are warped into that frame."
+    """The teacher's answer, without gradient, to prompts given in the student's frame; its masks are warped into that
+    frame."""
     with torch.no_grad():
         t = teacher.decode(teacher_features, to_space(prompts, batch.spaces, "student", "teacher"))
         return replace(t, masks=batch.spaces.maps(t.masks, "teacher", "student", size, prompts.image_index))
 
 
-def prompt_both(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features, batch: ImageBatch, prompts: Prompts) -> tuple[MaskSet, MaskSet]:
+def prompt_both(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features, batch: ImageBatch,
+                prompts: Prompts) -> tuple[MaskSet, MaskSet]:
     "The teacher's and the student's answers to prompts given in the student's frame."
-    return prompt_teacher(teacher, teacher_features, batch, prompts, 4 * student.grid), student.decode(student_features, prompts)
+    return prompt_teacher(teacher, teacher_features, batch, prompts, 4 * student.grid), student.decode(student_features,
+        prompts)
 
 
 def prompt_chances(batch: ImageBatch, refinements: int = 1) -> Tensor:
-    "[N, 1 + refinements] random numbers of the instances, on the CPU: the coin, then one for each corrective point. Images without seeds have 0, 1, …"
+    """[N, 1 + refinements] random numbers of the instances, on the CPU: the coin, then one for each corrective point.
+    Images without seeds have 0, 1, …"""
     return chances(batch.seeds or range(len(batch.names)), [len(m) for m in batch.masks], 1 + refinements)
 
 
@@ -159,7 +171,8 @@ def sample_prompts(batch: ImageBatch,
               p_box: float = 0.5) -> list[tuple[Tensor, Prompts]]:
     "A box or a centre point for each instance, in the student's frame."
     at = lambda x, move: move(x, batch.image_index, "source", "student")
-    return initial_prompts(at(batch.boxes, batch.spaces.boxes), at(batch.points, batch.spaces.points), batch.image_index, coins, p_box)
+    return initial_prompts(at(batch.boxes, batch.spaces.boxes), at(batch.points, batch.spaces.points),
+                           batch.image_index, coins, p_box)
 
 # %% ../../nbs/10_stage1.ipynb #c017p
 def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
@@ -177,16 +190,20 @@ def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
         out["distill"] = schedule.lambda2 * over_count((away * weight).sum(), instances)
     if schedule.task:
         counts = {"there": instances, "known": instances}
-        terms = task_terms(s.masks, s.iou, s.object_logits, truth, valid, focal=schedule.focal, known=weight, whole=counts)
+        terms = task_terms(s.masks, s.iou, s.object_logits, truth, valid, focal=schedule.focal, known=weight,
+                           whole=counts)
         out |= {f"task {k}": schedule.task * v for k, v in terms.items()}
     return out, s.best()[0].detach()
 
 
-def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features, batch: ImageBatch, schedule: Schedule,
-                  whole: Mapping[str, float | Tensor] | None = None,  # `instances` of the whole step; None: these are all
+def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
+                  batch: ImageBatch, schedule: Schedule,
+                  # `instances` of the whole step; None: these are all
+                  whole: Mapping[str, float | Tensor] | None = None,
                   weight: Tensor | None = None  # [N] of each instance; None: 1
                   ) -> dict[str, Tensor]:
-    "λ2 · eq. 4 (`distill`) and L_task (`task …`) summed over the rounds and over instances, and divided by the `whole` step's instances."
+    """λ2 · eq. 4 (`distill`) and L_task (`task …`) summed over the rounds and over instances, and divided by the
+    `whole` step's instances."""
     truth, out = batch.spaces.rasterise(batch.masks, "student", 4 * student.grid), {}
     valid = batch.spaces.valid("student", truth.shape[-1], batch.image_index)
     drawn, instances = prompt_chances(batch, schedule.refinements), len(truth) if whole is None else whole["instances"]
@@ -200,13 +217,15 @@ def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, stud
             terms, said = answer(student, student_features, prompts, told, goal, inside, schedule, instances, worth)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
             if round == schedule.refinements: break
-            prompts = refine(prompts, told.best()[0], said, batch.spaces, schedule.corrective, chance=clicks[rows, 1 + round])
+            prompts = refine(prompts, told.best()[0], said, batch.spaces, schedule.corrective,
+                             chance=clicks[rows, 1 + round])
     return out
 
 # %% ../../nbs/10_stage1.ipynb #c018
 def nothing_learned(student: Sam3) -> dict[str, Tensor]:
     "The loss of a batch that asks nothing: 0, with gradients that are 0."
-    return {"distill": sum((0.0 * p.sum() for p in student.parameters() if p.requires_grad), torch.zeros((), device=student.device))}
+    return {"distill": sum((0.0 * p.sum() for p in student.parameters() if p.requires_grad), torch.zeros(
+        (), device=student.device))}
 
 
 def shared_out(masks: Sequence[Tensor],  # for each image or clip [n, …]
@@ -217,7 +236,8 @@ def shared_out(masks: Sequence[Tensor],  # for each image or clip [n, …]
 
 
 class Stage1(nn.Module):
-    "Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the schedule asks for."
+    """Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the
+    schedule asks for."""
 
     def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
                  sampled: int = 0):  # instances to find in an image without annotation; 0: images bring their instances
@@ -229,7 +249,8 @@ class Stage1(nn.Module):
         return bool(self.sampled) and not len(batch.image_index)
 
     def counts(self, batch: ImageBatch) -> dict[str, float]:
-        "What sums over a step are divided by, known from the data alone: an image whose instances have to be found counts as one, whatever will be found."
+        """What sums over a step are divided by, known from the data alone: an image whose instances have to be found
+        counts as one, whatever will be found."""
         return {"images": len(batch.names), "instances": len(batch.names if self.finds(batch) else batch.image_index)}
 
     @property
@@ -238,25 +259,31 @@ class Stage1(nn.Module):
         return bool(self.schedule.lambda2 or self.schedule.task)
 
     def forward(self, batch: ImageBatch,
-                whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; None: this batch is all of it
+                # `counts` of the whole step; None: this batch is all of it
+                whole: Mapping[str, float | Tensor] | None = None
                 ) -> dict[str, Tensor]:
         "Losses by name; those of the parts of a step add up to the step's."
         s, whole = self.schedule, self.counts(batch) if whole is None else whole
         batch, again = batch.to(self.student.device), s.recomputes(self.student.image_size)
         with torch.no_grad(): teacher_features = self.look(batch)
         student_features = self.student.encode(batch.student_pixels)
-        maps = ((*student_features.detector, *student_features.tracker), *warp_features(teacher_features, batch, student_features))
-        out = {"features": s.lambda1 * recomputed(feature_loss, again)(*maps, s.map_weights or None, whole["images"])} if s.lambda1 else {}
+        maps = ((*student_features.detector, *student_features.tracker),
+                *warp_features(teacher_features, batch, student_features))
+        out = {"features": s.lambda1 * recomputed(feature_loss, again)(*maps, s.map_weights or None,
+            whole["images"])} if s.lambda1 else {}
         if s.lambda2 or s.task:
             found = self.finds(batch)
             batch = self.settle(batch, teacher_features)
-            told = prompt_losses(self.teacher, self.student, teacher_features, student_features, batch, s, whole, shared_out(batch.masks, student_features.detector[0].device) if found else None)
+            told = prompt_losses(self.teacher, self.student, teacher_features, student_features, batch, s, whole,
+                                 shared_out(batch.masks, student_features.detector[0].device) if found else None)
             out |= told or nothing_learned(self.student)
-        return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps, whole["images"], batch.seeds).items()}
+        return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps, whole["images"],
+            batch.seeds).items()}
 
     def settle(self, batch: ImageBatch, teacher_features: Features) -> ImageBatch:
         "The batch, with instances that the teacher sees where nobody has marked any."
-        return with_instances(batch, propose(self.teacher, teacher_features, batch, self.sampled)) if self.finds(batch) else batch
+        return with_instances(batch, propose(self.teacher, teacher_features, batch,
+                                             self.sampled)) if self.finds(batch) else batch
 
     def look(self, batch: ImageBatch) -> Features:
         "What the teacher sees, live or from the cache."
@@ -264,53 +291,76 @@ class Stage1(nn.Module):
         return features_from_trunk(self.teacher, batch.trunk.to(self.student.device).unpack())
 
 # %% ../../nbs/10_stage1.ipynb #c020s
-def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str, object] | None = None, **given: float | str) -> Schedule:
-    "Stage 1's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or when there is nothing to learn from."
-    s = schedule_for(1, recipe, {**(options or {}), **({"refinements": refinements} if refinements >= 0 else {})}, **given)
+def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str, object] | None = None,
+                    **given: float | str) -> Schedule:
+    """Stage 1's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or when there is
+    nothing to learn from."""
+    s = schedule_for(1, recipe, {**(options or {}), **({"refinements": refinements} if refinements >= 0 else {})},
+                     **given)
     for k in s.map_terms:
         if k not in MAP_LOSSES: raise ValueError(nearest(k, MAP_LOSSES, "feature loss"))
-    if s.corrective not in ("uniform", "deepest"): raise ValueError(nearest(s.corrective, ("uniform", "deepest"), "place of a corrective point"))
-    if s.map_weights and len(s.map_weights) != 6: raise ValueError(f"map_weights: six numbers, one for each map, not {len(s.map_weights)}")
-    if not (s.lambda1 or s.lambda2 or s.task or s.map_terms): raise ValueError("nothing to learn from: lambda1, lambda2 and task are 0, and there are no map_terms")
+    if s.corrective not in ("uniform", "deepest"):
+        raise ValueError(nearest(s.corrective, ("uniform", "deepest"), "place of a corrective point"))
+    if s.map_weights and len(s.map_weights) != 6:
+        raise ValueError(f"map_weights: six numbers, one for each map, not {len(s.map_weights)}")
+    if not (s.lambda1 or s.lambda2 or s.task or s.map_terms):
+        raise ValueError("nothing to learn from: lambda1, lambda2 and task are 0, and there are no map_terms")
     return s
 
 # %% ../../nbs/10_stage1.ipynb #c022
 @ends_together
-def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, micro_batch: int = 0, lr: float = 0.0,
-               schedule: str = "", precision: str = "auto", refinements: int = -1, weights: str = "", cache: str = "", replays: int = 4,
-               eval_images: int = -1, eval_instances: int = -1, sampling: str = "", seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, workers: int = -1, checkpoint: int = -1, log_to: str = "",
+def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0,
+               micro_batch: int = 0, lr: float = 0.0,
+               schedule: str = "", precision: str = "auto", refinements: int = -1, weights: str = "", cache: str = "",
+               replays: int = 4,
+               eval_images: int = -1, eval_instances: int = -1, sampling: str = "", seed: int = 42, runs: str = "runs",
+               resume: bool = True, every: int = 50, workers: int = -1, checkpoint: int = -1, log_to: str = "",
                widths: Sequence[int] | None = None, options: Mapping[str, object] | None = None) -> Path:
-    """Run stage 1 and return its folder, with `student/`, `metrics.jsonl` and `report.json`. A finished run is returned as it is.
+    """Run stage 1 and return its folder, with `student/`, `metrics.jsonl` and `report.json`. A finished run is returned
+    as it is.
 
-    `widths`: of the neck's pyramid (`TinyFPN`'s). `options`: fields of `Schedule`, where 0 counts. Raises `OSError` where the recipe's ImageNet
-    weights cannot be had."""
+    `widths`: of the neck's pyramid (`TinyFPN`'s). `options`: fields of `Schedule`, where 0 counts. Raises `OSError`
+    where the recipe's ImageNet weights cannot be had."""
     recipe = with_sampling(load_recipe(recipe), sampling)
-    s = stage1_schedule(recipe, refinements, with_checkpoint(options, checkpoint), schedule=schedule, steps=steps, batch_size=batch_size, micro_batch=micro_batch, lr=lr)
+    s = stage1_schedule(recipe, refinements, with_checkpoint(options, checkpoint), schedule=schedule, steps=steps,
+                        batch_size=batch_size, micro_batch=micro_batch, lr=lr)
     check_cache(cache, replays, recipe["splits"].get("train", {}).get("images", {}))
     name, weights, device = teacher or recipe["teacher"], weights or recipe["weights"], pick_device()
-    precision, limits = pick_precision(device, precision), limits_of(recipe, images=eval_images, instances=eval_instances)
+    precision, limits = pick_precision(device, precision), limits_of(recipe, images=eval_images,
+        instances=eval_instances)
     teacher_model = load_teacher(name).to(device)
-    wanted = WANTED[1] if "held_out" in recipe["splits"] and name != "random-sam3" else {}  # random weights have seen nothing
-    folder, settings = open_stage(1, recipe, find_variant(variant).name, name, s, seed, runs, resume, {"train": ["images"], "held_out": [*wanted]},
-                                  precision=precision, weights=weights, cache=cache, replays=replays if cache else 0, widths=list(widths) if widths else None,
+    # random weights have seen nothing
+    wanted = WANTED[1] if "held_out" in recipe["splits"] and name != "random-sam3" else {}
+    folder, settings = open_stage(1, recipe, find_variant(variant).name, name, s, seed, runs, resume,
+                                  {"train": ["images"], "held_out": [*wanted]},
+                                  precision=precision, weights=weights, cache=cache, replays=replays if cache else 0,
+                                  widths=list(widths) if widths else None,
                                   evaluation=asdict(limits))
     if (folder / "report.json").exists(): return folder
     if not is_saved(folder):
         print(f"stage 1 of {variant}: {s.steps} steps of {s.batch_size} images; writing to {printable(folder)}")
-        images, kept, written = keep_features(recipe, teacher_model, cache, replays, precision, workers) if cache else (None, None, 0.0)
+        images, kept, written = keep_features(recipe, teacher_model, cache, replays, precision,
+                                              workers) if cache else (None, None, 0.0)
         torch.manual_seed(seed)
-        student_model = build_student(variant, teacher_model, memory="dense", weights="" if weights == "random" else weights, widths=widths).to(device)
+        student_model = build_student(variant, teacher_model, memory="dense",
+                                      weights="" if weights == "random" else weights, widths=widths).to(device)
         for_training(student_model, s)
-        groups, sides = parameter_groups(student_model, TRAINS[1], s.lr, s.inherited), (teacher_model.image_size, student_model.image_size)
+        groups, sides = parameter_groups(student_model, TRAINS[1], s.lr, s.inherited), (teacher_model.image_size,
+            student_model.image_size)
         print_groups(groups)
         source = CachedSteps(recipe, s, images, kept, sides, seed) if cache else image_source(recipe, s, sides, seed)
-        task = Stage1(teacher_model, student_model, s, sought(open_dataset(recipe, "train", "images"), recipe["sampling"]["instances"]))
-        trained = fit(task, source, groups, s, folder, seed, every=every, precision=precision, bad=recipe["sampling"]["bad"], workers=0 if cache else workers, log_to=log_to)
-        save_student(folder, student_model, trained | ({"cache_written": written, "cache_waited": kept.waited} if cache else {}))
+        task = Stage1(teacher_model, student_model, s, sought(open_dataset(recipe, "train", "images"),
+                                                              recipe["sampling"]["instances"]))
+        trained = fit(task, source, groups, s, folder, seed, every=every, precision=precision,
+                      bad=recipe["sampling"]["bad"], workers=0 if cache else workers, log_to=log_to)
+        save_student(folder, student_model, trained | ({"cache_written": written, "cache_waited": kept.waited} if cache
+                                                       else {}))
     student_model, trained = saved_student(folder, device)
     start = time.perf_counter()
     scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision),
-              "student": run_scores(student_model, recipe, folder / "evaluation" / "student", wanted, limits, precision)} if wanted else {}
+              "student": run_scores(student_model, recipe, folder / "evaluation" / "student", wanted, limits,
+                                    precision)} if wanted else {}
     finish(folder, settings, student_model, teacher_model, trained, limits, scores, time.perf_counter() - start,
-           frames={"teacher": [teacher_model.image_size, teacher_model.grid], "student": [student_model.image_size, student_model.grid]})
+           frames={"teacher": [teacher_model.image_size, teacher_model.grid],
+                   "student": [student_model.image_size, student_model.grid]})
     return folder

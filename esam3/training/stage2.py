@@ -47,11 +47,14 @@ MEMORIES = ("perceiver", "dense", "pooling")
 
 
 def give_memory(student: EfficientSam3, memory: str, schedule: Schedule) -> EfficientSam3:
-    """The student with an untrained Perceiver of the schedule's latents, with as many means of windows ("pooling"), or with dense memory; everything else keeps its weights.
+    """The student with an untrained Perceiver of the schedule's latents, with as many means of windows ("pooling"), or
+    with dense memory; everything else keeps its weights.
 
-    The two kinds of latents have layers apart, as [21_perceiver](21_perceiver.ipynb) found better, and start as pooling."""
+    The two kinds of latents have layers apart, as [21_perceiver](21_perceiver.ipynb) found better, and start as
+    pooling."""
     count = {"num_global": schedule.global_latents, "num_local": schedule.local_latents}
-    options = {"dense": None, "perceiver": {**count, "shared": False, "local_pos": True}, "pooling": {"grid": list(squarest(sum(count.values())))}}
+    options = {"dense": None, "perceiver": {**count, "shared": False, "local_pos": True},
+               "pooling": {"grid": list(squarest(sum(count.values())))}}
     if memory not in MEMORIES: raise ValueError(nearest(memory, MEMORIES, "memory"))
     new = with_memory(student, memory, options[memory])
     if memory == "perceiver": new.perceiver.start_as_pooling()
@@ -59,14 +62,18 @@ def give_memory(student: EfficientSam3, memory: str, schedule: Schedule) -> Effi
 
 # %% ../../nbs/20_stage2.ipynb #c010
 def there_and_back(sample: ClipSample) -> ClipSample:
-    "A clip of T frames and, after the last, its way back to the first: 2T − 1 frames, of which only T have to be encoded."
+    """A clip of T frames and, after the last, its way back to the first: 2T − 1 frames, of which only T have to be
+    encoded."""
     order = [*range(len(sample.frames)), *range(len(sample.frames) - 2, -1, -1)]
-    return replace(sample, frames=sample.frames[order], masks=sample.masks[:, order], annotated=sample.annotated[:, order], numbers=[sample.numbers[t] for t in order])
+    return replace(sample, frames=sample.frames[order], masks=sample.masks[:, order],
+                   annotated=sample.annotated[:, order], numbers=[sample.numbers[t] for t in order])
 
 
 def clip_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
-               samples: Sequence[ClipSample], rngs: Sequence[np.random.Generator], rng: np.random.Generator) -> ClipBatch:
-    "Clips of a step as a batch: one augmentation for all frames of a clip; all clips of a step there and back, or none."
+               samples: Sequence[ClipSample], rngs: Sequence[np.random.Generator],
+               rng: np.random.Generator) -> ClipBatch:
+    """Clips of a step as a batch: one augmentation for all frames of a clip; all clips of a step there and back, or
+    none."""
     samples = changed(samples, rngs, recipe["augment"] if schedule.augment else None)
     if rng.random() < schedule.back: samples = [*map(there_and_back, samples)]
     return collate_clips(samples, *sides, recipe["sampling"]["tracks"], rngs, recipe["sampling"]["late"])
@@ -79,7 +86,8 @@ def clip_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], see
     "The clips of each step."
     sampling = recipe["sampling"]
     options = {"limit": sampling["phrases"]} if kind == "concept_clips" else {}
-    return Steps(open_dataset(recipe, "train", kind), partial(clip_batch, recipe, schedule, sides), seed, schedule.batch_size, period, frames=sampling["frames"], **options)
+    return Steps(open_dataset(recipe, "train", kind), partial(clip_batch, recipe, schedule, sides), seed,
+                 schedule.batch_size, period, frames=sampling["frames"], **options)
 
 # %% ../../nbs/20_stage2.ipynb #c013
 BUDGET = 6e9  # bytes of maps
@@ -98,14 +106,16 @@ class Kept:
 
     def __setitem__(self, key, tensors: tuple[Tensor, ...]) -> None:
         self.items[key], self.size = tensors, self.size + sum(t.nbytes for t in tensors)
-        while self.size > self.budget and len(self.items) > 1: self.size -= sum(t.nbytes for t in self.items.popitem(last=False)[1])
+        while self.size > self.budget and len(self.items) > 1:
+            self.size -= sum(t.nbytes for t in self.items.popitem(last=False)[1])
 
 # %% ../../nbs/20_stage2.ipynb #c013e
 class EncodeOnce:
     """Maps of a frozen encoder: the tracker's, and the detector's if asked for.
 
-    `keep`: kept on the CPU by the content of the image, for steps to come; runs in one process share those of the same weights. Without it (images that are
-    augmented never come again) the different images of a batch are computed as one, where they are."""
+    `keep`: kept on the CPU by the content of the image, for steps to come; runs in one process share those of the same
+    weights. Without it (images that are augmented never come again) the different images of a batch are computed as
+    one, where they are."""
     shared: dict[tuple[str, bool], Kept] = {}
 
     def __init__(self, model: Sam3, detector: bool = False, keep: bool = True):
@@ -135,12 +145,16 @@ class EncodeOnce:
         kind = self.model.device.type
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
 
-    def _features(self, seen: Features) -> Features: return Features(seen.detector if self.detector else (), seen.tracker)
+    def _features(self, seen: Features) -> Features:
+        return Features(seen.detector if self.detector else (), seen.tracker)
 
-    def _encode(self, keys: list[bytes], batch: ImageBatch | ClipBatch, some: list[int]) -> dict[bytes, tuple[Tensor, ...]]:
+    def _encode(self, keys: list[bytes], batch: ImageBatch | ClipBatch,
+                some: list[int]) -> dict[bytes, tuple[Tensor, ...]]:
         "Encode at most a group of images, and keep them; it is filled up with the last of them."
-        seen = self._features(self.model.encode(batch.pixels(self.model.space, some + some[-1:] * (self.group - len(some))).to(self.model.device)))
-        new = {keys[i]: tuple(m[n:n + 1].to("cpu", torch.float32, copy=True) for m in (*seen.detector, *seen.tracker)) for n, i in enumerate(some)}
+        seen = self._features(self.model.encode(batch.pixels(self.model.space, some + some[-1:] * (self.group - len(
+            some))).to(self.model.device)))
+        new = {keys[i]: tuple(m[n:n + 1].to("cpu", torch.float32, copy=True) for m in (*seen.detector, *seen.tracker))
+               for n, i in enumerate(some)}
         for k, m in new.items(): self.kept[k] = m
         return new
 
@@ -153,14 +167,17 @@ def encode_distinct(model: Sam3, batch: ImageBatch | ClipBatch) -> Features:
     return seen if len(some) == len(place) else seen.pick(torch.tensor(place).to(model.device, non_blocking=True))
 
 
-FOUR, LARGE = 4, 512  # small images are always encoded in batches of so many; from so many px on one by one, since filling up would cost more than it saves
+# small images are always encoded in batches of so many; from so many px on one by one, since filling up would cost more
+# than it saves
+FOUR, LARGE = 4, 512
 
 # %% ../../nbs/20_stage2.ipynb #c017
 KINDS = {"mask": 0.5, "box": 0.25, "point": 0.25}  # of the first frame's prompt, by chance
 
 
 def draw_kind(length: int, generator: Generator) -> str:
-    "A kind of prompt for clips of so many frames. A mask that was given teaches nothing in its own frame: clips of one frame are asked by box or point."
+    """A kind of prompt for clips of so many frames. A mask that was given teaches nothing in its own frame: clips of
+    one frame are asked by box or point."""
     kinds = {k: share for k, share in KINDS.items() if length > 1 or k != "mask"}
     return list(kinds)[int(torch.multinomial(torch.tensor(list(kinds.values())), 1, generator=generator))]
 
@@ -171,7 +188,9 @@ def first_prompts(model: Sam3, batch: ClipBatch, kind: str) -> Prompts:
     n, device = len(boxes), boxes.device
     labels = lambda *of: torch.tensor([of], dtype=torch.int32).to(device, non_blocking=True).expand(n, -1)
     if kind == "box": return Prompts(masks.image_index, boxes.view(n, 2, 2), labels(2, 3), multimask=False)
-    if kind == "point": return Prompts(masks.image_index, batch.spaces.points(batch.points, masks.image_index, "source", model.space)[:, None], labels(1))
+    if kind == "point":
+        return Prompts(masks.image_index, batch.spaces.points(batch.points, masks.image_index, "source",
+                                                              model.space)[:, None], labels(1))
     return masks
 
 # %% ../../nbs/20_stage2.ipynb #c021
@@ -195,22 +214,27 @@ class TeacherTracks:
     "What the teacher's tracker says of N tracks over T frames, in the student's frame."
     masks: Tensor   # [N, T, 4g, 4g] logits
     scores: Tensor  # [N, T] object logits
-    right: Tensor   # [N, T] bool, False where the truth is known and the teacher is off it: IoU below ½, or a wrong score
+    # [N, T] bool, False where the truth is known and the teacher is off it: IoU below ½, or a wrong score
+    right: Tensor
     read: Tensor    # [N, T, C, g, g] what it has read from its memory; zeros at a prompted frame
 
 
 @torch.no_grad()
 def teach(teacher: Sam3, teacher_features: Features, batch: ClipBatch, kind: str, size: int) -> TeacherTracks:
     "Track a batch with the teacher, from prompts of one kind; masks are `size` cells wide."
-    theirs, image_index = track(teacher, teacher_features, batch.frame_index, first_prompts(teacher, batch, kind)), batch.frame_index.flatten()
+    theirs, image_index = track(teacher, teacher_features, batch.frame_index,
+                                first_prompts(teacher, batch, kind)), batch.frame_index.flatten()
     masks = batch.spaces.maps(theirs.masks.flatten(0, 1)[:, None], "teacher", "student", size, image_index)[:, 0]
     there = theirs.object_logits > 0
-    iou = mask_iou(masks, batch.coverage("student", size).flatten(0, 1), batch.spaces.valid("student", size, image_index)).view(there.shape)
+    iou = mask_iou(masks, batch.coverage("student", size).flatten(0, 1),
+                   batch.spaces.valid("student", size, image_index)).view(there.shape)
     right = torch.where(batch.visible, there & (iou >= 0.5), ~there)
-    nothing = torch.zeros_like(next((s.read for s in theirs.sets if s.read is not None), teacher_features.tracker[2][batch.frame_index[:, 0]]))
+    nothing = torch.zeros_like(next((
+        s.read for s in theirs.sets if s.read is not None), teacher_features.tracker[2][batch.frame_index[:, 0]]))
     read = torch.stack([nothing if s.read is None else s.read for s in theirs.sets], 1).flatten(0, 1)
     read = batch.spaces.maps(read, "teacher", "student", size // 4, image_index)
-    return TeacherTracks(masks.unflatten(0, there.shape), theirs.object_logits, right | ~batch.annotated, read.unflatten(0, there.shape))
+    return TeacherTracks(masks.unflatten(0, there.shape), theirs.object_logits, right | ~batch.annotated,
+                         read.unflatten(0, there.shape))
 
 # %% ../../nbs/20_stage2.ipynb #c0frl
 def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
@@ -219,11 +243,12 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
                  lambda2: float,        # weight of the teacher's part
                  lambda_read: float = 1.0,  # of the read-out term in it
                  focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `Schedule`
-                 whole: Mapping[str, float | Tensor] | None = None,  # `judged` pairs of the whole step; None: this frame is all
+                 # `judged` pairs of the whole step; None: this frame is all
+                 whole: Mapping[str, float | Tensor] | None = None,
                  weight: Tensor | None = None   # [N] of each track for the teacher's part; None: 1
                  ) -> dict[str, Tensor]:
-    """Named losses of the student's answer to frame `t`, sums over tracks divided by the `whole`: `task …` against the truth where it is
-    annotated, `distill …` against the teacher where it is right."""
+    """Named losses of the student's answer to frame `t`, sums over tracks divided by the `whole`: `task …` against the
+    truth where it is annotated, `distill …` against the teacher where it is right."""
     image_index, terms = batch.frame_index[:, t], {}
     valid = batch.spaces.valid("student", answer.masks.shape[-1], image_index)
     if truth is not None:
@@ -231,13 +256,18 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
                           batch.visible[:, t], focal, batch.annotated[:, t], whole)
         terms = {f"task {k}": v for k, v in told.items()}
     if teacher_tracks is None: return terms
-    right, target, sure = teacher_tracks.right[:, t] * (1.0 if weight is None else weight), soft_target(teacher_tracks.masks[:, t], temperature), teacher_tracks.scores[:, t].sigmoid()
+    right, target, sure = teacher_tracks.right[:, t] * (1.0 if weight is None
+                                                        else weight), soft_target(teacher_tracks.masks[:, t],
+                                                            temperature), teacher_tracks.scores[:, t].sigmoid()
     best = mask_loss(answer.masks, target[:, None].expand_as(answer.masks), valid[:, None], focal=focal).min(1).values
-    mean = lambda x, weight: lambda2 * over_count((x * weight).sum(), len(image_index) if whole is None else whole["pairs"])
+    mean = lambda x, weight: lambda2 * over_count((x * weight).sum(),
+                                                  len(image_index) if whole is None else whole["pairs"])
     if lambda_read and answer.read is not None:
         cells = batch.spaces.valid("student", answer.read.shape[-1], image_index)
-        terms["distill read"] = lambda_read * mean(image_errors([answer.read], [teacher_tracks.read[:, t]], [cells])[0], right)
-    return {**terms, "distill": mean(best, right * sure), "distill score": mean(score_loss(answer.object_logits, sure), right)}
+        terms["distill read"] = lambda_read * mean(image_errors([answer.read], [teacher_tracks.read[:, t]], [cells])[0],
+                                                   right)
+    return {**terms, "distill": mean(best, right * sure), "distill score": mean(score_loss(answer.object_logits, sure),
+        right)}
 
 # %% ../../nbs/20_stage2.ipynb #c0jud
 def judged(batch: ClipBatch,
@@ -245,7 +275,8 @@ def judged(batch: ClipBatch,
            found: int = 0          # tracks that the teacher is to find in each clip, at most; 0: the batch has its own
            ) -> dict[str, float]:
     "How many pairs of a track and a frame there are: visible (`there`), annotated (`known`), all (`pairs`)."
-    if found: return {"there": 0, "known": 0, "pairs": len(batch.names) * len(frames)}  # tracks that are found share their clip's
+    # tracks that are found share their clip's
+    if found: return {"there": 0, "known": 0, "pairs": len(batch.names) * len(frames)}
     length, later = batch.visible.shape[1], onto(torch.tensor([*frames], dtype=torch.long), batch.first.device)
     when = batch.first[:, None] + later
     count = lambda x: int((x.gather(1, when.clamp(max=length - 1)) & (when < length)).sum())
@@ -257,20 +288,25 @@ FADES: Mapping[str, Callable[[float], float]] = {  # part of training done, 0…
 
 
 def read_weight(schedule: Schedule, step: int) -> float:
-    "Weight of the teacher's read-out at a step (§4.3): `lambda_read`, fading to 0 at the last step if `read_decay` says so."
+    """Weight of the teacher's read-out at a step (§4.3): `lambda_read`, fading to 0 at the last step if `read_decay`
+    says so."""
     return schedule.lambda_read * FADES[schedule.read_decay](min(1.0, step / max(1, schedule.steps - 1)))
 
 # %% ../../nbs/20_stage2.ipynb #c0st2
 class Stage2(nn.Module):
-    "Losses of stage 2 (§4.3): masks and scores of the student's tracker against the teacher's and against the truth, at every frame."
+    """Losses of stage 2 (§4.3): masks and scores of the student's tracker against the teacher's and against the truth,
+    at every frame."""
 
     def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
-                 sampled: int = 0,  # instances to find in a clip of video without annotation; 0: clips bring their tracks
+                 # instances to find in a clip of video without annotation; 0: clips bring their tracks
+                 sampled: int = 0,
                  keep: bool = True):  # maps of images that are not augmented
         super().__init__()
-        if sampled and not schedule.lambda2: raise ValueError("without annotation all there is to learn is what the teacher says: lambda2 must not be 0")
+        if sampled and not schedule.lambda2:
+            raise ValueError("without annotation all there is to learn is what the teacher says: lambda2 must not be 0")
         self.teacher, self.student, self.schedule, self.sampled, self.step = teacher, student, schedule, sampled, 0
-        self.teacher_features, self.student_features = (EncodeOnce(m, keep=keep and not schedule.augment) for m in (teacher, student))
+        self.teacher_features, self.student_features = (EncodeOnce(m, keep=keep and not schedule.augment)
+                                                        for m in (teacher, student))
 
     def found(self, batch: ClipBatch) -> int:
         "How many tracks the teacher has to find in each clip; 0: the batch has its own."
@@ -289,24 +325,28 @@ class Stage2(nn.Module):
         return judged(batch, self.frames(batch), self.found(batch))
 
     def settle(self, batch: ClipBatch) -> ClipBatch:
-        "The batch on the student's device, with tracks of instances that the teacher sees where it has none of its own, each in its own time."
+        """The batch on the student's device, with tracks of instances that the teacher sees where it has none of its
+        own, each in its own time."""
         count = self.found(batch)
         batch = (from_first(batch) if batch.first.any() else batch).to(self.student.device)
         return with_tracks(batch, propose(self.teacher, self.teacher_features(batch), batch, count)) if count else batch
 
     def teach(self, batch: ClipBatch, kind: str) -> TeacherTracks | None:
         "The teacher's answer to prompts of one kind; None where it has no say (lambda2 = 0)."
-        return teach(self.teacher, self.teacher_features(batch), batch, kind, 4 * self.student.grid) if self.schedule.lambda2 else None
+        return teach(self.teacher, self.teacher_features(batch), batch, kind,
+                     4 * self.student.grid) if self.schedule.lambda2 else None
 
     def forward(self, batch: ClipBatch,
-                whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; None: this batch is all of it
+                # `counts` of the whole step; None: this batch is all of it
+                whole: Mapping[str, float | Tensor] | None = None
                 ) -> dict[str, Tensor]:
         "Losses by name; those of the parts of a step add up to the step's."
         s, student, whole = self.schedule, self.student, self.counts(batch) if whole is None else whole
         kind, frames, plain, batch = self.kind(batch), self.frames(batch), bool(self.found(batch)), self.settle(batch)
         if not len(batch.first): return nothing_learned(student)
         prompts, again = first_prompts(student, batch, kind), s.recomputes(student.image_size)
-        ours = track(student, self.student_features(batch), batch.frame_index, prompts, detach_every=s.detach_every, checkpoint=again)
+        ours = track(student, self.student_features(batch), batch.frame_index, prompts, detach_every=s.detach_every,
+                     checkpoint=again)
         truth, teacher_tracks = None if plain else batch.coverage("student", 4 * student.grid), self.teach(batch, kind)
         return track_losses(ours.sets, batch, frames, truth, teacher_tracks, s, read_weight(s, self.step), whole, again,
                             shared_out(batch.masks, batch.first.device) if plain else None)
@@ -323,19 +363,23 @@ def track_losses(answers: Sequence[MaskSet],  # the student's, of all frames
     whole, out = judged(batch, frames, 0) if whole is None else whole, {}
     for t in frames:
         terms = recomputed(frame_losses, checkpoint)(
-            answers[t], t, batch, truth, teacher_tracks, schedule.lambda2, lambda_read, schedule.focal, schedule.temperature, whole, weight)
+            answers[t], t, batch, truth, teacher_tracks, schedule.lambda2, lambda_read, schedule.focal,
+            schedule.temperature, whole, weight)
         for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
     return out
 
 # %% ../../nbs/20_stage2.ipynb #c024
-WARMUP = {"perceiver": (r"^perceiver\.", 0.01), "reading": (r"^tracker_model\.(memory_attention|mask_decoder)\.", 0.01)}  # trained in the single-frame warm-up; weight decay
+# trained in the single-frame warm-up; weight decay
+WARMUP = {"perceiver": (r"^perceiver\.", 0.01), "reading": (r"^tracker_model\.(memory_attention|mask_decoder)\.", 0.01)}
 
 
 def to_remember(teacher_tracks: TeacherTracks | None, batch: ClipBatch, size: int) -> tuple[Tensor, Tensor]:
-    "Masks [N, T, size, size] (logits) and object logits [N, T] for the memory: the teacher's where it is right, else the truth's."
+    """Masks [N, T, size, size] (logits) and object logits [N, T] for the memory: the teacher's where it is right, else
+    the truth's."""
     masks, scores = torch.logit(batch.coverage("student", size), eps=1e-4), CERTAIN * (2 * batch.visible.float() - 1)
     if teacher_tracks is None: return masks, scores
-    return torch.where(teacher_tracks.right[..., None, None], teacher_tracks.masks, masks), torch.where(teacher_tracks.right, teacher_tracks.scores, scores)
+    return torch.where(teacher_tracks.right[..., None, None], teacher_tracks.masks,
+                       masks), torch.where(teacher_tracks.right, teacher_tracks.scores, scores)
 
 
 @dataclass
@@ -348,16 +392,22 @@ class TeacherForcedClip:
 
 
 @torch.no_grad()
-def force_memory(dense: EfficientSam3, student_features: Features, batch: ClipBatch, masks: Tensor, scores: Tensor) -> TeacherForcedClip:
+def force_memory(dense: EfficientSam3, student_features: Features, batch: ClipBatch, masks: Tensor,
+                 scores: Tensor) -> TeacherForcedClip:
     "Let the dense student follow a batch with `masks` [N, T, 4g, 4g] and `scores` [N, T] in its memory."
     history, rows = History(dense.tracker_model.config), []
     square = lambda tokens: tokens.mT.unflatten(2, (dense.grid, dense.grid))
     for t, image_index in enumerate(batch.frame_index.unbind(1)):
-        out, memory = see(dense, student_features, image_index, *((first_prompts(dense, batch, "mask"), None) if t == 0 else (None, history.bank(t))))
+        out, memory = see(dense, student_features, image_index,
+                          *((first_prompts(dense, batch, "mask"), None) if t == 0 else (None, history.bank(t))))
         logits, score = masks[:, t], scores[:, t]
-        if t: memory = dense.remember(student_features, image_index, gate(logits, score), score, torch.where(score[:, None] > 0, out.best()[2], dense.tracker_model.no_object_pointer))
+        if t:
+            memory = dense.remember(student_features, image_index, gate(logits, score), score,
+                                    torch.where(score[:, None] > 0, out.best()[2],
+                                                dense.tracker_model.no_object_pointer))
         history.add(t, memory, prompted=t == 0)
-        rows.append((square(memory.tokens), square(memory.pos), memory.pointer, out.read if t else torch.zeros_like(student_features.tracker[2][image_index])))
+        rows.append((square(memory.tokens), square(memory.pos), memory.pointer, out.read if t else torch.zeros_like(
+            student_features.tracker[2][image_index])))
     return TeacherForcedClip(*(torch.stack(part) for part in zip(*rows)))
 
 # %% ../../nbs/20_stage2.ipynb #c025
@@ -380,10 +430,14 @@ class SingleFrameWarmup(nn.Module):
     def forward(self, batch: ClipBatch, whole: Mapping[str, float | Tensor] | None = None) -> dict[str, Tensor]:
         "As `Stage2.forward`, with `counts` of the warm-up."
         student, s, plain = self.stage.student, self.stage.schedule, bool(self.stage.found(batch))
-        whole, frames, batch = self.counts(batch) if whole is None else whole, self.frames(batch), self.stage.settle(batch)
+        whole, frames, batch = (self.counts(batch) if whole is None else whole, self.frames(batch),
+                                self.stage.settle(batch))
         if not len(batch.first) or not frames: return nothing_learned(student)  # an image has no memory to read
-        again, seen, (forced, teacher_tracks) = s.recomputes(student.image_size), self.stage.student_features(batch), self._prepared(batch)
-        weight = shared_out(batch.masks, batch.first.device) if plain else torch.ones(len(batch.first), device=batch.first.device)
+        again, seen, (forced,
+                      teacher_tracks) = s.recomputes(student.image_size), self.stage.student_features(
+                          batch), self._prepared(batch)
+        weight = shared_out(batch.masks, batch.first.device) if plain else torch.ones(len(batch.first),
+            device=batch.first.device)
         truth, past = None if plain else batch.coverage("student", 4 * self.dense.grid), max(frames)
         if len(batch.images) <= len(frames) * len(batch.first): seen = student.begin_reading(seen, again)
         tokens = recomputed(student.compress, again)(*(x[:past].flatten(0, 1) for x in (forced.maps, forced.pos)))
@@ -391,12 +445,15 @@ class SingleFrameWarmup(nn.Module):
         out: dict[str, Tensor] = {}
         for t in frames:
             image_index, known = batch.frame_index[:, t], memories[:t]
-            terms = recomputed(self._losses, again)(image_index, t, seen, batch, known, forced.read[t], truth, teacher_tracks, whole, weight)
+            terms = recomputed(self._losses, again)(image_index, t, seen, batch, known, forced.read[t], truth,
+                                                    teacher_tracks, whole, weight)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
         return out
 
-    def _losses(self, image_index: Tensor, t: int, seen: Features, batch: ClipBatch, memories: list[Memory], read: Tensor,
-                truth: Tensor | None, teacher_tracks: TeacherTracks | None, whole: Mapping[str, float | Tensor], weight: Tensor) -> dict[str, Tensor]:
+    def _losses(self, image_index: Tensor, t: int, seen: Features, batch: ClipBatch, memories: list[Memory],
+                read: Tensor,
+                truth: Tensor | None, teacher_tracks: TeacherTracks | None, whole: Mapping[str, float | Tensor],
+                weight: Tensor) -> dict[str, Tensor]:
         "Losses of the answer to frame `t`, on images `image` [N], given the memories of all frames before."
         s, answer = self.stage.schedule, self._answer(seen, image_index, memories)
         cells = batch.spaces.valid("student", answer.read.shape[-1], image_index)
@@ -408,28 +465,35 @@ class SingleFrameWarmup(nn.Module):
         "The student's masks on images `image` [N], given the memories of all frames before."
         student, history = self.stage.student, History(self.dense.tracker_model.config)
         for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
-        return student.decode(seen, unprompted(student, seen, image_index), student.recall(seen, image_index, history.bank(len(memories))))
+        return student.decode(seen, unprompted(student, seen, image_index),
+                              student.recall(seen, image_index, history.bank(len(memories))))
 
     def _prepared(self, batch: ClipBatch) -> tuple[TeacherForcedClip, TeacherTracks | None]:
         "The book of a batch and what the teacher says of it, made once."
         augmented = self.stage.schedule.augment or not batch.numbers
-        key = (blake2b(b"".join(image_index.tobytes() for image_index in batch.images)).digest() if augmented else (*batch.names, *batch.numbers), *batch.ids)
+        key = (blake2b(b"".join(image_index.tobytes() for image_index in batch.images)).digest() if augmented
+               else (*batch.names, *batch.numbers), *batch.ids)
         if key not in self.kept:
             teacher_tracks = self.stage.teach(batch, "mask")
-            forced = force_memory(self.dense, self.stage.student_features(batch), batch, *to_remember(teacher_tracks, batch, 4 * self.dense.grid))
-            self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in (*astuple(forced), *(astuple(teacher_tracks) if teacher_tracks else ())))
+            forced = force_memory(self.dense, self.stage.student_features(batch), batch,
+                                  *to_remember(teacher_tracks, batch, 4 * self.dense.grid))
+            self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu()
+                                   for x in (*astuple(forced), *(astuple(teacher_tracks) if teacher_tracks else ())))
         tensors = [x.to(batch.frame_index.device, non_blocking=True) for x in self.kept[key]]
         return TeacherForcedClip(*tensors[:4]), TeacherTracks(*tensors[4:]) if tensors[4:] else None
 
 # %% ../../nbs/20_stage2.ipynb #c031
 def ablations(variant: str) -> dict[str, dict]:
-    "Committed figures of [29_ablation](29_ablation.ipynb) for a variant: dense memory, and no distillation. Each says in `from` that it is committed."
+    """Committed figures of [29_ablation](29_ablation.ipynb) for a variant: dense memory, and no distillation. Each says
+    in `from` that it is committed."""
     path = ASSETS / "ablation_stage2.json"
     return json.loads(path.read_text()).get(variant, {}) if path.exists() else {}
 
 
-def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None, distill: bool = True, **given: float | str) -> Schedule:
-    "Stage 2's schedule. `options`: fields of it, where 0 counts. `distill=False`: the truth alone teaches. `ValueError` for an unknown word."
+def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None, distill: bool = True,
+                    **given: float | str) -> Schedule:
+    """Stage 2's schedule. `options`: fields of it, where 0 counts. `distill=False`: the truth alone teaches.
+    `ValueError` for an unknown word."""
     s = schedule_for(2, recipe, {**(options or {}), **({} if distill else {"lambda2": 0.0})}, **given)
     if s.read_decay not in FADES: raise ValueError(nearest(s.read_decay, FADES, "read_decay"))
     return s
@@ -438,13 +502,16 @@ def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None
 WARMUP_BATCHES = 256  # at most so many different ones: a warm-up is an aid, not an epoch of a data set of millions
 
 
-def run_single_frame_warmup(base: Path, task: Stage2, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, **options) -> dict[str, Any]:
-    "The single-frame warm-up, in place, on the clips of the first steps again and again. `folder/warmup` holds its state and metrics; `options` of `fit`."
+def run_single_frame_warmup(base: Path, task: Stage2, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int,
+                            **options) -> dict[str, Any]:
+    """The single-frame warm-up, in place, on the clips of the first steps again and again. `folder/warmup` holds its
+    state and metrics; `options` of `fit`."""
     own = replace(task.schedule, steps=task.schedule.warmup_steps, lr=task.schedule.warmup_lr, back=0.0)
     period = min(-(-len(open_dataset(recipe, "train", "clips")) // own.batch_size), WARMUP_BATCHES)
     warmup = SingleFrameWarmup(task, EfficientSam3.from_pretrained(base, dtype=torch.float32).to(task.student.device))
     groups = parameter_groups(task.student, present(WARMUP, task.student), own.lr, own.inherited)
-    return fit(warmup, clip_source(recipe, own, sides, seed, period=period), groups, own, folder / "warmup", seed, **options)
+    return fit(warmup, clip_source(recipe, own, sides, seed, period=period), groups, own, folder / "warmup", seed,
+               **options)
 
 # %% ../../nbs/20_stage2.ipynb #c032
 def most_frames(sampling: Mapping) -> int:
@@ -452,61 +519,83 @@ def most_frames(sampling: Mapping) -> int:
     return sampling["frames"] if isinstance(sampling["frames"], int) else sampling["frames"][1]
 
 
-def train_stage2(student: EfficientSam3, teacher: Sam3, base: Path, recipe: Mapping, s: Schedule, folder: Path, seed: int, **options) -> dict[str, Any]:
-    "The single-frame warm-up, where the schedule has one, and the rollouts, in place; the account of both. `options` of `fit`."
+def train_stage2(student: EfficientSam3, teacher: Sam3, base: Path, recipe: Mapping, s: Schedule, folder: Path,
+                 seed: int, **options) -> dict[str, Any]:
+    """The single-frame warm-up, where the schedule has one, and the rollouts, in place; the account of both. `options`
+    of `fit`."""
     videos, sampling = open_dataset(recipe, "train", "clips"), recipe["sampling"]
-    task = Stage2(teacher, student, s, sought(videos, sampling["tracks"]), EncodeOnce.fits(teacher, len(videos) * most_frames(sampling)))
+    task = Stage2(teacher, student, s, sought(videos, sampling["tracks"]),
+                  EncodeOnce.fits(teacher, len(videos) * most_frames(sampling)))
     sides, options = (teacher.image_size, student.image_size), {"bad": recipe["sampling"]["bad"], **options}
-    warmup = run_single_frame_warmup(base, task, recipe, sides, folder, seed, **options) if s.warmup_steps else {"seconds": 0.0}
+    warmup = run_single_frame_warmup(base, task, recipe, sides, folder, seed,
+                                     **options) if s.warmup_steps else {"seconds": 0.0}
     groups = parameter_groups(student, present(TRAINS[2], student), s.lr, s.inherited)
     print_groups(groups)
-    return fit(task, clip_source(recipe, s, sides, seed), groups, s, folder, seed, **options) | {"warmup": warmup["seconds"]}
+    return fit(task, clip_source(recipe, s, sides, seed), groups, s, folder, seed,
+               **options) | {"warmup": warmup["seconds"]}
 
 # %% ../../nbs/20_stage2.ipynb #c0run
 @ends_together
-def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, micro_batch: int = 0, lr: float = 0.0,
-               schedule: str = "", precision: str = "auto", student: str = "", memory: str = "perceiver", distill: bool = True, lambda_read: float = -1.0,
+def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0,
+               micro_batch: int = 0, lr: float = 0.0,
+               schedule: str = "", precision: str = "auto", student: str = "", memory: str = "perceiver",
+               distill: bool = True, lambda_read: float = -1.0,
                read_decay: str = "", detach_every: int = 0, checkpoint: int = -1, sampling: str = "",
                eval_clips: int = -1, eval_frames: int = -1, warmup_steps: int = -1, seed: int = 42, runs: str = "runs",
-               resume: bool = True, every: int = 50, workers: int = -1, log_to: str = "", options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
-    """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as it is.
+               resume: bool = True, every: int = 50, workers: int = -1, log_to: str = "",
+               options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+    """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as
+    it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
-    recipe, options = with_sampling(load_recipe(recipe), sampling), {k: v for k, v in (("lambda_read", lambda_read), ("warmup_steps", warmup_steps)) if v >= 0} | dict(options or {})
-    s = stage2_schedule(recipe, with_checkpoint(options, checkpoint), distill, schedule=schedule, steps=steps, batch_size=batch_size, micro_batch=micro_batch, lr=lr, read_decay=read_decay,
+    recipe, options = with_sampling(load_recipe(recipe), sampling), {k: v for k,
+        v in (("lambda_read", lambda_read), ("warmup_steps", warmup_steps)) if v >= 0} | dict(options or {})
+    s = stage2_schedule(recipe, with_checkpoint(options, checkpoint), distill, schedule=schedule, steps=steps,
+                        batch_size=batch_size, micro_batch=micro_batch, lr=lr, read_decay=read_decay,
                         detach_every=detach_every)
     if memory not in MEMORIES: raise ValueError(nearest(memory, MEMORIES, "memory"))
     name, device, find = teacher or recipe["teacher"], pick_device(), find_variant(variant)
     precision, limits = pick_precision(device, precision), limits_of(recipe, clips=eval_clips, frames=eval_frames)
     teacher_model = load_teacher(name).to(device)
-    base = earlier_student(1, run_stage1, variant, recipe, student, runs, teacher=teacher, precision=precision, seed=seed, resume=resume)
+    base = earlier_student(1, run_stage1, variant, recipe, student, runs, teacher=teacher, precision=precision,
+                           seed=seed, resume=resume)
     wanted = WANTED[2] if "held_out" in recipe["splits"] and name != "random-sam3" else {}
-    folder, settings = open_stage(2, recipe, find.name, name, s, seed, runs, resume, {"train": ["clips"], "held_out": [*wanted]}, precision=precision,
-                                  memory=memory, distill=distill, student=file_digest(base / "model.safetensors"), evaluation=asdict(limits))
+    folder, settings = open_stage(2, recipe, find.name, name, s, seed, runs, resume,
+                                  {"train": ["clips"], "held_out": [*wanted]}, precision=precision,
+                                  memory=memory, distill=distill, student=file_digest(base / "model.safetensors"),
+                                  evaluation=asdict(limits))
     if (folder / "report.json").exists(): return folder
     torch.manual_seed(seed)
-    student_model, clock = give_memory(EfficientSam3.from_pretrained(base, dtype=torch.float32), memory, s).to(device).eval(), time.perf_counter()
+    student_model, clock = give_memory(EfficientSam3.from_pretrained(base, dtype=torch.float32), memory,
+                                       s).to(device).eval(), time.perf_counter()
     score = lambda who, m, some: run_scores(m, recipe, folder / "evaluation" / who, some, limits, precision)
     only = {kind: ("visible",) for kind in wanted}
     before, first = score("before", student_model, only) if only and not brief else {}, time.perf_counter() - clock
     if not is_saved(folder):
         print(f"stage 2 of {variant}: {s.steps} steps of {s.batch_size} clips; writing to {printable(folder)}")
-        save_student(folder, student_model, train_stage2(student_model, teacher_model, base, recipe, s, folder, seed, every=every, precision=precision, workers=workers, log_to=log_to))
+        save_student(folder, student_model, train_stage2(student_model, teacher_model, base, recipe, s, folder, seed,
+                                                         every=every, precision=precision, workers=workers,
+                                                         log_to=log_to))
     student_model, trained = saved_student(folder, device)
     clock = time.perf_counter()
-    scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision) if not brief else {}, "before": before,
+    scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision) if not brief else {},
+              "before": before,
               "student": score("student", student_model, only if brief else wanted)} if wanted else {}
     committed = ablations(variant) if recipe["name"] == "toy" and distill and memory == "perceiver" else {}
-    finish(folder, settings, student_model, teacher_model, trained, limits, {"before": {}, **scores}, first + time.perf_counter() - clock,
-           teacher_controls=scores.get("teacher", {}).get("controls", {}), controls={**scores.get("student", {}).get("controls", {}), **committed})
+    finish(folder, settings, student_model, teacher_model, trained, limits, {"before": {}, **scores},
+           first + time.perf_counter() - clock,
+           teacher_controls=scores.get("teacher", {}).get("controls", {}),
+           controls={**scores.get("student", {}).get("controls", {}), **committed})
     return folder
 
 # %% ../../nbs/20_stage2.ipynb #c040
 @torch.no_grad()
 def compare(teacher: Sam3, student: Sam3, batch: ClipBatch, kind: str = "mask") -> dict[str, Tensor]:
-    "Gated masks [N, T, 4g, 4g] of both trackers on a batch of clips; a track that begins late has `NO_OBJECT` before its first frame."
+    """Gated masks [N, T, 4g, 4g] of both trackers on a batch of clips; a track that begins late has `NO_OBJECT` before
+    its first frame."""
     out = {}
     for name, model in (("teacher", teacher), ("student", student)):
         index, _ = own_time(batch.frame_index, batch.first)
-        out[name] = clip_time(track(model, look(model, batch), index, first_prompts(model, batch, kind)).gated, batch.first, NO_OBJECT)
+        out[name] = clip_time(track(model, look(model, batch), index, first_prompts(model, batch, kind)).gated,
+                              batch.first, NO_OBJECT)
     return out

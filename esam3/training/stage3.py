@@ -45,10 +45,15 @@ from .stage2 import EncodeOnce, Stage2, clip_source, encode_distinct, most_frame
 from .tracks import sought
 
 # %% ../../nbs/30_stage3.ipynb #c008
-def stage3_schedule(recipe: Mapping, encoder_lr: float = -1.0, distill: bool = True, options: Mapping[str, object] | None = None, **given: float | str) -> Schedule:
-    "Stage 3's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or where the recipe thaws what there is not."
-    s = schedule_for(3, recipe, {**(options or {}), **({} if encoder_lr < 0 else {"encoder_lr": encoder_lr}), **({} if distill else {"lambda2": 0.0})}, **given)
-    if odd := [k for k in s.thaw if k not in THAW or k == "encoder"]: raise ValueError(f"{recipe['name']}, stage 3: cannot thaw {odd}; valid: detr, tracking (the encoder by encoder_lr)")
+def stage3_schedule(recipe: Mapping, encoder_lr: float = -1.0, distill: bool = True,
+                    options: Mapping[str, object] | None = None, **given: float | str) -> Schedule:
+    """Stage 3's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or where the
+    recipe thaws what there is not."""
+    s = schedule_for(3, recipe, {**(options or {}), **({} if encoder_lr < 0 else {"encoder_lr": encoder_lr}),
+                                 **({} if distill else {"lambda2": 0.0})}, **given)
+    if odd := [k for k in s.thaw if k not in THAW or k == "encoder"]:
+        raise ValueError(f"{recipe['name']}, stage 3: cannot thaw {odd}; valid: detr, tracking (the encoder by "
+                         f"encoder_lr)")
     return s
 
 # %% ../../nbs/30_stage3.ipynb #c011
@@ -57,7 +62,8 @@ IMAGES_PER_CLIP = 4
 
 @dataclass
 class Mixed:
-    "Images, the queries about them and prompted instances; clips, and one frame of each with its queries. A step may lack either."
+    """Images, the queries about them and prompted instances; clips, and one frame of each with its queries. A step may
+    lack either."""
     images: ImageBatch | None
     queries: ConceptQueries | None
     pointed: Tensor                  # [n] long, the instances of the images that are pointed at
@@ -69,7 +75,8 @@ class Mixed:
     def names(self) -> list[str]: return [n for batch in (self.images, self.clips) if batch for n in batch.names]
 
     @property
-    def notes(self) -> list[tuple[str, str]]: return [n for batch in (self.images, self.clips) if batch for n in batch.notes]
+    def notes(self) -> list[tuple[str, str]]:
+        return [n for batch in (self.images, self.clips) if batch for n in batch.notes]
 
     def to(self, device: torch.device | str) -> "Mixed":
         def move(x):
@@ -79,16 +86,20 @@ class Mixed:
 
     def pin_memory(self) -> "Mixed":
         "The batch in memory that a GPU copies from by itself; queries are few numbers."
-        return replace(self, **{k: b.pin_memory() for k in ("images", "clips", "clip_frames") if (b := getattr(self, k))})
+        return replace(self, **{k: b.pin_memory() for k in ("images", "clips", "clip_frames")
+                                if (b := getattr(self, k))})
 
 
 def _moved(queries: ConceptQueries, device: torch.device | str) -> ConceptQueries:
-    return replace(queries, **{k: onto(getattr(queries, k), device) for k in ("image_index", "known", "boxes", "labels")})
+    return replace(queries, **{k: onto(getattr(queries, k), device)
+                               for k in ("image_index", "known", "boxes", "labels")})
 
 
 def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
-    "The sample, or as often its mirror image: two images for one, and few enough to keep what the teacher sees in them."
-    return sample if rng.random() < 0.5 else replace(sample, image=sample.image[:, ::-1].copy(), masks=np.asarray(sample.masks)[..., ::-1].copy())
+    """The sample, or as often its mirror image: two images for one, and few enough to keep what the teacher sees in
+    them."""
+    return sample if rng.random() < 0.5 else replace(sample, image=sample.image[:, ::-1].copy(),
+                                                     masks=np.asarray(sample.masks)[..., ::-1].copy())
 
 # %% ../../nbs/30_stage3.ipynb #c011s
 def varied(sample: ImageSample, rng: np.random.Generator, recipe: Mapping, schedule: Schedule) -> ImageSample:
@@ -97,7 +108,8 @@ def varied(sample: ImageSample, rng: np.random.Generator, recipe: Mapping, sched
 
 
 def concept_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
-                  samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator], rng: np.random.Generator) -> ImageBatch:
+                  samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator],
+                  rng: np.random.Generator) -> ImageBatch:
     "Images of a step with all their instances, each varied by its own generator."
     return collate_images([varied(s, own, recipe, schedule) for s, own in zip(samples, rngs)], *sides, max_instances=0)
 
@@ -105,23 +117,30 @@ def concept_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
 class ImageQueries(Steps):
     "Images with phrases, queries about them, and instances to point at."
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int, query_sampling: QuerySampling, teacher: Sam3 | None = None):
+    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+                 query_sampling: QuerySampling, teacher: Sam3 | None = None):
         reader, sampling = open_dataset(recipe, "train", "concept_images"), recipe["sampling"]
-        super().__init__(reader, partial(concept_batch, recipe, schedule, sides), seed, schedule.batch_size, limit=sampling["phrases"])
-        self.query_sampling, self.teacher, self.most, self.confusables = query_sampling, teacher, sampling["instances"], Confusables(vocabulary(reader), teacher)
+        super().__init__(reader, partial(concept_batch, recipe, schedule, sides), seed, schedule.batch_size,
+                         limit=sampling["phrases"])
+        self.query_sampling, self.teacher, self.most, self.confusables = (query_sampling, teacher,
+            sampling["instances"], Confusables(vocabulary(reader), teacher))
 
     def __getitem__(self, part: Part) -> Mixed:
         batch, rngs = super().__getitem__(part), self.rngs(part, 4)
-        queries, starts = sample_queries(batch, rngs, self.query_sampling, self.confusables), np.cumsum([0, *map(len, batch.masks)])
+        queries, starts = sample_queries(batch, rngs, self.query_sampling,
+                                         self.confusables), np.cumsum([0, *map(len, batch.masks)])
         if self.teacher is not None: batch.notes += self.teacher.cut_phrases(queries.phrases)
-        pointed = [int(a) + k for a, m, rng in zip(starts, batch.masks, rngs) for k in choose(len(m), self.most, rng)]  # at most so many of an image, as in stage 1
+        # at most so many of an image, as in stage 1
+        pointed = [int(a) + k for a, m, rng in zip(starts, batch.masks, rngs) for k in choose(len(m), self.most, rng)]
         return Mixed(batch, queries, torch.tensor(pointed, dtype=torch.long), None)
 
 
 class ClipQueries(Steps):
-    "Clips of one kind, and where they have phrases one frame of each with queries about it. None where a part has no clip."
+    """Clips of one kind, and where they have phrases one frame of each with queries about it. None where a part has no
+    clip."""
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int, query_sampling: QuerySampling, kind: str, teacher: Sam3 | None = None):
+    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+                 query_sampling: QuerySampling, kind: str, teacher: Sam3 | None = None):
         few = replace(schedule, batch_size=max(1, schedule.batch_size // IMAGES_PER_CLIP))
         self.__dict__ |= vars(clip_source(recipe, few, sides, seed, kind))
         self.query_sampling, self.teacher = query_sampling, teacher
@@ -129,7 +148,8 @@ class ClipQueries(Steps):
 
     def __getitem__(self, part: Part) -> Mixed | None:
         batch, rngs = super().__getitem__(part), self.rngs(part, 4)
-        if batch is None or self.confusables is None: return batch and Mixed(None, None, torch.zeros(0, dtype=torch.long), batch)
+        if batch is None or self.confusables is None:
+            return batch and Mixed(None, None, torch.zeros(0, dtype=torch.long), batch)
         clip_frames = frame_batch(batch, [int(rng.integers(0, len(batch.images) // len(batch.names))) for rng in rngs])
         queries = sample_queries(clip_frames, rngs, self.query_sampling, self.confusables)
         if self.teacher is not None: batch.notes += self.teacher.cut_phrases(queries.phrases)
@@ -140,19 +160,25 @@ def check_concepts(recipe: Mapping, schedule: Schedule) -> None:
     "`ValueError` where a recipe has nothing that stage 3 can learn from."
     parts = recipe["splits"].get("train", {})
     if "concept_images" in parts or "concept_clips" in parts and schedule.clip_every: return
-    raise ValueError(f"{recipe['name']}: stage 3 learns from concept_images or concept_clips, and its training split holds {', '.join(parts)}")
+    raise ValueError(f"{recipe['name']}: stage 3 learns from concept_images or concept_clips, and its training split "
+                     f"holds {', '.join(parts)}")
 
 
 class MixedSteps(Dataset):
-    """The images and queries of each part, and every `clip_every` steps clips: beside them, or in their place (`alternate`).
+    """The images and queries of each part, and every `clip_every` steps clips: beside them, or in their place
+    (`alternate`).
 
-    `teacher`: whose text embeddings say which phrases are easily confused. `ValueError` where the recipe has nothing that stage 3 can learn from."""
+    `teacher`: whose text embeddings say which phrases are easily confused. `ValueError` where the recipe has nothing
+    that stage 3 can learn from."""
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int, query_sampling: QuerySampling, teacher: Sam3 | None = None):
+    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+                 query_sampling: QuerySampling, teacher: Sam3 | None = None):
         check_concepts(recipe, schedule)
-        parts, given, self.schedule = recipe["splits"]["train"], (recipe, schedule, sides, seed, query_sampling), schedule
+        parts, given, self.schedule = recipe["splits"]["train"], (recipe, schedule, sides, seed,
+            query_sampling), schedule
         self.images = ImageQueries(*given, teacher) if "concept_images" in parts else None
-        self.clips = [ClipQueries(*given, kind, teacher) for kind in ("concept_clips", "clips") if kind in parts and schedule.clip_every]
+        self.clips = [ClipQueries(*given, kind, teacher) for kind in ("concept_clips", "clips") if kind in parts
+                      and schedule.clip_every]
 
     def __getitem__(self, part: Part) -> Mixed:
         turn, rest = divmod(part.step, self.schedule.clip_every or 1)
@@ -172,14 +198,18 @@ def instance_means(maps: Tensor, counts: Sequence[int], cover: Tensor) -> Tensor
 
 
 def instance_losses(ours: Tensor, theirs: Tensor, temperature: float = 0.1) -> dict[str, Tensor]:
-    "How far the means over N instances [N, C] are from the teacher's, over the variance among these (`instances`); and whether each finds its own (`told apart`)."
+    """How far the means over N instances [N, C] are from the teacher's, over the variance among these (`instances`);
+    and whether each finds its own (`told apart`)."""
     middle = theirs.mean(0)
     spread = (theirs - middle).square().sum().clamp(min=1e-6)
-    with torch.autocast(ours.device.type, enabled=False): logits = F.normalize(ours - middle, dim=1) @ F.normalize(theirs - middle, dim=1).T / temperature
-    return {"instances": (ours - theirs).square().sum() / spread, "instance contrast": F.cross_entropy(logits, torch.arange(len(ours), device=ours.device))}
+    with torch.autocast(ours.device.type, enabled=False):
+        logits = F.normalize(ours - middle, dim=1) @ F.normalize(theirs - middle, dim=1).T / temperature
+    return {"instances": (ours - theirs).square().sum() / spread,
+            "instance contrast": F.cross_entropy(logits, torch.arange(len(ours), device=ours.device))}
 
 # %% ../../nbs/30_stage3.ipynb #c021
-MAPS = (0.05, 0.1, 0.5, 0.05, 0.1, 0.2)  # weights of eq. 3's six maps, the detector's and the tracker's, fine to coarse: the coarse ones are read
+# weights of eq. 3's six maps, the detector's and the tracker's, fine to coarse: the coarse ones are read
+MAPS = (0.05, 0.1, 0.5, 0.05, 0.1, 0.2)
 
 
 def map_losses(teacher_features: Features, student_features: Features, batch: ImageBatch, schedule: Schedule,
@@ -187,8 +217,10 @@ def map_losses(teacher_features: Features, student_features: Features, batch: Im
                ) -> dict[str, Tensor]:
     """What a thawed encoder is held to: eq. 3, a mean over images, and `thing_losses` on the detector's coarse map.
 
-    The latter compare the instances of a batch with each other. So the parts of a step are averaged, by their images."""
-    ours, theirs, spaces = (*student_features.detector, *student_features.tracker), (*teacher_features.detector, *teacher_features.tracker), batch.spaces
+    The latter compare the instances of a batch with each other. So the parts of a step are averaged, by their
+    images."""
+    ours, theirs, spaces = (*student_features.detector, *student_features.tracker), (*teacher_features.detector,
+        *teacher_features.tracker), batch.spaces
     images, counts = len(batch.names) if whole is None else whole["images"], [*map(len, batch.masks)]
     warped = lambda k: spaces.maps(theirs[k], "teacher", "student", ours[k].shape[-1])
     def features() -> Tensor:
@@ -203,24 +235,31 @@ def map_losses(teacher_features: Features, student_features: Features, batch: Im
     return out | {k: over_count(len(batch.names) * v, images) for k, v in told.items()}
 
 # %% ../../nbs/30_stage3.ipynb #c024
-def concept_terms(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features, batch: ImageBatch, queries: ConceptQueries,
+def concept_terms(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
+                  batch: ImageBatch, queries: ConceptQueries,
                   embeddings: PhraseEmbeddings, schedule: Schedule,
                   whole: Mapping[str, float | Tensor] | None = None  # `question_counts` of the step; none: of `asked`
                   ) -> dict[str, Tensor]:
-    """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher where it is
-    worth imitating. Nothing asked: none. The device is read twice: for what the teacher has found, and to match both."""
+    """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher
+    where it is worth imitating. Nothing asked: none. The device is read twice: for what the teacher has found, and
+    to match both."""
     if not len(queries.phrases): return {}
     spaces, size, s, again = batch.spaces, 4 * student.grid, schedule, schedule.recomputes(student.image_size)
-    whole, concepts = query_counts(queries) if whole is None else whole, concepts_of(student, embeddings, queries, spaces)
+    whole, concepts = query_counts(queries) if whole is None else whole, concepts_of(student, embeddings, queries,
+        spaces)
     ours = recomputed(student.detect, again)(student_features, concepts, all_layers=True, draw=False)
-    truth, valid, known = true_targets(queries, batch, "student", size), spaces.valid("student", size, queries.image_index), queries.known
+    truth, valid, known = true_targets(queries, batch, "student", size), spaces.valid("student", size,
+        queries.image_index), queries.known
     sets = {"task": (truth, known.float(), 1.0, {"concepts": whole["concepts"], "targets": whole["targets"]})}
     if s.lambda2:
-        with torch.no_grad(): theirs = teacher.detect(teacher_features, concepts_of(teacher, embeddings, queries, spaces), draw=False)
-        taught = taught_targets(theirs, queries.image_index, spaces, "teacher", "student", size, temperature=s.temperature)
+        with torch.no_grad():
+            theirs = teacher.detect(teacher_features, concepts_of(teacher, embeddings, queries, spaces), draw=False)
+        taught = taught_targets(theirs, queries.image_index, spaces, "teacher", "student", size,
+                                temperature=s.temperature)
         good = worth_imitating(taught, truth, known).float()
         sets["distill"] = taught, good, s.lambda2, {"concepts": whole["queries"], "targets": whole["query targets"]}
-    out, matches = {}, match_all(ours, [goal for goal, *_ in sets.values()], [weight for _, weight, *_ in sets.values()])
+    out, matches = {}, match_all(ours, [goal for goal, *_ in sets.values()],
+                                 [weight for _, weight, *_ in sets.values()])
     for (word, (goal, weight, factor, counts)), matched in zip(sets.items(), matches):
         told = concept_losses(ours, goal, valid, s.focal, weight, counts, matched, again)
         out |= {f"{word} {k}": factor * v for k, v in told.items()}
@@ -232,13 +271,16 @@ def concept_terms(teacher: Sam3, student: Sam3, teacher_features: Features, stud
 
 # %% ../../nbs/30_stage3.ipynb #c027
 def stage3_groups(student: EfficientSam3, schedule: Schedule) -> list[dict]:
-    "AdamW's groups: stage 3's own, what the schedule thaws, and the encoder with its own rate, but for its batch norms."
+    """AdamW's groups: stage 3's own, what the schedule thaws, and the encoder with its own rate, but for its batch
+    norms."""
     thawed = {k: THAW[k] for k in (*schedule.thaw, *(["encoder"] if schedule.encoder_lr else []))}
     groups = parameter_groups(student, present({**TRAINS[3], **thawed}, student), schedule.lr, schedule.inherited)
     for m in student.detector_model.vision_encoder.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.requires_grad_(False)  # `train_mode` leaves it in eval mode then
+        # `train_mode` leaves it in eval mode then
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.requires_grad_(False)
     rates = {"encoder": schedule.encoder_lr, "encoder (no decay)": schedule.encoder_lr}
-    return [{**g, "lr": rates.get(g["name"], g["lr"]), "params": [p for p in g["params"] if p.requires_grad]} for g in groups]
+    return [{**g, "lr": rates.get(g["name"], g["lr"]), "params": [p for p in g["params"] if p.requires_grad]}
+            for g in groups]
 
 # %% ../../nbs/30_stage3.ipynb #c029
 NO_TRACKS = {"there": 0.0, "known": 0.0, "pairs": 0.0}  # `Stage2.counts` of no clips
@@ -251,15 +293,18 @@ def pointed_at(batch: Mixed) -> ImageBatch | None:
 
 
 class Stage3(nn.Module):
-    """Losses of stage 3 (§4.4): concepts and stage 1's prompts on images, stage 2's terms on clips and concepts on a frame of each, and what keeps a thawed
-    encoder near the teacher's maps."""
+    """Losses of stage 3 (§4.4): concepts and stage 1's prompts on images, stage 2's terms on clips and concepts on a
+    frame of each, and what keeps a thawed encoder near the teacher's maps."""
 
     def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
                  keep: bool = True):  # maps of images that are not augmented
         super().__init__()
-        self.teacher, self.student, self.schedule, self.embeddings = teacher, student, schedule, PhraseEmbeddings(teacher)
-        self.tracking, self.teacher_features = Stage2(teacher, student, schedule, keep=keep), EncodeOnce(teacher, detector=True, keep=keep and not schedule.augment)
-        self.student_features = self.live if schedule.encoder_lr else EncodeOnce(student, detector=True, keep=keep and not schedule.augment)
+        self.teacher, self.student, self.schedule, self.embeddings = (teacher, student, schedule,
+            PhraseEmbeddings(teacher))
+        self.tracking, self.teacher_features = Stage2(teacher, student, schedule, keep=keep), EncodeOnce(teacher,
+            detector=True, keep=keep and not schedule.augment)
+        self.student_features = self.live if schedule.encoder_lr else EncodeOnce(student, detector=True,
+            keep=keep and not schedule.augment)
         self.tracking.student_features = self.student_features
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
@@ -267,8 +312,8 @@ class Stage3(nn.Module):
         return encode_distinct(self.student, batch)
 
     def counts(self, batch: Mixed) -> dict[str, float]:
-        """What the terms of a batch on the CPU are divided by: images, queries and instances; of the frames of clips, and of
-        tracks. Always the same words."""
+        """What the terms of a batch on the CPU are divided by: images, queries and instances; of the frames of clips,
+        and of tracks. Always the same words."""
         parts = {"": {"images": float(len(batch.images.names) if batch.images else 0), **query_counts(batch.queries)},
                  "prompt ": {"instances": float(len(batch.pointed))}, "frame ": query_counts(batch.clip_queries),
                  "clip ": {**NO_TRACKS, **(self.tracking.counts(batch.clips) if batch.clips else {})}}
@@ -283,20 +328,26 @@ class Stage3(nn.Module):
         clips, batch, out = batch.clips, replace(batch, clips=None).to(self.student.device), {}
         if batch.images: out |= self.on_images(batch, pointed.to(self.student.device), whole, of("prompt "))
         if batch.clip_frames:
-            told = self.concepts(batch.clip_frames, batch.clip_queries, self.teacher_features(batch.clip_frames), self.student_features(batch.clip_frames), of("frame "))
+            told = self.concepts(batch.clip_frames, batch.clip_queries, self.teacher_features(batch.clip_frames),
+                                 self.student_features(batch.clip_frames), of("frame "))
             out |= {f"frame {k}": v for k, v in told.items()}
-        if clips: out |= {f"clip {k}": v for k, v in self.tracking(clips, of("clip ")).items()}  # which moves them itself, after a look at them
+        # which moves them itself, after a look at them
+        if clips: out |= {f"clip {k}": v for k, v in self.tracking(clips, of("clip ")).items()}
         return out or nothing_learned(self.student)
 
-    def concepts(self, images: ImageBatch, queries: ConceptQueries, teacher_features: Features, student_features: Features,
+    def concepts(self, images: ImageBatch, queries: ConceptQueries, teacher_features: Features,
+                 student_features: Features,
                  whole: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
-        return concept_terms(self.teacher, self.student, teacher_features, student_features, images, queries, self.embeddings, self.schedule, whole)
+        return concept_terms(self.teacher, self.student, teacher_features, student_features, images, queries,
+                             self.embeddings, self.schedule, whole)
 
     def on_images(self, batch: Mixed, pointed: ImageBatch, whole: Mapping[str, float | Tensor],
                   of_prompts: Mapping[str, float | Tensor]) -> dict[str, Tensor]:
         "Maps of a thawed encoder, concepts, and prompts."
-        s, teacher_features, student_features = self.schedule, self.teacher_features(batch.images), self.student_features(batch.images)
-        out = map_losses(teacher_features, student_features, batch.images, s, whole) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
+        s, teacher_features, student_features = (self.schedule, self.teacher_features(batch.images),
+                                                 self.student_features(batch.images))
+        out = map_losses(teacher_features, student_features, batch.images, s,
+                         whole) if s.encoder_lr and s.lambda1 and s.lambda2 else {}
         out |= self.concepts(batch.images, batch.queries, teacher_features, student_features, whole)
         if not s.lambda_prompts: return out
         prompts = prompt_losses(self.teacher, self.student, teacher_features, student_features, pointed, s, of_prompts)
@@ -309,7 +360,8 @@ class FeatureWarmup(nn.Module):
 
     def __init__(self, stage: Stage3):
         super().__init__()
-        self.student, self.teacher_features, self.student_features, self.schedule = stage.student, stage.teacher_features, stage.live, stage.schedule
+        self.student, self.teacher_features, self.student_features, self.schedule = (stage.student,
+            stage.teacher_features, stage.live, stage.schedule)
 
     def counts(self, batch: ImageBatch) -> dict[str, float]:
         "What the terms are divided by: images."
@@ -323,70 +375,102 @@ class FeatureWarmup(nn.Module):
 
 
 def warmup_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
-                 samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator], rng: np.random.Generator) -> ImageBatch:
+                 samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator],
+                 rng: np.random.Generator) -> ImageBatch:
     "Images of a step without their phrases."
-    return collate_images([varied(replace(s, phrases=[]), own, recipe, schedule) for s, own in zip(samples, rngs)], *sides, recipe["sampling"]["instances"], rngs)
+    return collate_images([varied(replace(s, phrases=[]), own, recipe, schedule) for s, own in zip(samples, rngs)],
+                          *sides, recipe["sampling"]["instances"], rngs)
 
 
-def run_feature_warmup(task: Stage3, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int, **options) -> dict[str, Any]:
-    "The warm-up, in place, on the recipe's images with all their instances, or where it has none on its concept images. `folder/warmup` holds its state and metrics; `options` of `fit`."
+def run_feature_warmup(task: Stage3, recipe: Mapping, sides: tuple[int, int], folder: Path, seed: int,
+                       **options) -> dict[str, Any]:
+    """The warm-up, in place, on the recipe's images with all their instances, or where it has none on its concept
+    images. `folder/warmup` holds its state and metrics; `options` of `fit`."""
     s = task.schedule
-    own = replace(s, steps=s.warmup_steps, lr=s.warmup_lr, batch_size=2 * s.batch_size, micro_batch=2 * s.micro_batch, ema=0.0, max_norm=5.0, floor=0.5)
+    own = replace(s, steps=s.warmup_steps, lr=s.warmup_lr, batch_size=2 * s.batch_size, micro_batch=2 * s.micro_batch,
+                  ema=0.0, max_norm=5.0, floor=0.5)
     reader = open_dataset(recipe, "train", "images" if "images" in recipe["splits"]["train"] else "concept_images")
     source = Steps(reader, partial(warmup_batch, recipe, s, sides), seed + 2, own.batch_size)
-    return fit(FeatureWarmup(task), source, parameter_groups(task.student, {"encoder": THAW["encoder"]}, own.lr), own, folder / "warmup", seed, **options)
+    return fit(FeatureWarmup(task), source, parameter_groups(task.student, {"encoder": THAW["encoder"]}, own.lr), own,
+               folder / "warmup", seed, **options)
 
 # %% ../../nbs/30_stage3.ipynb #c035
 def count_images(recipe: Mapping) -> int:
-    "Images that stage 3 may draw of a recipe whose images are not augmented: images and their mirror images, frames of clips."
+    """Images that stage 3 may draw of a recipe whose images are not augmented: images and their mirror images, frames
+    of clips."""
     parts, frames = recipe["splits"]["train"], most_frames(recipe["sampling"])
     return sum(len(open_dataset(recipe, "train", k)) * (frames if "clips" in k else 2) for k in parts)
 
 
-def train_stage3(student_model: EfficientSam3, teacher_model: Sam3, recipe: Mapping, s: Schedule, query_sampling: QuerySampling, folder: Path, seed: int, **options) -> dict[str, Any]:
-    "The feature warm-up, where the schedule has one and thaws the encoder, and the concepts, in place; the account of both. `options` of `fit`."
+def train_stage3(student_model: EfficientSam3, teacher_model: Sam3, recipe: Mapping, s: Schedule,
+                 query_sampling: QuerySampling, folder: Path, seed: int, **options) -> dict[str, Any]:
+    """The feature warm-up, where the schedule has one and thaws the encoder, and the concepts, in place; the account of
+    both. `options` of `fit`."""
     for_training(student_model, s)
-    task, sides, options = Stage3(teacher_model, student_model, s, EncodeOnce.fits(teacher_model, count_images(recipe), True)), (teacher_model.image_size, student_model.image_size), {"bad": recipe["sampling"]["bad"], **options}
-    if "clips" in recipe["splits"]["train"]: task.tracking.sampled = sought(open_dataset(recipe, "train", "clips"), recipe["sampling"]["tracks"])
+    task, sides, options = Stage3(teacher_model, student_model, s,
+                                  EncodeOnce.fits(teacher_model, count_images(recipe),
+                                                  True)), (teacher_model.image_size,
+                                                           student_model.image_size), {"bad": recipe["sampling"]["bad"],
+                                                               **options}
+    if "clips" in recipe["splits"]["train"]:
+        task.tracking.sampled = sought(open_dataset(recipe, "train", "clips"), recipe["sampling"]["tracks"])
     source = MixedSteps(recipe, s, sides, seed, query_sampling, teacher_model)
-    warmup = run_feature_warmup(task, recipe, sides, folder, seed, **options) if s.encoder_lr and s.warmup_steps and s.lambda2 else {"seconds": 0.0}
+    warmup = run_feature_warmup(task, recipe, sides, folder, seed,
+                                **options) if s.encoder_lr and s.warmup_steps and s.lambda2 else {"seconds": 0.0}
     groups = stage3_groups(student_model, s)
     print_groups(groups)
     return fit(task, source, groups, s, folder, seed, **options) | {"warmup": warmup["seconds"]}
 
 
 @ends_together
-def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0, micro_batch: int = 0, lr: float = 0.0,
-               schedule: str = "", precision: str = "auto", encoder_lr: float = -1.0, student: str = "", each: int = 4, easy: float = 0.15, hard: float = 0.3,
-               exemplar: float = 0.35, distill: bool = True, warmup_steps: int = -1, sampling: str = "", eval_images: int = -1, eval_instances: int = -1, eval_clips: int = -1, eval_frames: int = -1,
-               seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, workers: int = -1, checkpoint: int = -1, log_to: str = "", options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
-    """Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished run is returned as it is.
+def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0,
+               micro_batch: int = 0, lr: float = 0.0,
+               schedule: str = "", precision: str = "auto", encoder_lr: float = -1.0, student: str = "", each: int = 4,
+               easy: float = 0.15, hard: float = 0.3,
+               exemplar: float = 0.35, distill: bool = True, warmup_steps: int = -1, sampling: str = "",
+               eval_images: int = -1, eval_instances: int = -1, eval_clips: int = -1, eval_frames: int = -1,
+               seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, workers: int = -1,
+               checkpoint: int = -1, log_to: str = "", options: Mapping[str, object] | None = None,
+               brief: bool = False) -> Path:
+    """Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished
+    run is returned as it is.
 
     `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student on images."""
-    recipe, query_sampling = with_sampling(load_recipe(recipe), sampling), QuerySampling(each, easy, hard=hard, exemplar=exemplar)
+    recipe, query_sampling = with_sampling(load_recipe(recipe), sampling), QuerySampling(each, easy, hard=hard,
+        exemplar=exemplar)
     options = ({"warmup_steps": warmup_steps} if warmup_steps >= 0 else {}) | dict(options or {})
-    s = stage3_schedule(recipe, encoder_lr, distill, with_checkpoint(options, checkpoint), schedule=schedule, steps=steps, batch_size=batch_size, micro_batch=micro_batch, lr=lr)
+    s = stage3_schedule(recipe, encoder_lr, distill, with_checkpoint(options, checkpoint), schedule=schedule,
+                        steps=steps, batch_size=batch_size, micro_batch=micro_batch, lr=lr)
     check_concepts(recipe, s)
     name, device, find = teacher or recipe["teacher"], pick_device(), find_variant(variant)
     precision = pick_precision(device, precision)
     limits = limits_of(recipe, images=eval_images, instances=eval_instances, clips=eval_clips, frames=eval_frames)
     teacher_model = load_teacher(name).to(device)
-    base = earlier_student(2, run_stage2, variant, recipe, student, runs, teacher=teacher, precision=precision, seed=seed, resume=resume)
+    base = earlier_student(2, run_stage2, variant, recipe, student, runs, teacher=teacher, precision=precision,
+                           seed=seed, resume=resume)
     judged = "held_out" in recipe["splits"] and name != "random-sam3"  # random weights have seen nothing
     wanted = {k: p for k, p in WANTED[3].items() if judged and not (brief and "clips" in k)}
-    folder, settings = open_stage(3, recipe, find.name, name, s, seed, runs, resume, {"train": ["concept_images", "concept_clips", "clips", "images"], "held_out": [*wanted]},
-                                  precision=precision, student=file_digest(base / "model.safetensors"), query_sampling=asdict(query_sampling), evaluation=asdict(limits))
+    folder, settings = open_stage(3, recipe, find.name, name, s, seed, runs, resume,
+                                  {"train": ["concept_images", "concept_clips", "clips", "images"],
+                                   "held_out": [*wanted]},
+                                  precision=precision, student=file_digest(base / "model.safetensors"),
+                                  query_sampling=asdict(query_sampling), evaluation=asdict(limits))
     if (folder / "report.json").exists(): return folder
     torch.manual_seed(seed)
-    student_model, clock = EfficientSam3.from_pretrained(base, dtype=torch.float32).to(device).eval(), time.perf_counter()
+    student_model, clock = EfficientSam3.from_pretrained(base,
+                                                         dtype=torch.float32).to(device).eval(), time.perf_counter()
     score = lambda who, m: run_scores(m, recipe, folder / "evaluation" / who, wanted, limits, precision)
-    scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision), "before": score("before", student_model)} if wanted and not brief else {}
+    scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision),
+              "before": score("before", student_model)} if wanted and not brief else {}
     first = time.perf_counter() - clock
     if not is_saved(folder):
         print(f"stage 3 of {variant}: {s.steps} steps of {s.batch_size} images; writing to {printable(folder)}")
-        save_student(folder, student_model, train_stage3(student_model, teacher_model, recipe, s, query_sampling, folder, seed, every=every, precision=precision, workers=workers, log_to=log_to))
+        save_student(folder, student_model, train_stage3(student_model, teacher_model, recipe, s, query_sampling,
+                                                         folder, seed, every=every, precision=precision,
+                                                         workers=workers, log_to=log_to))
     student_model, trained = saved_student(folder, device)
     clock = time.perf_counter()
     if wanted: scores["student"] = score("student", student_model)
-    finish(folder, settings, student_model, teacher_model, trained, limits, {"before": {}, **scores}, first + time.perf_counter() - clock, controls={})
+    finish(folder, settings, student_model, teacher_model, trained, limits, {"before": {}, **scores},
+           first + time.perf_counter() - clock, controls={})
     return folder

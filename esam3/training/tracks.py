@@ -58,14 +58,17 @@ def propose(teacher: Sam3, seen: Features,
             count: int,            # instances of an image or clip, at most
             points: int = POINTS   # asked of it, or of its first frame
             ) -> list[Tensor]:     # for each image or clip bool [n, H, W] source px, none of them empty
-    "Masks of instances that the teacher sees in each image, or on the first frame of each clip, from random points of it (`seen`: of all images of the batch)."
+    """Masks of instances that the teacher sees in each image, or on the first frame of each clip, from random points of
+    it (`seen`: of all images of the batch)."""
     out, length = [], len(batch.images) // len(batch.names)
     for first in range(0, len(batch.images), length):
         at = random_points(batch.images[first], points, teacher.image_size).to(teacher.device, non_blocking=True)
         image_index = torch.full((points,), first, device=teacher.device)
-        answer = teacher.decode(seen, Prompts(image_index, at[:, None], torch.ones(points, 1, dtype=torch.int32, device=teacher.device)))
+        answer = teacher.decode(seen, Prompts(image_index, at[:, None],
+                                              torch.ones(points, 1, dtype=torch.int32, device=teacher.device)))
         masks = answer.masks.flatten(0, 1)
-        kept = choose_masks(masks, answer.iou.flatten(), answer.object_logits.repeat_interleave(answer.iou.shape[1]), count)
+        kept = choose_masks(masks, answer.iou.flatten(), answer.object_logits.repeat_interleave(answer.iou.shape[1]),
+                            count)
         found = batch.spaces.to_source(masks[kept], "teacher", first) > 0
         out.append(found[found.flatten(1).any(1)])
     return out
@@ -87,26 +90,33 @@ def with_instances(batch: ImageBatch,
                    ) -> ImageBatch:
     "The batch with these instances in the place of its own, and no phrases."
     image_index = torch.arange(len(found)).repeat_interleave(torch.tensor([len(m) for m in found]))
-    there = [onto(t, batch.image_index.device) for t in (image_index, _joined(found, boxes_of), _joined(found, deepest_points))]
-    return replace(batch, **dict(zip(("image_index", "boxes", "points"), there)), masks=[*found], phrases=[[] for _ in found])
+    there = [onto(t, batch.image_index.device) for t in (image_index, _joined(found, boxes_of),
+                                                         _joined(found, deepest_points))]
+    return replace(batch, **dict(zip(("image_index", "boxes", "points"), there)), masks=[*found],
+                   phrases=[[] for _ in found])
 
 # %% ../../nbs/23_tracks.ipynb #c016
 def with_tracks(batch: ClipBatch,
                 found: Sequence[Tensor]  # for each clip bool [n, H, W] source px, a mask on its first frame
                 ) -> ClipBatch:
-    "The batch with these tracks in the place of its own; its frames after the first one are not annotated, nor is the first."
+    """The batch with these tracks in the place of its own; its frames after the first one are not annotated, nor is the
+    first."""
     length, counts = len(batch.images) // len(batch.names), torch.tensor([len(m) for m in found])
     device = batch.first.device
     clip = torch.arange(len(found)).repeat_interleave(counts).to(device, non_blocking=True)
     masks = [torch.cat([m[:, None], m.new_zeros(len(m), length - 1, *m.shape[1:])], 1) for m in found]
-    boxes, nobody = torch.full((len(clip), length, 4), torch.nan), torch.zeros(len(clip), length, dtype=torch.bool, device=device)
+    boxes, nobody = torch.full((len(clip), length, 4), torch.nan), torch.zeros(len(clip), length, dtype=torch.bool,
+        device=device)
     boxes[:, 0] = _joined(found, boxes_of)
-    return replace(batch, clip=clip, frame_index=clip[:, None] * length + torch.arange(length, device=device), first=torch.zeros_like(clip), boxes=onto(boxes, device),
-                   points=onto(_joined(found, deepest_points), device), masks=masks, visible=nobody, annotated=nobody, ids=list(range(len(clip))), late=0)
+    return replace(batch, clip=clip, frame_index=clip[:, None] * length + torch.arange(length, device=device),
+                   first=torch.zeros_like(clip), boxes=onto(boxes, device),
+                   points=onto(_joined(found, deepest_points), device), masks=masks, visible=nobody, annotated=nobody,
+                   ids=list(range(len(clip))), late=0)
 
 # %% ../../nbs/23_tracks.ipynb #c019
 def from_first(batch: ClipBatch) -> ClipBatch:
-    "The batch with every track in its own time: column 0 is the frame where it begins; past the clip's end the last image is repeated, without annotation."
+    """The batch with every track in its own time: column 0 is the frame where it begins; past the clip's end the last
+    image is repeated, without annotation."""
     index, inside = own_time(batch.frame_index, batch.first)
     at = index - batch.frame_index[:, :1]
     moved = lambda x: x.gather(1, at.view(*at.shape, *[1] * (x.ndim - 2)).expand_as(x))
