@@ -38,5 +38,6 @@ def notebooks(names: list[str], folder: Path = NBS) -> dict[str, list[Cell]]:
     "Cells of the notebooks named by file or by the start of it (`01a`); of all where none is named."
     found = {p.stem: p for p in sorted(folder.glob("[!_.]*.ipynb"))}
     wanted = [Path(n).stem for n in names]
-    if lost := [n for n in wanted if not any(stem.startswith(n) for stem in found)]: raise SystemExit(f"no notebook {lost[0]}")
+    for n in wanted:
+        if not any(stem.startswith(n) for stem in found): raise SystemExit(f"no notebook begins with {n}")
     return {stem: cells_of(p) for stem, p in found.items() if not wanted or stem.startswith(tuple(wanted))}
