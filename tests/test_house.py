@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+import tempfile
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
@@ -97,7 +98,8 @@ def test_a_cell_that_shows_keeps_an_output(outputs, house, source, shows):
 
 def test_what_varies_is_no_difference(outputs, house):
     said = lambda text: outputs.text_of(cell(house, "f()", outputs=[STREAM | {"text": text}]))
-    assert said("12.5 ms on 2026-11-25 in /tmp/tmpab1/x") == said("1,031 ms on 2027-01-02 in /tmp/tmpzz9/y")
+    box = tempfile.gettempdir()
+    assert said(f"12.5 ms on 2026-11-25 in {box}/tmpab1/x") == said(f"1,031 ms on 2027-01-02 in {box}/tmpzz9/y")
     assert said("J 76.5") != said("J 76.4") and said("8 frames") != said("9 frames")
 
 
