@@ -7,11 +7,11 @@ import argparse
 import yaml
 
 from esam3.core import check_parameters, pick_device, pick_precision
-from esam3.data import load_recipe
-from esam3.feature_cache import write_cache
-from esam3.stage1 import check_cache, open_features
-from esam3.teacher import load_teacher
-from esam3.training import pick_workers
+from esam3.data.batches import load_recipe
+from esam3.training.feature_cache import write_cache
+from esam3.training.stage1 import check_cache, open_features
+from esam3.models.teacher import load_teacher
+from esam3.training.loop import pick_workers
 
 DECLARED = {"recipe": (str, "toy"), "teacher": (str, ""), "precision": (str, "auto"), "cache": (str, "int8"),
             "replays": (int, 4), "workers": (int, -1)}
@@ -25,8 +25,8 @@ def write_part(part: int, parts: int, recipe: str = "toy", teacher: str = "", pr
     check_cache(cache, replays, told["splits"]["train"]["images"])
     precision, vit = pick_precision(device, precision), load_teacher(teacher or told["teacher"]).to(device)
     many = pick_workers(device, workers)
-    pictures, folder, _ = open_features(told, vit, cache, replays, precision, many, parts)
-    print(write_cache(folder, vit, pictures, cache, rank=part, world=parts, workers=many, precision=precision))
+    images, folder, _ = open_features(told, vit, cache, replays, precision, many, parts)
+    print(write_cache(folder, vit, images, cache, rank=part, world=parts, workers=many, precision=precision))
 
 
 if __name__ == "__main__":

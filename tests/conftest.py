@@ -1,4 +1,4 @@
-"What several tests share: where things are, and a stage-1 student to start from."
+"What several tests share: where instances are, and a stage-1 student to start from."
 import os
 import subprocess
 import sys
@@ -26,7 +26,7 @@ def real_files() -> Path:
 @pytest.fixture(scope="session")
 def stage1_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "A student of stage 1 after three steps on a handful of samples."
-    from esam3.stage1 import run_stage1
+    from esam3.training.stage1 import run_stage1
     return run_stage1("es-ev-s", "tiny", runs=str(tmp_path_factory.mktemp("runs"))) / "student"
 
 

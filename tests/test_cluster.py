@@ -19,7 +19,7 @@ JOB = '''
 import contextlib, os, time
 from pathlib import Path
 import torch.distributed as dist
-from esam3.cluster import Stopped, together
+from esam3.training.cluster import Stopped, together
 
 def run(place: Path, does: str) -> None:
     rank = dist.get_rank()

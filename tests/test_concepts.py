@@ -1,4 +1,4 @@
-"Concepts: the index of confusable phrases, questions for nobody, targets and matching in float32 whatever autocast does, and losses of parts."
+"Concepts: the index of confusable phrases, queries for nobody, targets and matching in float32 whatever autocast does, and losses of parts."
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import box_convert, generalized_box_iou, generalized_box_iou_loss
 
-import esam3.concepts
-from esam3.concepts import (COST, WEIGHTS, Asking, Confusables, PhraseBook, Questions, Targets, ask, concept_losses, concepts_of,
-                            content_words, head_noun, match, match_all, match_cost, question_counts, soft_focal, taught_targets,
-                            true_targets, vocabulary, worth_imitating)
-from esam3.data import collate_images, load_recipe, open_dataset
-from esam3.losses import mask_loss
-from esam3.samples import Phrase
-from esam3.teacher import Detections, load_teacher
-from esam3.toyworld import COLORS, PATTERNS, SHAPES
+import esam3.training.concepts
+from esam3.data.batches import collate_images, load_recipe, open_dataset
+from esam3.data.samples import Phrase
+from esam3.data.toyworld import COLORS, PATTERNS, SHAPES
+from esam3.models.teacher import Detections, load_teacher
+from esam3.training.concepts import (
+    COST, WEIGHTS, ConceptQueries, Confusables, PhraseEmbeddings, QuerySampling, Targets, concept_losses,
+    concepts_of, content_words, head_noun, match, match_all, match_cost, query_counts, sample_queries, soft_focal,
+    taught_targets, true_targets, vocabulary, worth_imitating)
+from esam3.training.losses import mask_loss
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def teacher(): return load_teacher("toy")
 
 @pytest.fixture(scope="module")
 def student(teacher):
-    from esam3.student import build_student
+    from esam3.models.student import build_student
     torch.manual_seed(0)
     return build_student("es-ev-s", teacher).eval()
 
@@ -45,7 +46,7 @@ def batch(reader, teacher): return collate_images([reader.read(i) for i in range
 
 
 def chance(batch, seed: int = 0) -> list[np.random.Generator]:
-    "A generator for each picture of a batch: the same for all."
+    "A generator for each image of a batch: the same for all."
     return [np.random.default_rng(seed)] * len(batch.phrases)
 
 
@@ -61,13 +62,13 @@ TOY = sorted({*(f"{c} {s}" for c in COLORS for s in SHAPES), *(f"{p} {c} {s}" fo
 
 @pytest.mark.parametrize("model", ["toy", None])
 def test_the_toy_world_is_asked_as_ever(model, teacher):
-    "Its whole vocabulary, in the same order: a seed draws the same questions as from the slow search."
+    "Its whole vocabulary, in the same order: a seed draws the same queries as from the slow search."
     index = Confusables(TOY, teacher if model else None)
     assert all(list(index(p)) == one_word_apart(p, TOY) for p in TOY)
     slow = lambda phrase: one_word_apart(phrase.lower(), TOY)
     batch = SimpleNamespace(phrases=[[Phrase("Red star", (0,), ""), Phrase("ring", (), "hard-shape"), Phrase("blue thing", (), "easy")]] * 8,
-                            boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
-    a, b = (ask(batch, chance(batch, 3), Asking(each=20), kin) for kin in (index, slow))
+                            boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
+    a, b = (sample_queries(batch, chance(batch, 3), QuerySampling(each=20), kin) for kin in (index, slow))
     assert a.phrases == b.phrases and a.kinds == b.kinds and torch.equal(a.boxes, b.boxes) and a.kinds.count("proposed") > 3
 
 
@@ -95,20 +96,20 @@ def large_vocabulary(count: int = 51155) -> tuple[str, ...]:
 
 
 def test_a_large_vocabulary_is_not_gone_through(monkeypatch):
-    "51,155 phrases: few answers to a phrase, and a batch of 128 questions in a fraction of a second."
+    "51,155 phrases: few answers to a phrase, and a batch of 128 queries in a fraction of a second."
     words = large_vocabulary()
     index = Confusables(words)
     kin = index("a curtain")
     assert 4 <= len(kin) <= 16 and all("curtain" in p for p in kin) and not {*map(content_words, kin)} & {("curtain",)}
     pick = random.Random(1)
     phrases = [[Phrase(pick.choice(words), (0,) if k < 3 else (), "" if k < 3 else "hard-other") for k in range(6)] for _ in range(32)]
-    batch = SimpleNamespace(phrases=phrases, boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
+    batch = SimpleNamespace(phrases=phrases, boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
     looked = []
-    monkeypatch.setattr(esam3.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
+    monkeypatch.setattr(esam3.training.concepts, "content_words", lambda phrase: (looked.append(phrase), content_words(phrase))[1])
     start = time.perf_counter()
-    asked = ask(batch, chance(batch, 0), Asking(), index)
-    assert time.perf_counter() - start < 1 and len(looked) < 10000 and asked.kinds.count("proposed") > 5
-    assert {p for p, k in zip(asked.phrases, asked.kinds) if k == "proposed"} <= {*words}
+    queries = sample_queries(batch, chance(batch, 0), QuerySampling(), index)
+    assert time.perf_counter() - start < 1 and len(looked) < 10000 and queries.kinds.count("proposed") > 5
+    assert {p for p, k in zip(queries.phrases, queries.kinds) if k == "proposed"} <= {*words}
 
 
 def nearest_first(table: torch.Tensor, words: list[str]) -> SimpleNamespace:
@@ -120,7 +121,7 @@ def nearest_first(table: torch.Tensor, words: list[str]) -> SimpleNamespace:
 
 
 def test_the_nearest_of_many_are_taken():
-    "Of 40 things that a lone noun could be exchanged for, those with the next angles; where nothing is akin, the nearest of all."
+    "Of 40 instances that a lone noun could be exchanged for, those with the next angles; where nothing is akin, the nearest of all."
     words = [f"w{i:02d}x" for i in range(40)]
     angle = torch.arange(40) / 40
     model = nearest_first(torch.stack([angle.cos(), angle.sin()], 1), words)
@@ -135,9 +136,9 @@ def test_no_phrase_is_proposed_that_is_labelled():
     "Not even in other words."
     index = Confusables(("blue curtain", "red curtain", "the red curtains", "green curtain"))
     labelled = [Phrase("a blue curtain", (0,), ""), Phrase("red curtains", (), "hard-other")]
-    batch = SimpleNamespace(phrases=[labelled], boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
-    asked = ask(batch, chance(batch, 0), Asking(each=200, proposed=1.0), index)
-    assert {p for p, k in zip(asked.phrases, asked.kinds) if k == "proposed"} == {"green curtain"}
+    batch = SimpleNamespace(phrases=[labelled], boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
+    queries = sample_queries(batch, chance(batch, 0), QuerySampling(each=200, proposed=1.0), index)
+    assert {p for p, k in zip(queries.phrases, queries.kinds) if k == "proposed"} == {"green curtain"}
 
 
 def test_vocabulary_of_videos():
@@ -146,24 +147,24 @@ def test_vocabulary_of_videos():
 
 
 def test_no_questions_at_all(batch, teacher):
-    "A rank whose pictures have no phrases: every tensor has its shape and type, and everything up to the losses goes through."
-    some = ask(batch, chance(batch, 0), Asking())
-    none = ask(replace(batch, phrases=[[]] * 4), chance(batch, 0), Asking())
+    "A rank whose images have no phrases: every tensor has its shape and type, and everything up to the losses goes through."
+    some = sample_queries(batch, chance(batch, 0), QuerySampling())
+    none = sample_queries(replace(batch, phrases=[[]] * 4), chance(batch, 0), QuerySampling())
     assert none.phrases == none.kinds == none.members == []
-    for k in ("image", "known", "boxes", "labels"):
+    for k in ("image_index", "known", "boxes", "labels"):
         a, b = getattr(some, k), getattr(none, k)
         assert a.dtype == b.dtype and b.shape == (0, *a.shape[1:])
-    book = PhraseBook(teacher)
-    tokens, counted = book([])
-    assert tokens.shape[::2] == (0, book(["red star"])[0].shape[2]) and counted.dtype == torch.bool and counted.shape == tokens.shape[:2]
-    asked = concepts_of(teacher, book, none, batch.frames)
-    assert len(asked.image) == len(asked.encoded) == len(asked.attention_mask) == 0
-    truth, valid = true_targets(none, batch, "student", 32), batch.frames.valid("student", 32, none.image)
+    embeddings = PhraseEmbeddings(teacher)
+    tokens, counted = embeddings([])
+    assert tokens.shape[::2] == (0, embeddings(["red star"])[0].shape[2]) and counted.dtype == torch.bool and counted.shape == tokens.shape[:2]
+    queries = concepts_of(teacher, embeddings, none, batch.spaces)
+    assert len(queries.image_index) == len(queries.encoded) == len(queries.attention_mask) == 0
+    truth, valid = true_targets(none, batch, "student", 32), batch.spaces.valid("student", 32, none.image_index)
     assert truth.masks.shape[0] == truth.boxes.shape[0] == 0 and truth.masks.shape[2:] == (32, 32) and truth.union.shape == (0, 32, 32)
     shape = lambda *size: torch.zeros(2, 0, *size, requires_grad=True)
     found = Detections(shape(5, 4), shape(5), shape(), shape(5, 32, 32), torch.zeros(0, 1, 32, 32, requires_grad=True), torch.zeros(0, 8, 4, 4))
     last = Detections(found.boxes[-1], found.logits[-1], found.presence[-1], found.masks[-1], found.semantic, found.read)
-    taught = taught_targets(last, none.image, batch.frames, "student", "student", 32)
+    taught = taught_targets(last, none.image_index, batch.spaces, "student", "student", 32)
     assert match(found, truth).shape == match(found, taught).shape == (0, 4)
     good = worth_imitating(taught, truth, none.known).float()
     for goal in (truth, taught):
@@ -198,16 +199,16 @@ def last_layer(found: Detections) -> Detections:
 def test_targets_and_matching_in_float32(dtype, batch):
     """What a step of stage 3 computes is under autocast the same as without, to the bit, and from bfloat16 answers the same
     as from the same numbers in float32."""
-    asked = ask(batch, chance(batch, 0), Asking(easy=0.0, hard=0.2))
-    found, valid = some_answers(len(asked.image), dtype), batch.frames.valid("student", 32, asked.image)
-    frames = replace(batch.frames, teacher=99)  # a side whose multiples bfloat16 rounds
-    wide = Detections(*(x.float() for x in vars(found).values() if x is not None))
+    queries = sample_queries(batch, chance(batch, 0), QuerySampling(easy=0.0, hard=0.2))
+    found, valid = some_answers(len(queries.image_index), dtype), batch.spaces.valid("student", 32, queries.image_index)
+    frames = replace(batch.spaces, teacher=99)  # a side whose multiples bfloat16 rounds
+    teacher_features = Detections(*(x.float() for x in vars(found).values() if x is not None))
     def all_of(found: Detections) -> list[torch.Tensor]:
-        truth = true_targets(asked, batch, "student", 32)
-        taught = taught_targets(last_layer(found), asked.image, frames, "teacher", "student", 32)
+        truth = true_targets(queries, batch, "student", 32)
+        taught = taught_targets(last_layer(found), queries.image_index, frames, "teacher", "student", 32)
         said = [x for goal in (truth, taught) for x in (*vars(goal).values(), match(found, goal), *concept_losses(found, goal, valid).values())]
         return [*said, match_cost(found.logits[0, 0], found.boxes[0, 0], found.masks[0, 0], found.boxes[1, 0], found.masks[1, 0])]
-    plain = all_of(wide)
+    plain = all_of(teacher_features)
     with torch.autocast("cpu", torch.bfloat16): mixed = all_of(found)
     for a, b in zip(plain, mixed, strict=True): assert b.dtype in (torch.float32, torch.long) and torch.equal(a, b)
 
@@ -345,35 +346,35 @@ def test_masks_that_are_not_drawn_cost_nothing():
     assert little < 2 * 32 * 32 * 4 < kept / 20, "not as much as two masks"
 
 
-def part_of(asked: Questions, batch, pictures: range) -> Questions:
-    "The questions about some pictures, which become a batch of their own."
-    rows = [i for i, b in enumerate(asked.image.tolist()) if b in pictures]
-    first = int((batch.image < pictures.start).sum())
-    some = {k: [getattr(asked, k)[i] for i in rows] for k in ("phrases", "kinds")}
-    members = [tuple(m - first for m in asked.members[i]) for i in rows]
-    return Questions(asked.image[rows] - pictures.start, some["phrases"], some["kinds"], members, asked.known[rows],
-                     asked.boxes[rows], asked.labels[rows])
+def part_of(queries: ConceptQueries, batch, images: range) -> ConceptQueries:
+    "The queries about some images, which become a batch of their own."
+    rows = [i for i, b in enumerate(queries.image_index.tolist()) if b in images]
+    first = int((batch.image_index < images.start).sum())
+    some = {k: [getattr(queries, k)[i] for i in rows] for k in ("phrases", "kinds")}
+    members = [tuple(m - first for m in queries.members[i]) for i in rows]
+    return ConceptQueries(queries.image_index[rows] - images.start, some["phrases"], some["kinds"], members, queries.known[rows],
+                     queries.boxes[rows], queries.labels[rows])
 
 
 def test_parts_of_a_step_add_up(reader, teacher, student):
-    """Four pictures and their questions, in one part and in two of 1 and 3: truth, teacher's answers, read-out, maps.
+    """Four images and their queries, in one part and in two of 1 and 3: truth, teacher's answers, read-out, maps.
     Recomputed it is the same."""
-    from esam3.stage3 import concept_terms, map_losses
-    from esam3.training import Schedule
-    s, book = Schedule(temperature=1.0, checkpoint=0), PhraseBook(teacher)
+    from esam3.training.stage3 import concept_terms, map_losses
+    from esam3.schedules import Schedule
+    s, embeddings = Schedule(temperature=1.0, checkpoint=0), PhraseEmbeddings(teacher)
     sides = teacher.image_size, student.image_size
     collated = lambda some: collate_images([reader.read(i) for i in some], *sides, max_instances=0)
     batch = collated(range(4))
-    asked = ask(batch, chance(batch, 0), Asking(), Confusables(vocabulary(reader), teacher))
-    assert 0 < asked.known.sum() < len(asked.known)
-    whole = question_counts(asked) | {"images": 4.0}
-    def terms(pictures: range, s: Schedule = s) -> dict[str, Tensor]:
-        own = collated(pictures)
-        with torch.no_grad(): wide = teacher.encode(own.teacher_pixels)
-        narrow = student.encode(own.student_pixels)
-        maps = {"features": map_losses(wide, narrow, own, s, whole)["features"]}  # things are compared part by part
-        questions = part_of(asked, batch, pictures)
-        return maps | concept_terms(teacher, student, wide, narrow, own, questions, book, s, whole)
+    queries = sample_queries(batch, chance(batch, 0), QuerySampling(), Confusables(vocabulary(reader), teacher))
+    assert 0 < queries.known.sum() < len(queries.known)
+    whole = query_counts(queries) | {"images": 4.0}
+    def terms(images: range, s: Schedule = s) -> dict[str, Tensor]:
+        own = collated(images)
+        with torch.no_grad(): teacher_features = teacher.encode(own.teacher_pixels)
+        student_features = student.encode(own.student_pixels)
+        maps = {"features": map_losses(teacher_features, student_features, own, s, whole)["features"]}  # instances are compared part by part
+        some = part_of(queries, batch, images)
+        return maps | concept_terms(teacher, student, teacher_features, student_features, own, some, embeddings, s, whole)
     step, again = terms(range(4)), terms(range(4), replace(s, checkpoint=1))
     parts = [terms(range(1)), terms(range(1, 4))]
     assert {"features", "distill read", "task mask", "distill mask"} <= step.keys() == again.keys()
@@ -385,7 +386,7 @@ def test_parts_of_a_step_add_up(reader, teacher, student):
     for a, b in zip(one, other): torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
         seen = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
-        alone = concept_terms(teacher, student, *seen, batch, asked, book, s)
+        alone = concept_terms(teacher, student, *seen, batch, queries, embeddings, s)
     for k, v in alone.items(): torch.testing.assert_close(v, step[k], rtol=1e-5, atol=1e-6)
 
 
@@ -406,16 +407,16 @@ class Looks(TorchDispatchMode):
 
 
 def test_nobody_looks(batch, reader, teacher, student):
-    "Questions are asked, matched and judged without a look at values on the way; the library's own call does look."
-    from esam3.stage3 import concept_terms
-    from esam3.training import Schedule
-    asked = ask(batch, chance(batch), Asking(exemplar=1.0), Confusables(vocabulary(reader), teacher))
-    whole, book, s = question_counts(asked), PhraseBook(teacher), Schedule(temperature=1.0)
-    book(asked.phrases)  # a phrase is encoded once
-    assert (asked.labels == 1).any() and (asked.labels[:, 0] == -10).any()
+    "Queries are asked, matched and judged without a look at values on the way; the library's own call does look."
+    from esam3.training.stage3 import concept_terms
+    from esam3.schedules import Schedule
+    queries = sample_queries(batch, chance(batch), QuerySampling(exemplar=1.0), Confusables(vocabulary(reader), teacher))
+    whole, embeddings, s = query_counts(queries), PhraseEmbeddings(teacher), Schedule(temperature=1.0)
+    embeddings(queries.phrases)  # a phrase is encoded once
+    assert (queries.labels == 1).any() and (queries.labels[:, 0] == -10).any()
     with torch.no_grad():
-        wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
-        with Looks() as ours: terms = concept_terms(teacher, student, wide, narrow, batch, asked, book, s, whole)
+        teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+        with Looks() as ours: terms = concept_terms(teacher, student, teacher_features, student_features, batch, queries, embeddings, s, whole)
         words = teacher.concepts(["red star"], torch.zeros(1, dtype=torch.long))
         pixels = batch.teacher_pixels[:1]
         with Looks() as theirs: teacher.detector_model(pixels, None, words.input_ids, words.attention_mask)

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esam3.concept_video import Exemplar, follow_concepts
-from esam3.concepts import PhraseBook
-from esam3.data import load_recipe, open_dataset
-from esam3.heldout import as_batch, look, opening, prompt_scores
-from esam3.perceiver import AveragePooling
-from esam3.protocols import answer_pictures, follow
-from esam3.samples import ImageSample, boxes_of
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import HALF, PLACES, Bank, Features, Prompts, Sam3, gate, load_teacher
-from esam3.tracker import Follower
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.data.samples import ImageSample, boxes_of
+from esam3.evaluation.heldout import as_batch, look, opening, prompt_scores
+from esam3.evaluation.protocols import answer_images, follow
+from esam3.models.concept_video import Exemplar, follow_concepts
+from esam3.models.perceiver import AveragePooling
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import HALF, PLACES, Bank, Features, Prompts, Sam3, gate, load_teacher
+from esam3.models.tracker import Follower
+from esam3.training.concepts import PhraseEmbeddings
 
 ONE = torch.zeros(1, dtype=torch.long)
 STUDENTS = ("dense", "perceiver", "pooling")
@@ -41,7 +41,7 @@ def model(who: str, dtype: torch.dtype) -> Sam3:
 
 @cache
 def data() -> SimpleNamespace:
-    "Two pictures, the first three frames of a clip, and three of a clip with phrases, of the toy world."
+    "Two images, the first three frames of a clip, and three of a clip with phrases, of the toy world."
     recipe = load_recipe("tiny")
     images, clips, concepts = (open_dataset(recipe, "held_out", kind) for kind in ("images", "clips", "concept_clips"))
     clip, named = clips.read(0, start=0, most=3), concepts.read(0, start=0, most=3)
@@ -52,8 +52,8 @@ def data() -> SimpleNamespace:
 
 
 @cache
-def pictures(who: str) -> SimpleNamespace:
-    "Two pictures for a model, and prompts of each kind for their instances."
+def images(who: str) -> SimpleNamespace:
+    "Two images for a model, and prompts of each kind for their instances."
     m = model(who, torch.float32)
     batch = as_batch(m, data().images)
     prompts = {start: opening(m, batch, start) for start in ("box", "point", "mask")}
@@ -63,7 +63,7 @@ def pictures(who: str) -> SimpleNamespace:
 
 @cache
 @torch.no_grad()
-def features(who: str, dtype: torch.dtype) -> Features: return look(model(who, dtype), pictures(who).batch)
+def features(who: str, dtype: torch.dtype) -> Features: return look(model(who, dtype), images(who).batch)
 
 
 def encode(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -73,9 +73,9 @@ def encode(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def detections(who: str, dtype: torch.dtype, *shown: Tensor) -> dict[str, Tensor]:
-    m, image, seen = model(who, dtype), pictures(who).batch.image, features(who, dtype)
-    phrases = [None if shown else "red star"] * len(image)
-    found = m.detect(seen, m.concepts(phrases, image, *shown))
+    m, image_index, seen = model(who, dtype), images(who).batch.image_index, features(who, dtype)
+    phrases = [None if shown else "red star"] * len(image_index)
+    found = m.detect(seen, m.concepts(phrases, image_index, *shown))
     sure = found.scores() > 0.4
     assert found.logits.dtype == found.presence.dtype == torch.float32
     return {"scores": found.scores(), "boxes": found.boxes, "masks": found.masks[sure] > 0}
@@ -85,25 +85,25 @@ def detect_phrases(who: str, dtype: torch.dtype) -> dict[str, Tensor]: return de
 
 
 def detect_exemplars(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    boxes = pictures(who).boxes
+    boxes = images(who).boxes
     return detections(who, dtype, boxes, torch.ones(len(boxes), 1, dtype=torch.long))
 
 
 def decode(start: str) -> Callable[[str, torch.dtype], dict[str, Tensor]]:
     def answer(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        out = model(who, dtype).decode(features(who, dtype), pictures(who).prompts[start])
+        out = model(who, dtype).decode(features(who, dtype), images(who).prompts[start])
         return {"scores": out.iou, "chances": out.object_logits.sigmoid(), "masks": out.best()[0] > 0}
     return answer
 
 
 def memory(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     "What is remembered of the masks of boxes, and what is recalled of it."
-    m, seen, prompts = model(who, dtype), features(who, dtype), pictures(who).prompts["box"]
+    m, seen, prompts = model(who, dtype), features(who, dtype), images(who).prompts["box"]
     out = model(who, torch.float32).decode(features(who, torch.float32), prompts)  # the same for all types
     mask, _, pointer = out.best()
-    kept = m.remember(seen, prompts.image, gate(mask, out.object_logits), out.object_logits, pointer)
+    kept = m.remember(seen, prompts.image_index, gate(mask, out.object_logits), out.object_logits, pointer)
     assert kept.pos.dtype == torch.float32
-    recalled = m.recall(seen, prompts.image, Bank([(0, kept)], [(1, pointer)]))
+    recalled = m.recall(seen, prompts.image_index, Bank([(0, kept)], [(1, pointer)]))
     assert recalled.dtype == dtype
     return {"map tokens": kept.tokens, "map places": kept.pos, "map recalled": recalled}
 
@@ -127,7 +127,7 @@ def clips(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def prompted_pictures(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    out = answer_pictures(model(who, dtype), data().images, ("box", "point+2"))
+    out = answer_images(model(who, dtype), data().images, ("box", "point+2"))
     return {f"masks {k}": torch.tensor(np.concatenate([masks[k] for masks in out.values()])) for k in range(2)}
 
 
@@ -152,7 +152,7 @@ def concepts(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     "Phrases and an exemplar through a clip."
     m = eager(who, dtype)
     found = follow_concepts(m, data().frames, data().concepts)
-    assert found and who != "teacher" or {type(data().concepts[f.asked]) for f in found} == {str, Exemplar}
+    assert found and who != "teacher" or {type(data().concepts[f.query]) for f in found} == {str, Exemplar}
     masks = torch.tensor(np.stack([np.asarray(f.masks) for f in found]))
     return {"scores": torch.tensor([f.score for f in found]), "masks": masks}
 
@@ -209,19 +209,19 @@ def test_call(who: str, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("who", "inner", "outer"), [("teacher", a, b) for a in HALF for b in HALF] + [("pooling", *HALF)], ids=str)
 @torch.no_grad()
 def test_autocast_over_a_half_model(who: str, inner: torch.dtype, outer: torch.dtype) -> None:
-    m, prompts = model(who, inner), pictures(who).prompts["box"]
+    m, prompts = model(who, inner), images(who).prompts["box"]
     wanted = [CALLS[name](who, torch.float32) for name in ("decode box", "detect_exemplars")]
     if (who, inner, outer) == ("teacher", torch.bfloat16, torch.bfloat16):  # as an evaluation may ask
         with torch.autocast("cpu", outer): got = clips(who, inner)
         assert iou(got["masks"], clips(who, torch.float32)["masks"]).mean() > 0.9
     with torch.autocast("cpu", outer):
-        seen = look(m, pictures(who).batch)
+        seen = look(m, images(who).batch)
         out = m.decode(seen, prompts)
-        kept = m.remember(seen, prompts.image, gate(out.best()[0], out.object_logits), out.object_logits, out.best()[2])
+        kept = m.remember(seen, prompts.image_index, gate(out.best()[0], out.object_logits), out.object_logits, out.best()[2])
         again = m.decode(seen, replace(prompts, points=prompts.points[:, :0], labels=prompts.labels[:, :0]),
-                         m.recall(seen, prompts.image, Bank([(0, kept)], [(1, kept.pointer)])))
-        shown = pictures(who).boxes, torch.ones(len(prompts.image), 1)
-        found = m.detect(seen, m.concepts([None] * len(prompts.image), prompts.image, *shown))
+                         m.recall(seen, prompts.image_index, Bank([(0, kept)], [(1, kept.pointer)])))
+        shown = images(who).boxes, torch.ones(len(prompts.image_index), 1)
+        found = m.detect(seen, m.concepts([None] * len(prompts.image_index), prompts.image_index, *shown))
     assert iou(out.best()[0] > 0, wanted[0]["masks"]).mean() > 0.9
     assert (found.boxes - wanted[1]["boxes"]).abs().max() < 0.01
     assert found.boxes.dtype == kept.pos.dtype == torch.float32
@@ -307,12 +307,12 @@ def test_pixels_of_another_type() -> None:
 
 def test_gradients_reach_every_weight() -> None:
     "Also those that are read as float32."
-    m, boxes = deepcopy(model("perceiver", torch.bfloat16)).requires_grad_(True), pictures("perceiver").boxes[:1]
-    prompts = pictures("perceiver").prompts["point"]
+    m, boxes = deepcopy(model("perceiver", torch.bfloat16)).requires_grad_(True), images("perceiver").boxes[:1]
+    prompts = images("perceiver").prompts["point"]
     seen = features("perceiver", torch.bfloat16)
     out = m.decode(seen, prompts)
-    kept = m.remember(seen, prompts.image, out.best()[0], out.object_logits, out.best()[2])
-    again = m.decode(seen, prompts, m.recall(seen, prompts.image, Bank([(0, kept)], [(1, kept.pointer)])))
+    kept = m.remember(seen, prompts.image_index, out.best()[0], out.object_logits, out.best()[2])
+    again = m.decode(seen, prompts, m.recall(seen, prompts.image_index, Bank([(0, kept)], [(1, kept.pointer)])))
     found = m.detect(seen, m.concepts(["red star"], ONE, boxes, ONE[None] + 1))
     sum(t.float().square().mean() for t in (again.masks, found.boxes, found.masks)).backward()
     grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
@@ -334,7 +334,7 @@ def test_saved_as_it_is(tmp_path: Path) -> None:
         assert {p.dtype for p in m.parameters()} == {want}, asked
         assert all(torch.equal(b, exact[n]) for n, b in m.named_buffers() if re.search(PLACES, n)), asked
         assert all(torch.equal(p, q.to(want)) for p, q in zip(m.parameters(), half.parameters())), asked
-        prompts = pictures("perceiver").prompts["box"]
+        prompts = images("perceiver").prompts["box"]
         assert m.decode(features("perceiver", want), prompts).masks.dtype == want
 
 
@@ -348,16 +348,16 @@ def test_pooled_places_are_not_rounded() -> None:
 
 def test_phrase_book_of_a_half_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "Its tokens are its own, and float32 on disk and in hand."
-    monkeypatch.setattr("esam3.concepts.cache_dir", lambda: tmp_path)
-    books = [PhraseBook(model("teacher", dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    (want, _), (got, _) = (book(["red star", None]) for book in books)
-    assert books[0].folder != books[1].folder and got.dtype == torch.float32
+    monkeypatch.setattr("esam3.training.concepts.cache_dir", lambda: tmp_path)
+    embedders = [PhraseEmbeddings(model("teacher", dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    (want, _), (got, _) = (embed(["red star", None]) for embed in embedders)
+    assert embedders[0].folder != embedders[1].folder and got.dtype == torch.float32
     assert 0 < (got - want).norm() / want.norm() < 0.02
 
 
 @torch.no_grad()
 def test_real_geometry_in_bf16() -> None:
-    "SAM3's sizes, three frames of one picture: what is tracked is what was pointed at."
+    "SAM3's sizes, three frames of one image: what is tracked is what was pointed at."
     m = load_teacher("thin-sam3").to(torch.bfloat16)
     pixels = torch.randn(1, 3, m.image_size, m.image_size, generator=torch.Generator().manual_seed(0))
     seen, follower = m.encode(pixels), Follower(m)

@@ -4,8 +4,8 @@ import json
 import pytest
 import torch
 
-from esam3.stage1 import run_stage1
-from esam3.stage2 import run_stage2
+from esam3.training.stage1 import run_stage1
+from esam3.training.stage2 import run_stage2
 
 RUN = {"variant": "es-ev-s", "recipe": "tiny", "steps": 3}
 
@@ -52,7 +52,7 @@ def test_real_data_without_stage_1(tmp_path):
 
 def test_weights_of_another_model(tmp_path, stage1_student):
     "A student's folder whose configuration names another variant does not load half."
-    from esam3.student import EfficientSam3
+    from esam3.models.student import EfficientSam3
     folder = tmp_path / "student"
     folder.mkdir()
     for f in stage1_student.iterdir(): (folder / f.name).symlink_to(f)

@@ -10,16 +10,18 @@ import pytest
 import yaml
 from PIL import Image
 
-from esam3.data import load_recipe, open_dataset
-from esam3.evaluate import Task, append_rows, evaluate, predict, read_rows, score
-from esam3.metrics import davis, pcs_image, pcs_video, prompt_miou, region_similarity
-from esam3.predictions import (as_answers, instances, jittered, link_sequences, masklet_answer, phrase_answers, prompt_answers, read_clip, rle, with_invention,
-                               without_masklets, write_labels, write_objects)
-from esam3.protocols import CONTROLS, PROTOCOLS, chosen_protocols, clip_scores
-from esam3.public_sets import Coco, SaVFolders, Vos
-from esam3.samples import decode_rle
-from esam3.teacher import load_teacher
-from esam3.toyworld import toyworld
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.data.mask_files import rle
+from esam3.data.public_sets import Coco, SaVFolders, Vos
+from esam3.data.samples import decode_rle
+from esam3.data.toyworld import toyworld
+from esam3.evaluation.evaluate import Task, append_rows, evaluate, predict, read_rows, score
+from esam3.evaluation.metrics import davis, pcs_image, pcs_video, prompt_miou, region_similarity
+from esam3.evaluation.predictions import (
+    as_answers, instances, jittered, link_sequences, masklet_answer, phrase_answers, prompt_answers, read_clip,
+    with_invention, without_masklets, write_labels, write_objects)
+from esam3.evaluation.protocols import CONTROLS, PROTOCOLS, chosen_protocols, clip_scores
+from esam3.models.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,8 @@ def test_veval_json_is_read_back(disks):
 
 @pytest.fixture
 def public(tmp_path) -> Path:
-    "Two toy clips in the layouts of MOSE and of SA-V val, and toy pictures in COCO's."
-    clips, pictures = open_dataset("tiny", "held_out", "clips"), open_dataset("tiny", "held_out", "images")
+    "Two toy clips in the layouts of MOSE and of SA-V val, and toy images in COCO's."
+    clips, images = open_dataset("tiny", "held_out", "clips"), open_dataset("tiny", "held_out", "images")
     for sample in (clips.read(0), clips.read(1)):
         for t, image in enumerate(sample.frames):
             for folder in ("JPEGImages", "JPEGImages_24fps"):
@@ -92,7 +94,7 @@ def public(tmp_path) -> Path:
             if t % 2 == 0: write_objects(tmp_path / "Annotations_6fps" / sample.name, f"{t:05d}", sample.masks[:, t] - 0.5, ids)
     truth = {"images": [], "annotations": [], "categories": []}
     for i in range(3):
-        sample = pictures.read(i)
+        sample = images.read(i)
         Image.fromarray(sample.image).save(tmp_path / f"{sample.name}.jpg", quality=95)
         for k, some in instances(i, [100 * i + n for n in range(len(sample.masks))], f"{sample.name}.jpg", sample.masks).items(): truth[k] += some
     (tmp_path / "instances.json").write_text(json.dumps(truth))
@@ -154,8 +156,8 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
     shutil.copytree(toyworld("tiny"), data)
     movie = sorted((data / "clip").glob("*.mp4"))[0]
     movie.write_bytes(movie.read_bytes()[:200])
-    picture = sorted((data / "saco" / "pictures").glob("*.jpg"))[1]
-    picture.write_bytes(b"no picture")
+    image = sorted((data / "saco" / "pictures").glob("*.jpg"))[1]
+    image.write_bytes(b"no image")
     recipe = yaml.safe_load(Path(load_recipe.__globals__["RECIPES"] / "tiny.yaml").read_text()) | {"name": "broken", "root": str(data)}
     (tmp_path / "broken.yaml").write_text(yaml.safe_dump(recipe))
     folder, rows = evaluate("toy", str(tmp_path / "broken.yaml"), "mask, phrase", limit=2, runs=str(tmp_path / "runs"))
@@ -163,9 +165,9 @@ def test_broken_samples_are_skipped_and_counted(tmp_path):
     assert (found["clips"]["samples"], found["clips"]["skipped"]) == (1, 1) and found["clips"]["scores"]["J"] > 0
     assert (found["concept_images"]["samples"], found["concept_images"]["skipped"]) == (1, 1)
     said = json.loads((folder / "concept_images" / "phrase" / "scores.json").read_text())["why"]
-    assert picture.name in said[0]
+    assert image.name in said[0]
     units = json.loads((folder / "concept_images" / "phrase" / "truth.json").read_text())["images"]
-    assert units and all(picture.name not in u["file_name"] for u in units), "what could not be read is no truth either"
+    assert units and all(image.name not in u["file_name"] for u in units), "what could not be read is no truth either"
 
 
 def test_errors_name_the_nearest(tmp_path, monkeypatch):

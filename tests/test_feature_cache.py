@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam3 import feature_cache, packing
-from esam3.data import load_recipe, open_dataset
-from esam3.feature_cache import HEADER, FeatureCache, Replays, cache_settings, write_cache
-from esam3.packing import record_type
-from esam3.teacher import Sam3, load_teacher
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.models.teacher import Sam3, load_teacher
+from esam3.training.feature_cache import HEADER, FeatureCache, Replays, cache_settings, write_cache
+from esam3.training.loop import feature_cache, packing
+from esam3.training.packing import record_type
 
 SIZE = record_type(81, 192, "int8").itemsize  # the toy teacher's
 FILES = ["000000.trunk", "000001.trunk", "000002.trunk"]
@@ -26,8 +26,8 @@ def toy() -> Sam3: return load_teacher("toy")
 
 
 @lru_cache
-def pictures(count: int = 6, replays: int = 2) -> Replays:
-    "A few pictures of the toy world, each in two augmentations: twelve items."
+def images(count: int = 6, replays: int = 2) -> Replays:
+    "A few images of the toy world, each in two augmentations: twelve items."
     reader = open_dataset("tiny", "train", "images")
     reader.names = reader.names[:count]
     return Replays(reader, 42, replays, load_recipe("tiny")["augment"])
@@ -35,10 +35,10 @@ def pictures(count: int = 6, replays: int = 2) -> Replays:
 
 def write(folder: Path, **options) -> dict:
     "Write what is missing in a cache of five records a file."
-    return write_cache(folder, toy(), pictures(), batch=2, records=5, **options)
+    return write_cache(folder, toy(), images(), batch=2, records=5, **options)
 
 
-def opened(folder: Path) -> FeatureCache: return FeatureCache(folder, cache_settings(toy(), pictures(), records=5))
+def opened(folder: Path) -> FeatureCache: return FeatureCache(folder, cache_settings(toy(), images(), records=5))
 
 
 def content(folder: Path) -> dict[str, bytes]: return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
@@ -140,7 +140,7 @@ CUTS = {0: 5, 1: 5, HEADER - 1: 5, HEADER: 5, HEADER + 1: 5,  # byte → records
 def test_cut_file_is_completed(copy, whole, byte):
     os.truncate(copy / FILES[1], byte)
     assert [i for i in range(12) if not opened(copy).holds(i)] == list(range(10 - CUTS[byte], 10))
-    with pytest.raises(LookupError, match="picture 3 in replay 1: call write_cache again"): opened(copy).read([9])
+    with pytest.raises(LookupError, match="image 3 in replay 1: call write_cache again"): opened(copy).read([9])
     done = write(copy)
     assert (done["written"], done["there"]) == (CUTS[byte], 12 - CUTS[byte]) and content(copy) == content(whole)
 
@@ -155,7 +155,7 @@ def flip(path: Path, byte: int) -> None:
 def test_flipped_bit_is_found_and_mended(copy, whole, part):
     record = record_type(81, 192, "int8")
     flip(copy / FILES[1], HEADER + SIZE + record.fields[part][1] + 3)  # in item 6
-    with pytest.raises((ValueError, LookupError), match="picture 0 in replay 1.*call write_cache") as e: opened(copy).read([6])
+    with pytest.raises((ValueError, LookupError), match="image 0 in replay 1.*call write_cache") as e: opened(copy).read([6])
     assert str(copy / FILES[1]) in str(e.value)
     torch.testing.assert_close(opened(copy).read([5, 7]).unpack(), opened(whole).read([5, 7]).unpack(), rtol=0, atol=0)
     if part in ("item", "done"): assert isinstance(e.value, LookupError)
@@ -178,7 +178,7 @@ OTHER = [{"dtype": "fp16"}, {"image_size": 1008}, {"tokens": 5184}, {"seed": 7},
 
 @pytest.mark.parametrize("change", OTHER, ids=lambda c: next(iter(c)))
 def test_reader_refuses_other_features(whole, change):
-    with pytest.raises(ValueError, match="other settings") as e: FeatureCache(whole, cache_settings(toy(), pictures(), records=5) | change)
+    with pytest.raises(ValueError, match="other settings") as e: FeatureCache(whole, cache_settings(toy(), images(), records=5) | change)
     (key, value), said = next(iter(change.items())), str(e.value)
     assert f"{key}: " in said and f"{value!r} now" in said and said.count(" now") == 1 and str(whole) in said
 
@@ -187,7 +187,7 @@ def test_writer_refuses_another_teacher(copy, whole):
     other = load_teacher("toy")
     other.detector_model.vision_encoder.backbone.layers[0].mlp.fc1.weight[0, 0] += 1e-4
     with pytest.raises(ValueError, match="teacher: '[0-9a-f]{16}' there, '[0-9a-f]{16}' now"):
-        write_cache(copy, other, pictures(), records=5)
+        write_cache(copy, other, images(), records=5)
     assert content(copy) == content(whole)
 
 
@@ -197,7 +197,7 @@ def test_writer_refuses_another_preprocessing(copy, monkeypatch):
 
 
 def test_other_data_and_dtype(copy):
-    with pytest.raises(ValueError, match="pictures: 6 there, 5 now"): write_cache(copy, toy(), pictures(5), records=5)
+    with pytest.raises(ValueError, match="images: 6 there, 5 now"): write_cache(copy, toy(), images(5), records=5)
     with pytest.raises(ValueError, match="dtype: 'int8' there, 'fp16' now"): write(copy, dtype="fp16")
     with pytest.raises(ValueError, match="int4.*int8"): write(copy, dtype="int4")
 
@@ -214,7 +214,7 @@ def test_ranks_write_their_own_files(whole, tmp_path):
 
 
 def test_more_replays_are_added(whole, tmp_path):
-    write_cache(tmp_path, toy(), pictures(replays=1), batch=2, records=5)
+    write_cache(tmp_path, toy(), images(replays=1), batch=2, records=5)
     assert write(tmp_path)["there"] == 6
     assert [opened(tmp_path).holds(i, verify=True) for i in range(12)] == [True] * 12 and content(tmp_path).keys() == content(whole).keys()
 

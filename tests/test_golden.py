@@ -1,6 +1,6 @@
 """Golden miniatures: every published format, written as its own repository describes it, is read back equal through the recipes.
 
-What each layout was read from stands in `esam3.golden.FORMATS`."""
+What each layout was read from stands in `esam3.data.golden.FORMATS`."""
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from esam3.golden import FORMATS, READ_IN, differences, reader_of, unlike, write_gold, write_veval
-from esam3.metrics import pcs_image, pcs_video
-from esam3.predictions import as_answers
+from esam3.data.golden import FORMATS, READ_IN, differences, reader_of, unlike, write_gold, write_veval
+from esam3.evaluation.metrics import pcs_image, pcs_video
+from esam3.evaluation.predictions import as_answers
 
 
 
@@ -28,16 +28,16 @@ def test_read_back_equal(data, name):
 
 
 def test_every_recipe_of_public_data_has_a_golden_file():
-    from esam3.data import RECIPES
+    from esam3.data.batches import RECIPES
     own = {"toy", "toy_hour", "tiny", "videos", "folder"}
     assert {f.recipe for f in FORMATS.values()} == {p.stem for p in RECIPES.glob("*.yaml")} - own
     for name, form in FORMATS.items():
-        for part in form.source.split("; "): assert name == "saco_veval_films" or ":" not in part or part.split(":")[0] in READ_IN
+        for part in form.source.split("; "): assert name == "saco_veval_videos" or ":" not in part or part.split(":")[0] in READ_IN
 
 
 def test_every_split_of_the_recipes_is_read(data):
     "And what is kept for a benchmark's server is said to be."
-    from esam3.data import load_recipe
+    from esam3.data.batches import load_recipe
     names = {f.recipe for f in FORMATS.values()}
     written = {(f.recipe, *part) for f in FORMATS.values() if not f.changed for part in f.write(data / f.recipe)}
     assert written == {(n, s, kind) for n in names for s, parts in load_recipe(n)["splits"].items() for kind in parts}
@@ -103,8 +103,8 @@ def test_gold_scores_what_all_three_call_exhaustive(gold, data):
 def test_reader_asks_pairs_by_their_id(gold, data):
     "The pairs that the first annotator calls exhaustive, which holds all that are scored."
     reader = reader_of("saco_gold", data, "held_out", "concept_images")
-    asked = [p.pair for k in range(2) for p in reader.read(k).phrases]
-    assert asked == [10000000, 10000001, 10000002, 10000004, 10000005, 10000006]
+    pairs = [p.pair for k in range(2) for p in reader.read(k).phrases]
+    assert pairs == [10000000, 10000001, 10000002, 10000004, 10000005, 10000006]
 
 
 def test_veval_truth_scores_one(data):

@@ -17,8 +17,8 @@ import pytest
 import torch
 from elsewhere import elsewhere
 
-from esam3 import training
 from esam3.core import nearest
+from esam3.training.loop import loop as training
 
 
 @pytest.fixture(scope="module")

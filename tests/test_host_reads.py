@@ -2,14 +2,15 @@
 import pytest
 
 from elsewhere import elsewhere, reads, uploads
-from esam3.concepts import Asking
-from esam3.data import load_recipe
-from esam3.stage1 import Stage1, picture_source
-from esam3.stage2 import Stage2, clip_source, give_memory
-from esam3.stage3 import MixedSteps, Stage3, stage3_groups, stage3_schedule
-from esam3.student import build_student
-from esam3.teacher import load_teacher
-from esam3.training import TRAINS, fit, parameter_groups, schedule_for
+from esam3.data.batches import load_recipe
+from esam3.models.student import build_student
+from esam3.models.teacher import load_teacher
+from esam3.schedules import schedule_for
+from esam3.training.concepts import QuerySampling
+from esam3.training.loop import TRAINS, fit, parameter_groups
+from esam3.training.stage1 import Stage1, image_source
+from esam3.training.stage2 import Stage2, clip_source, give_memory
+from esam3.training.stage3 import MixedSteps, Stage3, stage3_groups, stage3_schedule
 
 SIDES, RECIPE = (144, 128), load_recipe("tiny")
 COMMON = {"batch_size": 2, "augment": True}  # images come never again, as on real data: nothing is kept
@@ -18,7 +19,7 @@ COMMON = {"batch_size": 2, "augment": True}  # images come never again, as on re
 def stage1(steps: int) -> tuple:
     s = schedule_for(1, RECIPE, steps=steps, batch_size=2)
     teacher, student = load_teacher("toy"), build_student("es-ev-s", load_teacher("toy"))
-    return s, picture_source(RECIPE, s, SIDES, 7), lambda: (Stage1(teacher, student, s), parameter_groups(student, TRAINS[1], 1e-4)), (teacher, student)
+    return s, image_source(RECIPE, s, SIDES, 7), lambda: (Stage1(teacher, student, s), parameter_groups(student, TRAINS[1], 1e-4)), (teacher, student)
 
 
 def stage2(steps: int) -> tuple:
@@ -33,7 +34,7 @@ def stage3(steps: int) -> tuple:
     s = stage3_schedule(recipe, 1e-4, options={"clip_every": 1, "alternate": False, "back": 0.5}, steps=steps, **COMMON)
     teacher = load_teacher("toy")
     student = give_memory(build_student("es-ev-s", teacher), "perceiver", s)
-    return s, MixedSteps(recipe, s, SIDES, 7, Asking(4), teacher), lambda: (Stage3(teacher, student, s), stage3_groups(student, s)), (teacher, student)
+    return s, MixedSteps(recipe, s, SIDES, 7, QuerySampling(4), teacher), lambda: (Stage3(teacher, student, s), stage3_groups(student, s)), (teacher, student)
 
 
 def waited(make, steps: int, folder) -> tuple[list[str], list[str]]:

@@ -19,17 +19,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from esam3 import readers, samples, survey
-from esam3.checkpoints import read_state
-from esam3.data import load_recipe, open_dataset
-from esam3.feature_cache import FeatureCache, Replays, cache_settings, write_cache
-from esam3.teacher import load_teacher
-from esam3.toyworld import toyworld
+from esam3.data.batches import load_recipe, open_dataset, readers, samples
+from esam3.data.toyworld import toyworld
+from esam3.models.teacher import load_teacher
+from esam3.show import survey
+from esam3.training.checkpoints import read_state
+from esam3.training.feature_cache import FeatureCache, Replays, cache_settings, write_cache
 from logs import content
 
 FULL = os.environ.get("ESAM3_FULL") == "1"
 full = pytest.mark.skipif(not FULL, reason="takes long: ESAM3_FULL=1 runs it")
-LOADED = ["esam3.stage1", "esam3.stage2", "esam3.stage3", "esam3.survey"]
+LOADED = ["esam3.training.stage1", "esam3.training.stage2", "esam3.training.stage3", "esam3.show.survey"]
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +104,8 @@ def kill(process: multiprocessing.Process, after: float, file: Path | None = Non
 # ---- the three stages
 
 FEW = {"eval_images": 1, "eval_instances": 1}
-STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2, "options": {"lesson_steps": 3}},
-          3: {"steps": 4, "batch_size": 4, "options": {"lesson_steps": 2}, "brief": True, **FEW}}
+STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval_clips": 1, "eval_frames": 2, "options": {"warmup_steps": 3}},
+          3: {"steps": 4, "batch_size": 4, "options": {"warmup_steps": 2}, "brief": True, **FEW}}
 
 
 def run(stage: int, **given) -> None:
@@ -117,7 +117,7 @@ def run(stage: int, **given) -> None:
 def reached(folder: Path) -> str:
     "How far a run has come."
     if (folder / "student").exists(): return "evaluation"
-    for name, part in ((folder, "step"), (folder / "lesson", "lesson")):
+    for name, part in ((folder, "step"), (folder / "warmup", "warmup")):
         if (state := read_state(name, main=False)): return f"{part} {state['step']}"
     return "begun" if folder.exists() else "nothing"
 
@@ -125,9 +125,9 @@ def reached(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def perceiver(tmp_path_factory) -> Path:
     "A student with a Perceiver, untrained."
-    from esam3.stage2 import give_memory
-    from esam3.student import build_student
-    from esam3.training import Schedule
+    from esam3.training.stage2 import give_memory
+    from esam3.models.student import build_student
+    from esam3.schedules import Schedule
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("perceiver") / "student"
     give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver", Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
@@ -158,7 +158,7 @@ def test_a_stage_killed_anywhere(stage, kills, begin, tmp_path, request):
 def told(folder: Path) -> dict[str, object]:
     "What a run leaves behind, but for times."
     report = {k: v for k, v in json.loads((folder / "report.json").read_text()).items() if k != "timing"}
-    files = [p for p in ("metrics.jsonl", "lesson/metrics.jsonl", "student/model.safetensors", "student/config.json") if (folder / p).exists()]
+    files = [p for p in ("metrics.jsonl", "warmup/metrics.jsonl", "student/model.safetensors", "student/config.json") if (folder / p).exists()]
     return {"report": report, "state": {k: v for k, v in read_state(folder).items() if k in ("step", "more")}, **{p: content(folder / p) for p in files}}
 
 
@@ -166,16 +166,16 @@ def told(folder: Path) -> dict[str, object]:
 
 def write_features(folder: str, replays: int) -> None:
     "Many small files of features of the tiny toy world."
-    pictures = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
-    write_cache(folder, load_teacher("toy"), pictures, "int8", batch=2, records=16)
+    images = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
+    write_cache(folder, load_teacher("toy"), images, "int8", batch=2, records=16)
 
 
 def test_a_feature_cache_killed_anywhere(begin, tmp_path):
     "After each kill a record says that it is complete, or it is not read; in the end all bytes are those of a cache that was written at once."
     replays, kills = (12, 8) if FULL else (4, 2)
     length = ended(begin(write_features, folder=str(tmp_path / "whole"), replays=replays))
-    pictures = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
-    settings = cache_settings(load_teacher("toy"), pictures, "int8", 16) | {"precision": "no"}
+    images = Replays(open_dataset(load_recipe("tiny"), "train", "images"), 0, replays, load_recipe("tiny")["augment"])
+    settings = cache_settings(load_teacher("toy"), images, "int8", 16) | {"precision": "no"}
     chance, done, number = random.Random(4), 0, 0
     while done < kills:
         number += 1
@@ -184,9 +184,9 @@ def test_a_feature_cache_killed_anywhere(begin, tmp_path):
             after, file = (chance.uniform(0.0, 0.6) * length, folder / "000000.trunk") if done % 2 == 0 else (chance.uniform(0.1, 0.9) * length, None)
             over = not kill(begin(write_features, folder=str(folder), replays=replays), after, file)
             kept = FeatureCache(folder, settings)
-            there = [i for i in range(len(pictures)) if kept.holds(i)]
+            there = [i for i in range(len(images)) if kept.holds(i)]
             for i in there: kept.read([i])  # checks the checksum
-            if not over: done += 1; note("feature cache", after, run=number, reached=f"{len(there)} of {len(pictures)} records")
+            if not over: done += 1; note("feature cache", after, run=number, reached=f"{len(there)} of {len(images)} records")
         if not over: ended(begin(write_features, folder=str(folder), replays=replays))
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import ASSETS, Sam3, load_teacher
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import ASSETS, Sam3, load_teacher
 
 TOY = ASSETS / "toy_teacher"
 Weights = Mapping[str, Tensor]

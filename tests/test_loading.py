@@ -7,23 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam3.checkpoints import tensors_in
-from esam3.concepts import Asking
 from esam3.core import Part
-from esam3.data import load_recipe
-from esam3.readers import Sa1b
-from esam3.samples import BadSample
-from esam3.stage1 import picture_source, run_stage1
-from esam3.stage2 import clip_source
-from esam3.stage3 import MixedSteps
-from esam3.training import Clock, Made, Parts, Schedule, loader, pick_workers
+from esam3.data.batches import load_recipe
+from esam3.data.readers import Sa1b
+from esam3.data.samples import BadSample
+from esam3.schedules import Schedule
+from esam3.training.checkpoints import tensors_in
+from esam3.training.concepts import QuerySampling
+from esam3.training.loop import Clock, Made, Parts, loader, pick_workers
+from esam3.training.stage1 import image_source, run_stage1
+from esam3.training.stage2 import clip_source
+from esam3.training.stage3 import MixedSteps
 from logs import rows
 
 SIDES, RECIPE = (144, 128), load_recipe("tiny")
 SOURCES = {
-    "stage 1": lambda: picture_source(RECIPE, Schedule(batch_size=4), SIDES, 7),
+    "stage 1": lambda: image_source(RECIPE, Schedule(batch_size=4), SIDES, 7),
     "stage 2": lambda: clip_source(RECIPE, Schedule(batch_size=2, augment=True, back=0.5), SIDES, 7),
-    "stage 3": lambda: MixedSteps(RECIPE, Schedule(batch_size=8, clip_every=2, alternate=False), SIDES, 7, Asking(2))}
+    "stage 3": lambda: MixedSteps(RECIPE, Schedule(batch_size=8, clip_every=2, alternate=False), SIDES, 7, QuerySampling(2))}
 
 
 def content(batch: object) -> tuple:
@@ -55,7 +56,7 @@ def test_a_step_is_the_same_step_in_any_number_of_parts(stage):
     source, joined = SOURCES[stage](), lambda batches, name: [x for b in batches for x in getattr(b, name)]
     for step in range(3):
         whole, parts = source[Part(step)], [source[Part(step, k, 4)] for k in range(4)]
-        for kind in ("images", "clips", "shown") if stage == "stage 3" else ("",):
+        for kind in ("images", "clips", "clip_frames") if stage == "stage 3" else ("",):
             one, many = ([b for x in bs if (b := getattr(x, kind) if kind else x) is not None] for bs in ([whole], parts))
             assert bool(one) == bool(many)
             for name in ("names", "seeds", "notes", "ids" if kind == "clips" else "names"): assert joined(one, name) == joined(many, name)
@@ -63,8 +64,8 @@ def test_a_step_is_the_same_step_in_any_number_of_parts(stage):
                 assert torch.equal(*(torch.cat([getattr(b, name) for b in bs] or [torch.zeros(0)]).nan_to_num(-1) for bs in (one, many))), name
             assert all(map(torch.equal, joined(one, "masks"), joined(many, "masks"))) and len({b.seed for b in (*one, *many)}) <= 1
         if stage == "stage 3":
-            for asked in ("asked", "shown_asked"):
-                some = [getattr(x, asked) for x in (whole, *parts)]
+            for queries in ("queries", "clip_queries"):
+                some = [getattr(x, queries) for x in (whole, *parts)]
                 assert (some[0] and some[0].phrases) == (some[0] and [p for q in some[1:] if q for p in q.phrases])
 
 
@@ -76,7 +77,7 @@ def test_what_is_pinned(stage, monkeypatch):
     batch = SOURCES[stage]()[Part(0)]
     again = batch.pin_memory()
     assert same(content(batch), content(again))
-    inside = [b for b in (batch.images, batch.clips, batch.shown) if b] if stage == "stage 3" else [batch]
+    inside = [b for b in (batch.images, batch.clips, batch.clip_frames) if b] if stage == "stage 3" else [batch]
     assert sum(pinned) == sum(t.numel() for b in inside for k, t in tensors_in(b).items() if not k.startswith("frames"))
 
 
@@ -131,12 +132,12 @@ def test_waiting_is_measured():
 
 def test_a_cache_written_by_workers_is_the_cache(tmp_path, monkeypatch, capsys):
     "The same records, and a plan that counts decoding too."
-    from esam3.stage1 import decode_rate, keep_features, together_rate
-    from esam3.teacher import load_teacher
+    from esam3.training.stage1 import decode_rate, keep_features, together_rate
+    from esam3.models.teacher import load_teacher
     teacher, contents = load_teacher("toy"), {}
     for workers in (0, 2):
         monkeypatch.setenv("ESAM3_CACHE", str(tmp_path / str(workers)))
-        pictures, kept, _ = keep_features(RECIPE, teacher, "int8", 1, workers=workers)
+        images, kept, _ = keep_features(RECIPE, teacher, "int8", 1, workers=workers)
         contents[workers] = [f.read_bytes() for f in sorted(Path(kept.folder).glob("*.trunk"))]
-    assert contents[0] == contents[2] and contents[0] and "features to write: 24 pictures" in capsys.readouterr().out
-    assert decode_rate(pictures, 144, 4) > 2 * decode_rate(pictures, 144, 0) and together_rate(6.0, 3.0, 0) == 2 and together_rate(6.0, 3.0, 4) == 3
+    assert contents[0] == contents[2] and contents[0] and "features to write: 24 images" in capsys.readouterr().out
+    assert decode_rate(images, 144, 4) > 2 * decode_rate(images, 144, 0) and together_rate(6.0, 3.0, 0) == 2 and together_rate(6.0, 3.0, 4) == 3

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from esam3.concepts import Targets, concept_losses, soft_focal
-from esam3.losses import (MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss,
-                          focal_factor, focal_loss, iou_head_loss, least_orders, map_terms, mask_iou, mask_loss, match_masks, pick_cells,
-                          picture_errors, relational_loss, score_loss, soft_target, task_terms)
-from esam3.teacher import Detections
+from esam3.models.teacher import Detections
+from esam3.training.concepts import Targets, concept_losses, soft_focal
+from esam3.training.losses import (
+    MAP_LOSSES, attention_loss, contrastive_loss, dice_loss, distill_loss, feature_errors, feature_loss,
+    focal_factor, focal_loss, image_errors, iou_head_loss, least_orders, map_terms, mask_iou, mask_loss,
+    match_masks, pick_cells, relational_loss, score_loss, soft_target, task_terms)
 
 sigmoid = lambda x: 1 / (1 + math.exp(-x))
 softplus = lambda x: math.log1p(math.exp(-abs(x))) + max(x, 0)
@@ -75,7 +76,7 @@ def test_least_orders_are_scipys(size):
 
 
 def test_matching_looks_past_the_padding():
-    "In the padding the wrong mask fits better; on the picture the right one does."
+    "In the padding the wrong mask fits better; on the image the right one does."
     target = torch.tensor([[[1.0, 0, 1]], [[0.0, 1, 0]]])[None]
     student = 20 * torch.tensor([[[-1.0, 1, 1]], [[1.0, -1, -1]]])[None]
     valid = torch.tensor([[[True, True, False]]])
@@ -106,11 +107,11 @@ def test_feature_errors_by_hand():
 
 
 def test_a_pictures_error_is_its_own():
-    "Pictures of different scales and paddings, alone or together; parts add up to the whole."
+    "Images of different scales and paddings, alone or together; parts add up to the whole."
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, 4, 6, 6, generator=g) * torch.tensor([1.0, 100, 0.01]).view(3, 1, 1, 1) for _ in range(2))
     valid = torch.arange(6).expand(3, 6, 6) < torch.tensor([6, 3, 1]).view(3, 1, 1)
-    together = picture_errors([student, teacher], [teacher, teacher], [valid, valid])
+    together = image_errors([student, teacher], [teacher, teacher], [valid, valid])
     for b, cells in enumerate(valid):
         s, t = (m[b][:, cells].double() for m in (student, teacher))
         assert together[0, b].item() == pytest.approx((((s - t) ** 2).mean() / ((t - t.mean(1, keepdim=True)) ** 2).mean()).item(), rel=1e-4)
@@ -157,7 +158,7 @@ def test_attention_by_hand():
 
 
 def test_contrast_candidate_by_candidate():
-    "Two pictures, the second with one valid cell: three candidates in all for each of the three cells."
+    "Two images, the second with one valid cell: three candidates in all for each of the three cells."
     g = torch.Generator().manual_seed(3)
     student, teacher = (torch.randn(2, 4, 1, 2, generator=g) for _ in range(2))
     valid = torch.tensor([[[True, True]], [[False, True]]])
@@ -230,7 +231,7 @@ MASKS = {"dice": lambda s, t, v: dice_loss(s, soft_target(t), v[:, None]), "foca
 
 @pytest.mark.parametrize("name", [*MAPS, *MASKS])
 def test_padding_and_teacher_stay_out(name):
-    "Junk in the padding changes no value and gets no gradient; the teacher gets none anywhere; the student's picture does."
+    "Junk in the padding changes no value and gets no gradient; the teacher gets none anywhere; the student's image does."
     loss, g = {**MAPS, **MASKS}[name], torch.Generator().manual_seed(1)
     student, teacher = (torch.randn(2, 3, 6, 6, generator=g) for _ in range(2))
     valid = (torch.arange(6) < 4).expand(2, 6, 6).clone()
@@ -280,7 +281,7 @@ class Case:
         return Case(*(x if x.dtype == torch.bool else x.to(dtype) for x in vars(self).values()))
 
 
-def asked(c: Case, there: float) -> dict[str, Tensor]:
+def terms_of(c: Case, there: float) -> dict[str, Tensor]:
     "`concept_losses` of N concepts with three candidates and three targets; `there` 0: nothing is to be found."
     w, goal = c.iou, torch.tensor([0.03, 0.1, 0.61, 0.77]).bfloat16().to(c.target)
     boxes = torch.stack([w * 0, w * 0, w, w / 2], -1)
@@ -300,7 +301,7 @@ LOSSES = {  # name → f(case) → a tensor, or a dictionary of them
     "absent": lambda c: task_terms(c.masks, c.iou, c.score, c.target[:, 0], c.valid, c.valid.flatten(1).any(1) & False),
     "iou": lambda c: iou_head_loss(c.iou, c.masks, c.target[:, 0], c.valid),
     "score": lambda c: score_loss(c.score, c.target.amax((1, 2, 3))),
-    "concepts": lambda c: asked(c, 1.0), "no concepts": lambda c: asked(c, 0.0),
+    "concepts": lambda c: terms_of(c, 1.0), "no concepts": lambda c: terms_of(c, 0.0),
     **{name: lambda c, name=name: map_terms([name], [c.masks], [c.teacher], [c.valid]) for name in MAP_LOSSES}}
 CASES = ["any", "empty masks", "full masks", "100", "-100", "sure and right", "sure and wrong", "right", "constant", "no valid cell", "empty batch"]
 

@@ -17,9 +17,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
-from esam3.metrics import boundary_accuracy, davis, pcs_image, pcs_video, prompt_miou, region_similarity, ytvos
-from esam3.samples import BadSample, rle_runs
-from esam3.toyworld import saco_pair, veval_file
+from esam3.data.samples import BadSample, rle_runs
+from esam3.data.toyworld import saco_pair, veval_file
+from esam3.evaluation.metrics import (
+    boundary_accuracy, davis, pcs_image, pcs_video, prompt_miou, region_similarity, ytvos)
 
 SAME = {"abs": 1e-6, "rel": 0}
 
@@ -41,7 +42,7 @@ def rle(mask: np.ndarray) -> dict:
 
 
 def blobs(rng: np.random.Generator, frames: int, h: int, w: int, objects: int) -> np.ndarray:
-    "Label maps [T, H, W] of discs that drift, hide each other and leave the picture."
+    "Label maps [T, H, W] of discs that drift, hide each other and leave the image."
     y, x = np.mgrid[:h, :w]
     out = np.zeros((frames, h, w), np.uint8)
     for k in range(1, objects + 1):
@@ -163,7 +164,7 @@ def test_real_masks_that_are_a_pixel_narrower(real_files, tmp_path):
     assert davis(truth, truth)["J&F"] == 1
     shutil.copytree(truth / "judo", tmp_path / "judo")
     wide = tmp_path / "judo" / "00005.png"
-    with Image.open(wide) as picture: picture.resize((854, 480), Image.Resampling.NEAREST).save(tmp_path / "wide.png")
+    with Image.open(wide) as image: image.resize((854, 480), Image.Resampling.NEAREST).save(tmp_path / "wide.png")
     shutil.move(tmp_path / "wide.png", wide)
     with pytest.warns(UserWarning, match="854×480 → 853×480"): found = davis(truth, tmp_path)
     assert found["J"] == 1 and found["per_object"].keys() == {"judo_1", "judo_2"}
@@ -206,7 +207,7 @@ def test_prompt_miou_agrees_with_drawn_masks(tmp_path):
     with pytest.raises(ValueError, match="1 of 11 instances.*not answered"): prompt_miou(tmp_path / "gt.json", tmp_path / "pred.json")
 
 
-# ---- phrases in pictures
+# ---- phrases in images
 
 def saco(path: Path, units: list[np.ndarray], exhaustive: dict[int, int] | None = None) -> Path:
     "SA-Co ground truth of masks [n, H, W] for each unit."

@@ -7,11 +7,11 @@ import av
 import pytest
 from av.video.frame import PictureType
 
-from esam3.data import open_dataset
-from esam3.miniatures import FRAMES, film, miniatures, real_size, sa1b_sample
-from esam3.readers import SaCoImages
-from esam3.samples import ClipSample
-from esam3.toyworld import enlarged
+from esam3.data.batches import open_dataset
+from esam3.data.miniatures import FRAMES, draw_video, miniatures, real_size, sa1b_sample
+from esam3.data.readers import SaCoImages
+from esam3.data.samples import ClipSample
+from esam3.data.toyworld import enlarged
 
 Open = Callable[[str, str, str], object]
 
@@ -28,7 +28,7 @@ def opened(there: Path, monkeypatch: pytest.MonkeyPatch) -> Open:
 
 
 def movie(path: Path) -> tuple[int, int, int, float, tuple[str, ...], tuple[bool, ...]]:
-    "Width, height, frames, rate, types of pictures in order, and which are key frames."
+    "Width, height, frames, rate, types of images in order, and which are key frames."
     with av.open(str(path)) as box:
         stream = box.streams.video[0]
         shown = [(PictureType(f.pict_type).name, bool(f.key_frame)) for f in box.decode(stream)]
@@ -39,9 +39,9 @@ def movie(path: Path) -> tuple[int, int, int, float, tuple[str, ...], tuple[bool
 def test_sa1b(opened: Open) -> None:
     train, held = opened("sa1b", "train", "images"), opened("sa1b", "held_out", "images")
     assert (len(train), len(held)) == (4, 2) and not set(train.names) & set(held.names)
-    sample, (picture, masks) = train.read(0), sa1b_sample(0)
+    sample, (image, masks) = train.read(0), sa1b_sample(0)
     assert sample.image.shape == (1500, 2250, 3) and len(sample.masks) == 100
-    assert (sample.masks == masks).all() and abs(sample.image.astype(int) - picture).mean() < 2
+    assert (sample.masks == masks).all() and abs(sample.image.astype(int) - image).mean() < 2
     sizes = {train.read(k).image.shape[:2] for k in range(1, 4)} | {held.read(0).image.shape[:2]}
     assert sizes == {(1500, 2250), (2250, 1500)} and 1 < len(held.read(0).masks) <= 5
 
@@ -63,11 +63,11 @@ def test_a_clip_of_sav_is_the_drawing(opened: Open) -> None:
     train = opened("sav", "train", "clips")
     for number, frames, k in ((0, 3, 2), (1, 6, 3)):  # a clip, its annotated frames, and a late one of them
         sample: ClipSample = train.read(number)
-        _, pictures, masks = film("sav", number, 4 * frames)
-        size = real_size(pictures[0], (1036, 1400))
+        _, images, masks = draw_video("sav", number, 4 * frames)
+        size = real_size(images[0], (1036, 1400))
         assert sample.frames.shape == (frames, *size, 3) and sample.numbers == [4 * t for t in range(frames)]
-        assert abs(sample.frames[0].astype(int) - enlarged(pictures[0], size)).mean() < 4
-        assert abs(sample.frames[k].astype(int) - enlarged(pictures[4 * k], size)).mean() < 4
+        assert abs(sample.frames[0].astype(int) - enlarged(images[0], size)).mean() < 4
+        assert abs(sample.frames[k].astype(int) - enlarged(images[4 * k], size)).mean() < 4
         seen = masks.any((1, 2, 3))
         assert (sample.masks == enlarged(masks, size)[seen]).all()
     assert len(train.read(2, frames=4, start=20).frames) == 4  # decoded from the clip's first frame
@@ -94,7 +94,7 @@ def test_gold_has_three_annotators_who_differ_a_little(there: Path) -> None:
         for other in (b, c): assert 0.9 < (a & other).sum() / (a | other).sum() < 1
     record = json.loads(files[0].read_text())
     assert len(record["images"]) == 9
-    assert all(0 < m["area"] < 1 and max(m["bbox"]) <= 1 for m in record["annotations"])  # parts of the picture, not px
+    assert all(0 < m["area"] < 1 and max(m["bbox"]) <= 1 for m in record["annotations"])  # parts of the image, not px
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])

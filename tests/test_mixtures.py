@@ -1,4 +1,4 @@
-"Several data sets in one training: shares of the steps, epochs of each part, images among clips, and pictures that nobody has annotated."
+"Several data sets in one training: shares of the steps, epochs of each part, images among clips, and images that nobody has annotated."
 import itertools
 import json
 from functools import lru_cache
@@ -9,18 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from esam3.core import Part
-from esam3 import tracks
-from esam3.core import Frames, seed_everything
-from esam3.data import augment, collate_clips, collate_images, data_digest, draw, load_recipe, open_dataset
-from esam3.mixtures import Mixture, Stills, turn
-from esam3.runs import digests
-from esam3.samples import ClipSample
-from esam3.stage1 import check_cache, picture_source, run_stage1
-from esam3.stage2 import FirstLesson, Stage2, clip_source, give_memory, there_and_back
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import Sam3, load_teacher
-from esam3.training import TRAINS, Schedule, parameter_groups, train_mode
+from esam3.core import Part, Spaces, seed_everything
+from esam3.data.batches import augment, collate_clips, collate_images, data_digest, draw, load_recipe, open_dataset
+from esam3.data.mixtures import Mixture, Stills, turn
+from esam3.data.samples import ClipSample
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import Sam3, load_teacher
+from esam3.schedules import Schedule
+from esam3.training.loop import TRAINS, parameter_groups, tracks, train_mode
+from esam3.training.runs import digests
+from esam3.training.stage1 import check_cache, image_source, run_stage1
+from esam3.training.stage2 import SingleFrameWarmup, Stage2, clip_source, give_memory, there_and_back
 
 SIDES = (144, 128)  # the toy's frames, px
 TINY = Schedule(steps=4, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
@@ -40,7 +39,7 @@ class Numbers:
 
 @pytest.fixture
 def mixed(tmp_path) -> dict:
-    "Clips of the tiny toy world with its pictures among them, 7 : 3."
+    "Clips of the tiny toy world with its images among them, 7 : 3."
     (tmp_path / "mixed.yaml").write_text(MIXED % 7)
     return load_recipe(tmp_path / "mixed.yaml")
 
@@ -87,7 +86,7 @@ def test_the_same_step_is_the_same_batch():
 
 
 def test_a_bad_sample_is_replaced_from_its_own_part():
-    from esam3.samples import BadSample
+    from esam3.data.samples import BadSample
 
     class Spoilt(Numbers):
         def read(self, i, *rest, **options):
@@ -125,7 +124,7 @@ def test_recipes_are_mixed_by_name(tmp_path, monkeypatch):
     assert load_recipe("far.yaml:1+tiny:1")["name"] == "far-0.5+tiny-0.5"
     parts = {k: open_dataset(load_recipe("tiny:1+far.yaml:1"), "train", k) for k in ("images", "clips", "concept_images")}
     assert all(isinstance(r, Mixture) and len(r.readers) == 2 for r in parts.values())
-    from esam3.concepts import vocabulary
+    from esam3.training.concepts import vocabulary
     assert vocabulary(parts["concept_images"]) == vocabulary(parts["concept_images"].readers[0])
 
 
@@ -137,7 +136,7 @@ def test_a_part_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 
 def test_images_of_two_formats_are_mixed(tmp_path):
-    "SA-1B's with COCO's, and with a folder of pictures."
+    "SA-1B's with COCO's, and with a folder of images."
     sample = open_dataset("tiny", "train", "images").read(0)
     Image.fromarray(sample.image).save(tmp_path / "one.png")
     h, w = sample.image.shape[:2]
@@ -151,7 +150,7 @@ def test_images_of_two_formats_are_mixed(tmp_path):
     for step in range(12):
         batch = collate_images(draw(reader, 0, step, batch=2), *SIDES)
         name = {0: "sa1b", 24: "coco", 25: "folder"}[reader.part_at(0, step)[0]]
-        counts[name].add(len(batch.image) // 2)
+        counts[name].add(len(batch.image_index) // 2)
     assert counts["coco"] == {1} and counts["folder"] == {0} and min(counts["sa1b"]) > 0
 
 
@@ -204,15 +203,15 @@ def test_stage_2_learns_from_an_image(labelled):
     grads = {n: p.grad for n, p in task.student.named_parameters() if p.requires_grad and p.grad is not None}
     assert any(g.abs().max() > 0 for n, g in grads.items() if "mask_decoder" in n) and all(g.isfinite().all() for g in grads.values())
     assert not any(g.abs().max() > 0 for n, g in grads.items() if n.startswith("perceiver"))
-    lesson = FirstLesson(task, networks()[1])(batch)
-    assert all(v == 0 for v in lesson.values()), "an image has no memory to read"
+    warmup = SingleFrameWarmup(task, networks()[1])(batch)
+    assert all(v == 0 for v in warmup.values()), "an image has no memory to read"
 
 
-# ---- a folder of pictures
+# ---- a folder of images
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    "Toy pictures as somebody might have them, where the recipe `folder` looks for them."
+    "Toy images as somebody might have them, where the recipe `folder` looks for them."
     monkeypatch.setenv("ESAM3_DATA", str(tmp_path / "data"))
     place = tmp_path / "data/folder/holiday"
     place.mkdir(parents=True)
@@ -232,25 +231,25 @@ def test_stage_1_from_a_folder_of_pictures(folder, tmp_path):
 
 
 def test_stage_3_of_a_folder_is_refused(folder):
-    from esam3.concepts import Asking
-    from esam3.stage3 import MixedSteps, run_stage3
+    from esam3.training.concepts import QuerySampling
+    from esam3.training.stage3 import MixedSteps, run_stage3
     said = "folder: stage 3 learns from concept_images or concept_clips, and its training split holds images, clips"
-    with pytest.raises(ValueError, match=said): MixedSteps(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, Asking())
+    with pytest.raises(ValueError, match=said): MixedSteps(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, QuerySampling())
     with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)  # before it asks for a student of stage 2
 
 
 def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
-    "A picture in which the teacher sees nothing, or nothing of a pixel's size, costs no step."
+    "An image in which the teacher sees nothing, or nothing of a pixel's size, costs no step."
     for f in folder.iterdir(): Image.fromarray(np.full((96, 128, 3), 127, np.uint8)).save(f)
     recipe = load_recipe("folder")
-    batch = picture_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)[Part(0)]
-    assert len(batch.image) == 0
-    from esam3.stage1 import Stage1
+    batch = image_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)[Part(0)]
+    assert len(batch.image_index) == 0
+    from esam3.training.stage1 import Stage1
     terms = Stage1(*networks(), TINY, sampled=4)(batch)
     assert all(v.isfinite() for v in terms.values()) and terms["features"] > 0
     bare = collate_images([Stills(open_dataset("folder", "train", "images")).reader.read(0)], *SIDES)
     monkeypatch.setattr(tracks, "choose_masks", lambda masks, *rest: torch.tensor([0, 1]))
-    monkeypatch.setattr(Frames, "to_source", lambda self, maps, *rest: torch.stack([torch.full((96, 128), -1.0), torch.ones(96, 128)]))
+    monkeypatch.setattr(Spaces, "to_source", lambda self, maps, *rest: torch.stack([torch.full((96, 128), -1.0), torch.ones(96, 128)]))
     teacher = networks()[0]
     with torch.no_grad(): found = tracks.propose(teacher, teacher.encode(bare.teacher_pixels), bare, 4)
     assert [len(m) for m in found] == [1]
@@ -258,21 +257,21 @@ def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
 
 def test_stage_3_takes_images_among_its_clips(tmp_path):
     "And with their phrases."
-    from esam3.concepts import Asking
-    from esam3.stage3 import MixedSteps
+    from esam3.training.concepts import QuerySampling
+    from esam3.training.stage3 import MixedSteps
     (tmp_path / "talk.yaml").write_text("extends: tiny\nsplits: {train: {clips: null, concept_images: null, concept_clips: {format: mixture, parts: ["
         "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: images}]}}}\nstages: {2: null}\n")
-    source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, Asking())
+    source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0, QuerySampling())
     batches = [source[Part(step)] for step in range(4)]
-    assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.shown.phrases and len(b.shown_asked.image) for b in batches)
+    assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True, False} and all(b.clip_frames.phrases and len(b.clip_queries.image_index) for b in batches)
 
 
 @pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])
 def test_stage_3_finds_tracks_where_nobody_has_marked_any(tmp_path, monkeypatch, part, count):
-    from esam3 import stage3
+    from esam3.training.loop import stage3
     (tmp_path / "plain.yaml").write_text(f"extends: tiny\nsplits: {{train: {{clips: {part}}}}}\n")
     tasks, recipe, (teacher, student) = [], load_recipe(tmp_path / "plain.yaml"), networks()
     monkeypatch.setattr(stage3, "fit", lambda task, *rest, **options: tasks.append(task) or {})
-    schedule = stage3.stage3_schedule(recipe, options={"lesson_steps": 0, "encoder_lr": 0.0})
-    stage3.train_stage3(student, teacher, recipe, schedule, stage3.Asking(), tmp_path, 0)
+    schedule = stage3.stage3_schedule(recipe, options={"warmup_steps": 0, "encoder_lr": 0.0})
+    stage3.train_stage3(student, teacher, recipe, schedule, stage3.QuerySampling(), tmp_path, 0)
     assert tasks[0].tracking.sampled == count

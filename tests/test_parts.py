@@ -9,22 +9,21 @@ import pytest
 import torch
 from torch import nn
 
-from esam3 import training
-from esam3.perceiver import SpatialPerceiver
-from esam3.stage1 import run_stage1
-from esam3.stage2 import run_stage2
-from esam3.stage3 import run_stage3
-from esam3.training import in_ranks
+from esam3.models.perceiver import SpatialPerceiver
+from esam3.training.loop import in_ranks, loop as training
+from esam3.training.stage1 import run_stage1
+from esam3.training.stage2 import run_stage2
+from esam3.training.stage3 import run_stage3
 from logs import rows
 
 FULL = bool(os.environ.get("ESAM3_FULL"))
 STEPS = 20 if FULL else 2
 RUN = {1: run_stage1, 2: run_stage2, 3: run_stage3}
 COMMON = dict(variant="es-ev-s", recipe="tiny", steps=STEPS, batch_size=4, every=100)
-OWN = {1: {"eval_images": 1}, 2: {"brief": True, "eval_clips": 1, "eval_frames": 2, "lesson_steps": 2, "options": {"back": 0.5}},
-       3: {"brief": True, "eval_images": 1, "lesson_steps": 0, "options": {"clip_every": 1, "alternate": False, "lambda1": 0.0}}}
+OWN = {1: {"eval_images": 1}, 2: {"brief": True, "eval_clips": 1, "eval_frames": 2, "warmup_steps": 2, "options": {"back": 0.5}},
+       3: {"brief": True, "eval_images": 1, "warmup_steps": 0, "options": {"clip_every": 1, "alternate": False, "lambda1": 0.0}}}
 PARTS = {"both": {"ranks": 2, "micro_batch": 1}} | ({"two processes": {"ranks": 2}, "micro-batches": {"micro_batch": 2}} if FULL else {})
-APART = {"things", "told apart"}  # how the instances of a part differ from one another: of the parts by themselves
+APART = {"instances", "instance contrast"}  # how the instances of a part differ from one another: of the parts by themselves
 
 
 def still(stage_run: Callable[..., Path], live: bool = False, **given) -> Path:
@@ -71,16 +70,16 @@ def apart(one: Path, other: Path, log: str = "metrics.jsonl") -> dict[tuple[int,
 def test_losses_are_those_of_the_whole_batch(stage, parts, whole, tmp_path):
     "Over all steps, and what is logged are the sums over all parts."
     one, folder = whole(stage), trained(stage, tmp_path, whole(stage - 1) if stage > 1 else None, **PARTS[parts])
-    assert not apart(one, folder) and (stage != 2 or not apart(one, folder, "lesson/metrics.jsonl"))
+    assert not apart(one, folder) and (stage != 2 or not apart(one, folder, "warmup/metrics.jsonl"))
     settings = json.loads((folder / "report.json").read_text())["settings"]
     assert (settings["ranks"], settings["schedule"]["micro_batch"]) == (PARTS[parts].get("ranks", 1), PARTS[parts].get("micro_batch", 0))
 
 
 def test_maps_of_a_thawed_encoder(whole, tmp_path):
-    "At the first step of stage 3's lesson: from then on a term that contrasts the instances of a part makes the weights others."
-    more = {"options": OWN[3]["options"] | {"lambda1": 4.0, "encoder_lr": 1e-4}, "steps": 1, "lesson_steps": 1}
+    "At the first step of stage 3's warm-up: from then on a term that contrasts the instances of a part makes the weights others."
+    more = {"options": OWN[3]["options"] | {"lambda1": 4.0, "encoder_lr": 1e-4}, "steps": 1, "warmup_steps": 1}
     one, cut = (trained(3, tmp_path / str(micro), whole(2), micro_batch=micro, **more) for micro in (0, 1))
-    assert not apart(one, cut, "lesson/metrics.jsonl") and APART < rows(one / "lesson/metrics.jsonl")[0].keys()
+    assert not apart(one, cut, "warmup/metrics.jsonl") and APART < rows(one / "warmup/metrics.jsonl")[0].keys()
 
 
 def test_live_statistics_are_of_each_part(tmp_path):

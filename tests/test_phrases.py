@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-import esam3.concept_video
-import esam3.teacher
-from esam3.concept_video import ConceptSession, Exemplar, distinct, follow_concepts
-from esam3.concepts import Asking, Confusables, PhraseBook, ask, token_bags
+import esam3.models.concept_video
+import esam3.models.teacher
 from esam3.core import Part
-from esam3.data import load_recipe, open_dataset
-from esam3.samples import Phrase, Reported, RunMasks, boxes_of
-from esam3.stage3 import MixedSteps
-from esam3.student import build_student
-from esam3.teacher import Features, Sam3, load_teacher
-from esam3.training import Schedule
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.data.samples import Phrase, Reported, RunMasks, boxes_of
+from esam3.models.concept_video import ConceptSession, Exemplar, distinct, follow_concepts
+from esam3.models.student import build_student
+from esam3.models.teacher import Features, Sam3, load_teacher
+from esam3.schedules import Schedule
+from esam3.training.concepts import Confusables, PhraseEmbeddings, QuerySampling, sample_queries, token_bags
+from esam3.training.stage3 import MixedSteps
 
 LONG = "a red star beside a blue disk " * 5
 KIND = "phrase over the token limit"
@@ -42,8 +42,8 @@ def seen(teacher) -> Features:
 @pytest.fixture(autouse=True)
 def reported(monkeypatch: pytest.MonkeyPatch) -> Reported:
     "As in a new process."
-    monkeypatch.setattr(esam3.teacher, "PHRASES", Reported())
-    return esam3.teacher.PHRASES
+    monkeypatch.setattr(esam3.models.teacher, "PHRASES", Reported())
+    return esam3.models.teacher.PHRASES
 
 
 def rows(n: int) -> torch.Tensor: return torch.zeros(n, dtype=torch.long)
@@ -79,7 +79,7 @@ def test_limit_is_the_text_encoders(teacher, monkeypatch):
     assert student.most_tokens == teacher.most_tokens == 32
     for model in (teacher, student):
         monkeypatch.setattr(model.config.detector_config.text_config, "max_position_embeddings", 8)
-        monkeypatch.setattr(esam3.teacher, "PHRASES", Reported())
+        monkeypatch.setattr(esam3.models.teacher, "PHRASES", Reported())
         with pytest.warns(UserWarning, match="of which 8 are read"):
             assert model.concepts(["a red star and a blue disk"], rows(1)).input_ids.shape == (1, 8)
         assert not model.cut_phrases(["a red star"])
@@ -89,7 +89,7 @@ def test_limit_is_the_text_encoders(teacher, monkeypatch):
 def test_empty_phrase_is_refused(phrase, teacher, clip):
     "It would be asked as 'visual', as an exemplar without words is."
     box = np.array([[20.0, 20, 60, 60]])
-    asked = [lambda: teacher.concepts(["red star", phrase], rows(2)), lambda: PhraseBook(teacher)([phrase]),
+    asked = [lambda: teacher.concepts(["red star", phrase], rows(2)), lambda: PhraseEmbeddings(teacher)([phrase]),
              lambda: teacher.cut_phrases([phrase]),
              lambda: follow_concepts(teacher, clip.frames[:1], ["red star", phrase]),
              lambda: follow_concepts(teacher, clip.frames[:1], [Exemplar(0, box, phrase=phrase)])]
@@ -107,34 +107,34 @@ def test_any_text_is_asked(phrase, teacher, seen):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = teacher.detect(seen, teacher.concepts([phrase, "red star"], rows(2)))
-    assert found.scores().isfinite().all() and token_bags(teacher, [esam3.teacher.wording(phrase)]).isfinite().all()
+    assert found.scores().isfinite().all() and token_bags(teacher, [esam3.models.teacher.wording(phrase)]).isfinite().all()
 
 
 def test_training_passes_over_empty_phrases():
-    "A picture whose only phrase is empty is not asked; beside others it changes nothing."
+    "An image whose only phrase is empty is not asked; beside others it changes nothing."
     words = [Phrase("red star", (0,)), Phrase("blue disk", (), "easy")]
-    batch = SimpleNamespace(boxes=torch.tensor([[0.0, 0, 9, 9]]), image=torch.tensor([0]))
-    pictures = lambda *phrases: SimpleNamespace(phrases=[*phrases], **vars(batch))
+    batch = SimpleNamespace(boxes=torch.tensor([[0.0, 0, 9, 9]]), image_index=torch.tensor([0]))
+    images = lambda *phrases: SimpleNamespace(phrases=[*phrases], **vars(batch))
     kin = Confusables(["red star", "blue disk", ""])
-    asked = lambda *phrases: ask(pictures(*phrases), [np.random.default_rng(0) for _ in phrases], Asking(each=20), kin)
+    asked = lambda *phrases: sample_queries(images(*phrases), [np.random.default_rng(0) for _ in phrases], QuerySampling(each=20), kin)
     assert asked([Phrase("", (0,)), *words, Phrase(" ", ())]).phrases == asked(words).phrases
-    assert asked([Phrase("", (0,))]).phrases == [] and set(asked([Phrase(" ", ())], words).image.tolist()) == {1}
+    assert asked([Phrase("", (0,))]).phrases == [] and set(asked([Phrase(" ", ())], words).image_index.tolist()) == {1}
 
 
 def test_a_run_counts_cut_phrases(teacher, tmp_path, monkeypatch):
     "As notes on the batch, from which the tally of a run makes `counts` of its report."
     phrases = ["red star", LONG, None, LONG]
-    monkeypatch.setattr("esam3.stage3.ask", lambda batch, *rest: replace(ask(batch, *rest), phrases=phrases))
+    monkeypatch.setattr("esam3.training.stage3.sample_queries", lambda batch, *rest: replace(sample_queries(batch, *rest), phrases=phrases))
     schedule, sides = Schedule(steps=4, batch_size=2, lr=1e-4, clip_every=1, alternate=False), (teacher.image_size, 128)
     recipe = load_recipe("tiny")
     recipe["splits"]["train"]["concept_clips"] = recipe["splits"]["held_out"]["concept_clips"]
-    source, asked = MixedSteps(recipe, schedule, sides, 0, Asking(), teacher), 0
+    source, asked = MixedSteps(recipe, schedule, sides, 0, QuerySampling(), teacher), 0
     for step in range(2):
         batch = source[Part(step)]
-        pictures = (batch.images is not None) + (batch.shown is not None)
-        assert [kind for kind, _ in batch.notes].count(KIND) == 2 * pictures
-        asked += pictures
-    assert asked == 3, "pictures twice, and a frame of a clip with phrases"
+        images = (batch.images is not None) + (batch.clip_frames is not None)
+        assert [kind for kind, _ in batch.notes].count(KIND) == 2 * images
+        asked += images
+    assert asked == 3, "images twice, and a frame of a clip with phrases"
 
 
 def test_concepts_given_twice_are_followed_once(teacher, clip):
@@ -143,7 +143,7 @@ def test_concepts_given_twice_are_followed_once(teacher, clip):
     frames, other = clip.frames[:3], next(p.text for p in clip.phrases if not p.instances)
     alone = follow_concepts(teacher, frames, [text])
     found = follow_concepts(teacher, frames, [other, other, text.upper(), text, f" {text}  "])
-    assert {f.asked for f in alone} == {0} and {(f.asked, f.concept) for f in found} == {(2, text.upper())}
+    assert {f.query for f in alone} == {0} and {(f.query, f.concept) for f in found} == {(2, text.upper())}
     assert [np.asarray(f.masks).sum() for f in found] == [np.asarray(f.masks).sum() for f in alone]
 
 
@@ -157,7 +157,7 @@ def test_exemplars_are_told_apart_to_the_last_digit(teacher, clip, monkeypatch):
     session = ConceptSession(teacher, clip.frames[:2], same)
     assert session.number == [0, 1, 3, 4, 5] and session.exemplars[1] is same[1]
     monkeypatch.setattr(teacher, "new_det_thresh", 0.3)
-    assert {f.asked for f in follow_concepts(teacher, clip.frames[:2], same[:3])} == {0, 1}
+    assert {f.query for f in follow_concepts(teacher, clip.frames[:2], same[:3])} == {0, 1}
 
 
 @pytest.mark.parametrize("frame", [-1, 2, 100])
@@ -191,9 +191,9 @@ def test_what_no_frame_reads_is_forgotten(teacher, clip, monkeypatch):
         monkeypatch.setattr(teacher, name, value)  # which makes prompted frames
     sessions, frames, phrases = [], clip.frames, [p.text for p in clip.phrases if p.instances]
     kept = lambda *given: sessions.append(ConceptSession(*given)) or sessions[-1]
-    monkeypatch.setattr(esam3.concept_video, "ConceptSession", kept)
+    monkeypatch.setattr(esam3.models.concept_video, "ConceptSession", kept)
     found = follow_concepts(teacher, frames, phrases)
-    monkeypatch.setattr(esam3.concept_video, "forget", lambda *_: None)
+    monkeypatch.setattr(esam3.models.concept_video, "forget", lambda *_: None)
     whole = follow_concepts(teacher, frames, phrases)
     assert [f.id for f in found] == [f.id for f in whole]
     assert all(np.array_equal(a.masks, b.masks) for a, b in zip(found, whole))
@@ -205,8 +205,8 @@ def test_what_no_frame_reads_is_forgotten(teacher, clip, monkeypatch):
 
 
 def test_pixels_are_made_frame_by_frame(teacher, clip):
-    "The session of a clip holds pictures as they came, not T × 3 × S × S floats."
+    "The session of a clip holds images as they came, not T × 3 × S × S floats."
     frames = clip.frames[:3]
     session = ConceptSession(teacher, frames, ["red star"])
     assert session.processed_frames is None and session.num_frames == 3
-    assert torch.equal(session.get_frame(2), esam3.concept_video.teacher_pixels(frames, teacher.image_size)[2])
+    assert torch.equal(session.get_frame(2), esam3.models.concept_video.teacher_pixels(frames, teacher.image_size)[2])

@@ -1,4 +1,4 @@
-"What must hold of prompts whatever the masks, the pictures and the seed."
+"What must hold of prompts whatever the masks, the images and the seed."
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +9,13 @@ from scipy import ndimage
 from torch import Generator, Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from esam3.core import Frames
-from esam3.data import collate_images
-from esam3.prompts import (CORNERS, NEGATIVE, PADDING, POSITIVE, append, chances, corrective_points, deepest, disagreement, draw_cell,
-                           initial_prompts, refine, to_frame)
-from esam3.samples import ImageSample, components
-from esam3.teacher import Prompts
+from esam3.core import Spaces
+from esam3.data.batches import collate_images
+from esam3.data.samples import ImageSample, components
+from esam3.models.prompts import (
+    CORNERS, NEGATIVE, PADDING, POSITIVE, append, chances, corrective_points, deepest, disagreement, draw_cell,
+    initial_prompts, refine, to_space)
+from esam3.models.teacher import Prompts
 
 SIDES = ((144, 128), (1008, 1024))  # teacher's and student's squares: the toy's and the real ones
 
@@ -24,18 +25,18 @@ def blobs(g: Generator, n: int, size: int) -> Tensor:
     return F.interpolate(torch.randn(1, n, 5, 5, generator=g), (size, size), mode="bicubic")[0] + torch.linspace(-2.5, 2.5, n).view(n, 1, 1)
 
 
-def scene(seed: int) -> tuple[Generator, Frames, Prompts, Tensor, Tensor]:
-    "Pictures of any shape, a box for each of 12 objects in them, and what teacher and student say of these."
+def scene(seed: int) -> tuple[Generator, Spaces, Prompts, Tensor, Tensor]:
+    "Images of any shape, a box for each of 12 objects in them, and what teacher and student say of these."
     g = Generator().manual_seed(seed)
     sizes = torch.randint(1, (40, 400, 3000)[seed % 3], (5, 2), generator=g)
-    frames, image = Frames(sizes, *SIDES[seed % 2]), torch.randint(0, 5, (12,), generator=g)
-    corners = torch.rand(12, 2, 2, generator=g) * frames.extent("student")[image][:, None]
-    prompts = Prompts(image, corners.sort(1).values, torch.tensor([CORNERS] * 12, dtype=torch.int32), multimask=False)
-    return g, frames, prompts, *blobs(g, 24, (32, 64)[seed % 2])[torch.randperm(24, generator=g)].chunk(2)
+    spaces, image_index = Spaces(sizes, *SIDES[seed % 2]), torch.randint(0, 5, (12,), generator=g)
+    corners = torch.rand(12, 2, 2, generator=g) * spaces.extent("student")[image_index][:, None]
+    prompts = Prompts(image_index, corners.sort(1).values, torch.tensor([CORNERS] * 12, dtype=torch.int32), multimask=False)
+    return g, spaces, prompts, *blobs(g, 24, (32, 64)[seed % 2])[torch.randperm(24, generator=g)].chunk(2)
 
 
 def drawn(seed: int, n: int) -> Tensor:
-    "[n] one random number an instance, of one picture."
+    "[n] one random number an instance, of one image."
     return chances([seed], [n], 1)[:, 0]
 
 
@@ -48,26 +49,26 @@ def cell_of(points: Tensor, side: int, size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("how", ["uniform", "deepest"])
 @pytest.mark.parametrize("seed", range(60))
 def test_corrective_points(seed, how):
-    g, frames, prompts, teacher, student = scene(seed)
-    size, side, rows = teacher.shape[-1], frames.student, torch.arange(12)
+    g, spaces, prompts, teacher, student = scene(seed)
+    size, side, rows = teacher.shape[-1], spaces.student, torch.arange(12)
     least = (0, 10, 400)[seed // 3 % 3]
-    asked = refine(prompts, teacher, student, frames, how, least, chance=drawn(seed, 12))
-    points, labels = asked.points[:, -1], asked.labels[:, -1]
-    valid = frames.valid("student", size, prompts.image)
+    answered = refine(prompts, teacher, student, spaces, how, least, chance=drawn(seed, 12))
+    points, labels = answered.points[:, -1], answered.labels[:, -1]
+    valid = spaces.valid("student", size, prompts.image_index)
     missed, surplus = (teacher > 0) & (student <= 0) & valid, (teacher <= 0) & (student > 0) & valid
     at = rows, *cell_of(points, side, size)
     assert missed[at][labels == POSITIVE].all(), "positive points fall in false negatives"
     assert surplus[at][labels == NEGATIVE].all(), "negative points fall in false positives"
     enough = (missed | surplus).sum((1, 2)) >= max(1, least * size**2 / 256**2)
     assert torch.equal(labels != PADDING, enough) and (points[~enough] == 0).all(), "too little disagreement, no point"
-    extent = frames.extent("student")[prompts.image]
-    assert ((points > 0) & (points < extent))[enough].all(), "in the picture, not in the padding"
-    for frame in ("source", "teacher"):
-        there = to_frame(asked, frames, "student", frame).points[:, -1]
-        assert ((there > 0) & (there < frames.extent(frame)[prompts.image]))[enough].all()
-    again = refine(prompts, teacher, student, frames, how, least, chance=drawn(seed, 12))
-    assert torch.equal(again.points, asked.points) and torch.equal(again.labels, asked.labels), "same seed, same points"
-    assert torch.equal(asked.points[:, :-1], prompts.points) and torch.equal(asked.labels[:, :-1], prompts.labels)
+    extent = spaces.extent("student")[prompts.image_index]
+    assert ((points > 0) & (points < extent))[enough].all(), "in the image, not in the padding"
+    for space in ("source", "teacher"):
+        there = to_space(answered, spaces, "student", space).points[:, -1]
+        assert ((there > 0) & (there < spaces.extent(space)[prompts.image_index]))[enough].all()
+    again = refine(prompts, teacher, student, spaces, how, least, chance=drawn(seed, 12))
+    assert torch.equal(again.points, answered.points) and torch.equal(again.labels, answered.labels), "same seed, same points"
+    assert torch.equal(answered.points[:, :-1], prompts.points) and torch.equal(answered.labels[:, :-1], prompts.labels)
 
 
 def test_chance_is_a_pictures_own():
@@ -93,13 +94,13 @@ def test_the_largest_chance_gives_the_last_cell(count):
 
 def test_another_seed_other_points():
     _, frames, prompts, teacher, student = scene(7)
-    ask = lambda seed: refine(prompts, teacher, student, frames, chance=drawn(seed, 12)).points[:, -1]
-    assert not torch.equal(ask(0), ask(1))
+    corrected = lambda seed: refine(prompts, teacher, student, frames, chance=drawn(seed, 12)).points[:, -1]
+    assert not torch.equal(corrected(0), corrected(1))
 
 
 @pytest.mark.parametrize("size, least", [(256, 10), (128, 3), (512, 40), (32, 1)])
 def test_ten_pixels_of_a_256_mask_make_a_point(size, least):
-    "The bound is an area: on other grids it is as large a part of the picture."
+    "The bound is an area: on other grids it is as large a part of the image."
     few = torch.zeros(2, size, size, dtype=torch.bool)
     few[0].view(-1)[:least - 1] = few[1].view(-1)[:least] = True
     _, labels = corrective_points(few, few & False, 1024, chance=torch.rand(2))
@@ -133,12 +134,12 @@ def test_an_empty_region_gives_the_first_cell():
 def test_any_number_of_refinements(rounds):
     "M = 0 leaves the prompt as it is; each round adds one point, and from the second on one mask is asked for."
     g, frames, prompts, teacher, student = scene(4)
-    first = asked = replace(prompts, multimask=True)
+    first = answered = replace(prompts, multimask=True)
     for _ in range(rounds):
-        asked = refine(asked, teacher, student, frames, chance=torch.rand(12, generator=g))
+        answered = refine(answered, teacher, student, frames, chance=torch.rand(12, generator=g))
         student = torch.where(torch.rand(student.shape, generator=g) < 0.5, teacher, student)
-    assert asked.points.shape == (12, 2 + rounds, 2) and asked.labels.shape == (12, 2 + rounds) and asked.multimask == (rounds == 0)
-    assert torch.equal(asked.points[:, :2], first.points)
+    assert answered.points.shape == (12, 2 + rounds, 2) and answered.labels.shape == (12, 2 + rounds) and answered.multimask == (rounds == 0)
+    assert torch.equal(answered.points[:, :2], first.points)
     assert first.points.shape == (12, 2, 2), "the first prompts are not changed in place"
 
 
@@ -158,18 +159,18 @@ def test_no_loop_over_masks(how):
     "As many operations for 200 masks as for two, in the first prompts and in the corrective points."
     def operations(n: int) -> int:
         a, b = blobs(Generator().manual_seed(0), 2 * n, 32).chunk(2)
-        boxes, image = torch.rand(n, 4), torch.zeros(n, dtype=torch.long)
-        prompts = Prompts(image, boxes.view(n, 2, 2), torch.tensor([CORNERS] * n, dtype=torch.int32))
-        valid = Frames(torch.tensor([[96, 128]]), 144, 128).valid("student", 32, image)
+        boxes, image_index = torch.rand(n, 4), torch.zeros(n, dtype=torch.long)
+        prompts = Prompts(image_index, boxes.view(n, 2, 2), torch.tensor([CORNERS] * n, dtype=torch.int32))
+        valid = Spaces(torch.tensor([[96, 128]]), 144, 128).valid("student", 32, image_index)
         with Calls() as calls:
-            initial_prompts(boxes, boxes[:, :2], image, torch.rand(n), p_box=1)
+            initial_prompts(boxes, boxes[:, :2], image_index, torch.rand(n), p_box=1)
             append(prompts, *corrective_points(*disagreement(a, b, valid), 128, how, chance=torch.rand(n)))
         return calls.count
     assert operations(2) == operations(200) < 300
 
 
 def mask_scene(seed: int) -> ImageSample:
-    "A picture with 40 things in it, from a region without instances by its connected components."
+    "An image with 40 instances in it, from a region without instances by its connected components."
     rng = np.random.default_rng(seed)
     region = np.zeros((100, 160), bool)
     for y in range(5):
@@ -182,37 +183,37 @@ def test_at_most_16_instances_of_a_picture():
     samples = [mask_scene(0), mask_scene(1)]
     assert [len(s.masks) for s in samples] == [40, 40]
     pick = lambda seed: collate_images(samples, 144, 128, rngs=[np.random.default_rng((seed, k)) for k in range(len(samples))])
-    assert pick(0).image.bincount().tolist() == [16, 16]
+    assert pick(0).image_index.bincount().tolist() == [16, 16]
     assert torch.equal(pick(0).boxes, pick(0).boxes) and not torch.equal(pick(0).boxes, pick(1).boxes), "drawn by the seed"
-    assert len(collate_images(samples, 144, 128, max_instances=0).image) == 80
+    assert len(collate_images(samples, 144, 128, max_instances=0).image_index) == 80
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_first_prompts_lie_on_their_instances(seed):
-    "The centre point is inside its mask, and as deep as any; boxes are tight; in every frame both stay on the picture."
+    "The centre point is inside its mask, and as deep as any; boxes are tight; in every frame both stay on the image."
     sample = mask_scene(seed)
     batch = collate_images([sample], *SIDES[seed % 2], rngs=[np.random.default_rng(seed)])
     masks, (x, y) = batch.masks[0].numpy(), batch.points.long().numpy().T
     depth = np.array([ndimage.distance_transform_edt(np.pad(m, 1))[1:-1, 1:-1] for m in masks])
     assert (depth[np.arange(16), y, x] == depth.max((1, 2))).all() and masks[np.arange(16), y, x].all()
-    for frame in ("source", "teacher", "student"):
-        boxes, points = batch.frames.boxes(batch.boxes, batch.image, "source", frame), batch.frames.points(batch.points, batch.image, "source", frame)
-        asked = initial_prompts(boxes, points, batch.image, drawn(seed, 16))
-        assert sorted(torch.cat([rows for rows, _ in asked]).tolist()) == list(range(16)), "one prompt an instance"
-        for rows, p in asked:
-            assert ((p.points >= 0) & (p.points <= batch.frames.extent(frame)[0] + 1e-3)).all() and p.multimask == (p.labels.shape[1] == 1)
+    for space in ("source", "teacher", "student"):
+        boxes, points = batch.spaces.boxes(batch.boxes, batch.image_index, "source", space), batch.spaces.points(batch.points, batch.image_index, "source", space)
+        answered = initial_prompts(boxes, points, batch.image_index, drawn(seed, 16))
+        assert sorted(torch.cat([rows for rows, _ in answered]).tolist()) == list(range(16)), "one prompt an instance"
+        for rows, p in answered:
+            assert ((p.points >= 0) & (p.points <= batch.spaces.extent(space)[0] + 1e-3)).all() and p.multimask == (p.labels.shape[1] == 1)
             tight = boxes[rows].view(-1, 2, 2) if p.labels.shape[1] == 2 else points[rows][:, None]
             assert torch.equal(p.points, tight) and (p.labels == torch.tensor(CORNERS if p.labels.shape[1] == 2 else [POSITIVE])).all()
-        again = initial_prompts(boxes, points, batch.image, drawn(seed, 16))
-        assert all(torch.equal(a[0], b[0]) for a, b in zip(asked, again)), "same seed, same coins"
+        again = initial_prompts(boxes, points, batch.image_index, drawn(seed, 16))
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(answered, again)), "same seed, same coins"
 
 
 def test_every_instance_has_its_own_coin():
     "Over 400 seeds each of four instances is asked by box half of the time, and any two of them independently."
-    boxes, image = torch.rand(4, 4), torch.zeros(4, dtype=torch.long)
+    boxes, image_index = torch.rand(4, 4), torch.zeros(4, dtype=torch.long)
     table = torch.zeros(400, 4)
     for seed in range(400):
-        for rows, p in initial_prompts(boxes, boxes[:, :2], image, drawn(seed, 4)):
+        for rows, p in initial_prompts(boxes, boxes[:, :2], image_index, drawn(seed, 4)):
             table[seed, rows] = float(p.labels.shape[1] == 2)
     assert (table.mean(0) - 0.5).abs().max() < 0.1
     assert (table.T.corrcoef() - torch.eye(4)).abs().max() < 0.2

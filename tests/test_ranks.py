@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from esam3.stage1 import run_stage1
-from esam3.student import EfficientSam3
-from esam3.training import in_ranks
+from esam3.models.student import EfficientSam3
+from esam3.training.loop import in_ranks
+from esam3.training.stage1 import run_stage1
 from logs import rows
 
 

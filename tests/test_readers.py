@@ -11,12 +11,15 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from esam3.core import Part
-from esam3.data import Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at, turned_hue
-from esam3.public_sets import SaVFolders, Vos
-from esam3.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort, Videos
-from esam3.samples import (BadSample, ClipSample, ImageSample, Phrase, Reported, RunMasks, Video, boxes_of, decode_rle, read_picture, rle_area,
-                           video_frames)
-from esam3.toyworld import toyworld, write_mp4
+from esam3.data.batches import (
+    Steps, augment, collate_clips, collate_images, draw, frame_batch, load_recipe, open_dataset, rng_at,
+    turned_hue)
+from esam3.data.public_sets import SaVFolders, Vos
+from esam3.data.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort, Videos
+from esam3.data.samples import (
+    BadSample, ClipSample, ImageSample, Phrase, Reported, RunMasks, Video, boxes_of, decode_rle, read_image,
+    rle_area, video_frames)
+from esam3.data.toyworld import toyworld, write_mp4
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.exists(), reason="needs the sample files in ../shared/data")
@@ -92,7 +95,7 @@ def test_davis_sparse_masks():
     assert (clip.visible == clip.annotated).all()
     reported = Reported()
     with pytest.warns(UserWarning, match="853×480 → 854×480"): reported.add(clip.notes)
-    assert reported.counts == {"mask resized to its picture": 1}
+    assert reported.counts == {"mask resized to its image": 1}
 
 
 @real
@@ -120,7 +123,7 @@ def test_davis_unknown_split_names_those_there():
 
 @pytest.fixture(scope="module")
 def veval(tmp_path_factory):
-    "The real ground truth, with black pictures for frames 20 to 23 of its video."
+    "The real ground truth, with black images for frames 20 to 23 of its video."
     media, truth = tmp_path_factory.mktemp("veval"), REAL / "sa_co_veval/saco_veval_sav_test_sample_gt.json"
     for file in json.loads(truth.read_text())["videos"][0]["file_names"][20:24]:
         (media / file).parent.mkdir(exist_ok=True)
@@ -135,7 +138,7 @@ def test_veval_phrases_and_masklets(veval):
     named = {p.text: p for p in clip.phrases}
     assert named["thick gold chain"].instances == () and named["thick gold chain"].negative == "easy"
     assert all(bool(p.instances) != bool(p.negative) for p in clip.phrases)
-    with pytest.raises(BadSample, match="not a readable picture"): veval.read(0, frames=4, start=21)
+    with pytest.raises(BadSample, match="not a readable image"): veval.read(0, frames=4, start=21)
 
 
 @real
@@ -163,12 +166,12 @@ def test_video_frames_are_those_of_another_decoder(name, size):
 
 @real
 def test_photographs_become_a_batch():
-    from esam3.samples import ImageSample
-    pictures = [read_picture(p) for p in sorted((REAL / "images").glob("*.jpg"))]
-    samples = [ImageSample(str(k), p, np.ones((1, *p.shape[:2]), bool)) for k, p in enumerate(pictures)]
+    from esam3.data.samples import ImageSample
+    images = [read_image(p) for p in sorted((REAL / "images").glob("*.jpg"))]
+    samples = [ImageSample(str(k), p, np.ones((1, *p.shape[:2]), bool)) for k, p in enumerate(images)]
     batch = collate_images(samples, 1008, 1024)
     assert batch.teacher_pixels.shape == (3, 3, 1008, 1008) and batch.student_pixels.shape == (3, 3, 1024, 1024)
-    for k, valid in enumerate(batch.frames.valid("student", 1024)): assert (batch.student_pixels[k][:, ~valid] == 0).all()
+    for k, valid in enumerate(batch.spaces.valid("student", 1024)): assert (batch.student_pixels[k][:, ~valid] == 0).all()
     small = augment(samples[0], rng_at(0, 0))
     assert 640 <= min(small.image.shape[:2]) and max(small.image.shape[:2]) <= 1024
 
@@ -206,7 +209,7 @@ def ruin(folder):
 def test_sa1b_each_damage_is_named(loose):
     ruin(loose)
     reader = Sa1b(loose)
-    said = ["sa_000000.jpg: not a readable picture", "sa_000001.json: not a readable annotation", "sa_000002.json: missing",
+    said = ["sa_000000.jpg: not a readable image", "sa_000001.json: not a readable annotation", "sa_000002.json: missing",
             "sa_000003.json, annotation 0: mask of 7×7", "sa_000004.json, annotation 0: (unreadable|run lengths)"]
     for k, pattern in enumerate(said):
         with pytest.raises(BadSample, match=pattern): reader.read(k)
@@ -280,10 +283,10 @@ def test_davis_missing_and_foreign_masks(tmp_path):
     for part in ("JPEGImages/480p/a", "Annotations/480p/a", "ImageSets/2017"): (tmp_path / part).mkdir(parents=True)
     (tmp_path / "ImageSets/2017/val.txt").write_text("a\n")
     Image.new("RGB", (64, 48)).save(tmp_path / "JPEGImages/480p/a/00000.jpg")
-    with pytest.raises(BadSample, match="1 pictures and 0 masks"): Davis(tmp_path).read(0)
+    with pytest.raises(BadSample, match="1 images and 0 masks"): Davis(tmp_path).read(0)
     mask = tmp_path / "Annotations/480p/a/00000.png"
-    for picture, pattern in ((Image.new("P", (48, 64)), "no palette mask"), (Image.new("RGB", (64, 48)), "no palette mask"), (Image.new("P", (64, 48)), "no object in frames")):
-        picture.save(mask)
+    for image, pattern in ((Image.new("P", (48, 64)), "no palette mask"), (Image.new("RGB", (64, 48)), "no palette mask"), (Image.new("P", (64, 48)), "no object in frames")):
+        image.save(mask)
         with pytest.raises(BadSample, match=pattern): Davis(tmp_path).read(0)
     mask.write_bytes(b"no png")
     with pytest.raises(BadSample, match="not a readable mask"): Davis(tmp_path).read(0)
@@ -325,10 +328,10 @@ def test_random_run_lengths_never_get_past_the_door():
 # ---- samples without instances, and recipes
 
 def test_pictures_without_instances_go_through(tiny):
-    from esam3.samples import ImageSample
+    from esam3.data.samples import ImageSample
     empty = ImageSample("empty", np.zeros((96, 128, 3), np.uint8), np.zeros((0, 96, 128), bool))
     batch = collate_images([augment(empty, rng_at(0, 0), short=(96, 128), crop=128), Sa1b(tiny / "images.tar").read(0)], 144, 128)
-    assert set(batch.image.tolist()) == {1} and len(batch.frames.rasterise(batch.masks, "student", 32)) == len(batch.image)
+    assert set(batch.image_index.tolist()) == {1} and len(batch.spaces.rasterise(batch.masks, "student", 32)) == len(batch.image_index)
 
 
 def test_clips_without_tracks_go_through(tiny):
@@ -361,9 +364,9 @@ def layouts(tmp_path_factory):
     mask = np.zeros((48, 64), np.uint8); mask[4:24, 10] = 1
     folders = {"davis": ("JPEGImages/480p/a", "Annotations/480p/a"), "vos": ("JPEGImages/a", "Annotations/a"),
                "val": ("JPEGImages_24fps/a", "Annotations_6fps/a/001")}
-    for name, (pictures, masks) in folders.items():
-        for place in (pictures, masks): (at / name / place).mkdir(parents=True)
-        for t in range(10): Image.new("RGB", (64, 48)).save(at / name / pictures / f"{t:05d}.jpg")
+    for name, (images, masks) in folders.items():
+        for place in (images, masks): (at / name / place).mkdir(parents=True)
+        for t in range(10): Image.new("RGB", (64, 48)).save(at / name / images / f"{t:05d}.jpg")
         for t in range(6, 10): Image.fromarray(mask).save(at / name / masks / f"{t:05d}.png")
     (at / "davis/ImageSets/2017").mkdir(parents=True); (at / "davis/ImageSets/2017/val.txt").write_text("a\n")
     write_mp4(at / "a.mp4", numbered(40, 48, 64))
@@ -428,7 +431,7 @@ SMALL = {"short": (40, 64), "crop": 48}
 
 @pytest.mark.parametrize("step", range(6))
 def test_all_frames_of_a_clip_are_changed_alike(step):
-    "Size, crop, flip and colour: a picture that is repeated stays the same in all frames, and so do its masks."
+    "Size, crop, flip and colour: an image that is repeated stays the same in all frames, and so do its masks."
     clip = clip_of("1111", "1111")
     clip.frames[:] = clip.frames[0]
     new = augment(clip, rng_at(0, step), **SMALL, jitter=0.3, hue=0.3)
@@ -443,9 +446,9 @@ def test_hue_is_drawn_only_when_asked_for():
     sample = ImageSample("a", clip_of("1").frames[0], np.ones((1, 40, 56), bool))
     plain, coloured = augment(sample, rng_at(0, 1), **SMALL), augment(sample, rng_at(0, 1), **SMALL, hue=0.3)
     torch.manual_seed(int(rng_at(0, 1).integers(2**63)))
-    picture = v2.RandomShortestSize(list(range(40, 65)))(torch.from_numpy(sample.image).movedim(-1, 0))
-    h, w = (min(48, n) for n in picture.shape[1:])
-    wanted = v2.Compose([v2.RandomCrop((h, w)), v2.RandomHorizontalFlip(0.5), v2.ColorJitter(0.1, 0.1, 0.1)])(picture)
+    image = v2.RandomShortestSize(list(range(40, 65)))(torch.from_numpy(sample.image).movedim(-1, 0))
+    h, w = (min(48, n) for n in image.shape[1:])
+    wanted = v2.Compose([v2.RandomCrop((h, w)), v2.RandomHorizontalFlip(0.5), v2.ColorJitter(0.1, 0.1, 0.1)])(image)
     assert np.array_equal(plain.image, wanted.movedim(0, -1).numpy())
     assert coloured.image.shape == plain.image.shape and not np.array_equal(coloured.image, plain.image)
 
@@ -497,7 +500,7 @@ def test_pictures_with_phrases_keep_all_instances():
     masks = clip_of(*["1"] * 5).masks[:, 0]
     talking, silent = (ImageSample(str(k), np.zeros((40, 56, 3), np.uint8), masks, ps) for k, ps in enumerate((PHRASES, [])))
     batch = collate_images([silent, talking], 144, 128, max_instances=2, rngs=[rng_at(0, 0, k) for k in (0, 1)])
-    assert batch.image.tolist() == [0, 0] + [1] * 5
+    assert batch.image_index.tolist() == [0, 0] + [1] * 5
     assert batch.phrases == [[], [p._replace(instances=tuple(i + 2 for i in p.instances)) for p in PHRASES]]
 
 
@@ -506,12 +509,12 @@ def test_one_frame_of_each_clip():
     clip = clip_of("1111", "0011", "1111", "1?10", "11?1", phrases=PHRASES)
     batch = collate_clips([clip, clip], 144, 128, tracks=0, late="keep").to("cpu")
     one = frame_batch(batch, [1, 2])
-    assert one.image.tolist() == [0] * 3 + [1] * 4 and [len(m) for m in one.masks] == [3, 4]
+    assert one.image_index.tolist() == [0] * 3 + [1] * 4 and [len(m) for m in one.masks] == [3, 4]
     for b, t, seen in ((0, 1, [0, 2, 4]), (1, 2, [0, 1, 2, 3])):
         assert (one.masks[b].numpy() == clip.masks[seen, t]).all() and (one.images[b] == clip.frames[t]).all()
-        assert np.array_equal(one.boxes[one.image == b], boxes_of(clip.masks[seen, t]))
+        assert np.array_equal(one.boxes[one.image_index == b], boxes_of(clip.masks[seen, t]))
         for pixels in ("student_pixels", "teacher_pixels"): assert getattr(one, pixels)[b].equal(getattr(batch, pixels)[4 * b + t])
-    assert one.frames.sizes.tolist() == [[40, 56]] * 2 and one.points.shape == (7, 2)
+    assert one.spaces.sizes.tolist() == [[40, 56]] * 2 and one.points.shape == (7, 2)
     assert one.points.dtype == one.boxes.dtype == torch.float32
     assert one.phrases[0] == [Phrase("zero", (0,)), Phrase("zero and late", (0,)), Phrase("late", (), "easy"),
                               Phrase("four", (2,)), Phrase("none", (), "hard")]
@@ -522,19 +525,19 @@ def test_one_frame_of_each_clip():
 
 
 def test_batches_of_nothing_are_float32(tiny):
-    "Pictures without instances and clips without tracks: the same types and trailing sizes, and their notes are kept."
-    picture = ImageSample("a", np.zeros((40, 56, 3), np.uint8), np.zeros((0, 40, 56), bool),
+    "Images without instances and clips without tracks: the same types and trailing sizes, and their notes are kept."
+    image = ImageSample("a", np.zeros((40, 56, 3), np.uint8), np.zeros((0, 40, 56), bool),
                           notes=[("skipped", "x.jpg: gone"), ("skipped", "y.jpg: gone")])
     clip = clip_of("00", phrases=[Phrase("none", (), "easy")])
     clip.notes.append(("too short", "z: 1 frame"))
-    images, clips = collate_images([picture, picture], 144, 128), collate_clips([clip, clip], 144, 128)
+    images, clips = collate_images([image, image], 144, 128), collate_clips([clip, clip], 144, 128)
     single = frame_batch(clips, [0, 1])
-    assert images.notes == picture.notes * 2 and clips.notes == clip.notes * 2 and len(images.names) == len(clips.names) == 2
+    assert images.notes == image.notes * 2 and clips.notes == clip.notes * 2 and len(images.names) == len(clips.names) == 2
     for b in (images, clips, single):
         assert {x.dtype for x in (b.boxes, b.points, b.teacher_pixels, b.student_pixels)} == {torch.float32}
         assert {m.dtype for m in b.masks} == {torch.bool}
         assert b.boxes.shape in ((0, 4), (0, 2, 4)) and b.points.shape == (0, 2)
-    assert clips.visible.shape == (0, 2) and clips.first.dtype == clips.clip.dtype == images.image.dtype == torch.int64
+    assert clips.visible.shape == (0, 2) and clips.first.dtype == clips.clip.dtype == images.image_index.dtype == torch.int64
     full = collate_images([Sa1b(tiny / "images.tar").read(0)], 144, 128)
     assert full.boxes.dtype == full.points.dtype == full.student_pixels.dtype == full.teacher_pixels.dtype == torch.float32
 

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
-from esam3.data import collate_clips, load_recipe, open_dataset
-from esam3.public_sets import Coco, SaVFolders, Vos, clip_stems
-from esam3.readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
-from esam3.samples import BadSample, RunMasks, read_picture
-from esam3.toyworld import toyworld, write_mp4
+from esam3.data.batches import collate_clips, load_recipe, open_dataset
+from esam3.data.public_sets import Coco, SaVFolders, Vos, clip_stems
+from esam3.data.readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
+from esam3.data.samples import BadSample, RunMasks, read_image
+from esam3.data.toyworld import toyworld, write_mp4
 
 H, W = 24, 36
 
@@ -34,8 +34,8 @@ def faults(real_files: Path) -> Path:
 
 # ---- small inputs
 
-def picture(path: Path, size: tuple[int, int] = (H, W), turn: int = 1) -> Path:
-    "A picture whose top left corner is bright, stored with EXIF's `turn`."
+def photo(path: Path, size: tuple[int, int] = (H, W), turn: int = 1) -> Path:
+    "An image whose top left corner is bright, stored with EXIF's `turn`."
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((*size, 3), 60, np.uint8)
     pixels[:size[0] // 3, :size[1] // 3] = 220
@@ -60,7 +60,7 @@ A, B, C = np.s_[2:8, 3:10], np.s_[10:20, 20:30], np.s_[15:22, 4:9]  # windows th
 def clip(root: Path, *frames: list, name: str = "c", ext: str = "jpg", pad: int = 5) -> Path:
     "A clip in MOSE's layout: for each frame its objects, or None where it has no mask."
     for t, objects in enumerate(frames):
-        picture(root / "JPEGImages" / name / f"{t:0{pad}d}.{ext}")
+        photo(root / "JPEGImages" / name / f"{t:0{pad}d}.{ext}")
         if objects is not None: mask(root / "Annotations" / name / f"{t:0{pad}d}.png", *objects)
     (root / "Annotations" / name).mkdir(parents=True, exist_ok=True)
     return root
@@ -68,7 +68,7 @@ def clip(root: Path, *frames: list, name: str = "c", ext: str = "jpg", pad: int 
 
 def sav_clip(root: Path, objects: dict[str, list[int]], frames: int = 9, name: str = "sav_1") -> Path:
     "A clip in SA-V's layout of folders: for each object its ids in every fourth frame."
-    for t in range(frames): picture(root / "JPEGImages_24fps" / name / f"{t:05d}.jpg")
+    for t in range(frames): photo(root / "JPEGImages_24fps" / name / f"{t:05d}.jpg")
     for folder, ids in objects.items():
         for t, k in zip(range(0, frames, 4), ids): mask(root / "Annotations_6fps" / name / folder / f"{t:05d}.png", (k, A))
     return root
@@ -96,7 +96,7 @@ def rle(m: np.ndarray) -> dict:
     return {"size": list(code["size"]), "counts": code["counts"].decode()}
 
 
-# ---- 3: annotation and picture in different frames
+# ---- 3: annotation and image in different frames
 
 def test_turned_pictures_annotated_as_stored(faults):
     turned, plain = (Coco(faults / "04_coco_turned" / f"{name}.json", faults / "04_coco_turned") for name in ("exif", "plain"))
@@ -109,9 +109,9 @@ def test_turned_pictures_annotated_as_stored(faults):
 @pytest.mark.parametrize("turn", range(1, 9))
 @pytest.mark.parametrize("form", ["polygon", "rle"])
 def test_the_size_of_the_annotation_decides_a_turn(tmp_path, turn, form):
-    "A picture stored with each of EXIF's eight turns, annotated as it is stored, as it is shown, and at half the size."
-    picture(tmp_path / "a.jpg", turn=turn)
-    shown, stored = read_picture(tmp_path / "a.jpg"), read_picture(tmp_path / "a.jpg", size=(H, W))
+    "An image stored with each of EXIF's eight turns, annotated as it is stored, as it is shown, and at half the size."
+    photo(tmp_path / "a.jpg", turn=turn)
+    shown, stored = read_image(tmp_path / "a.jpg"), read_image(tmp_path / "a.jpg", size=(H, W))
     assert shown.shape[:2] == ((W, H) if turn > 4 else (H, W)) and stored.shape[:2] == (H, W)
     for image in (shown, stored) if turn > 4 else (shown,):
         size = image.shape[:2]
@@ -132,26 +132,26 @@ def test_the_size_of_the_annotation_decides_a_turn(tmp_path, turn, form):
 
 
 def test_annotation_of_another_picture_is_refused(tmp_path):
-    picture(tmp_path / "a.jpg")
+    photo(tmp_path / "a.jpg")
     for segmentation in (box_polygon(A), rle(filled(A, (40, 40)))):
         path = coco_file(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg", "height": 40, "width": 40}], [{"id": 1, "image_id": 1, "segmentation": segmentation}])
-        with pytest.raises(BadSample, match="at 40×40 px, a picture of 24×36"): Coco(path, tmp_path).read(0)
+        with pytest.raises(BadSample, match="at 40×40 px, an image of 24×36"): Coco(path, tmp_path).read(0)
     huge = [{"id": 1, "file_name": "a.jpg", "height": H * 10 ** 6, "width": W * 10 ** 6}]  # would be drawn before it is looked at
     with pytest.raises(BadSample, match="do not belong together"): Coco(coco_file(tmp_path / "b.json", huge, [{"id": 1, "image_id": 1, "segmentation": box_polygon(A)}]), tmp_path).read(0)
 
 
 def test_turned_frames_and_pictures_of_every_layout(tmp_path):
-    "Stored upright with a turn in EXIF, and annotated as stored: SA-1B, DAVIS, SA-V's folders, SA-Co's pictures and frames."
+    "Stored upright with a turn in EXIF, and annotated as stored: SA-1B, DAVIS, SA-V's folders, SA-Co's images and frames."
     def check(sample: Any) -> None:
         pixels = sample.image if hasattr(sample, "image") else sample.frames[0]
         assert pixels.shape == (H, W, 3) and pixels[2, 3].mean() > 180, "as stored"
         assert sample.masks.shape[-2:] == (H, W) and any("as stored" in kind for kind, _ in sample.notes)
-    picture(tmp_path / "sa1b/sa_1.jpg", turn=6)
+    photo(tmp_path / "sa1b/sa_1.jpg", turn=6)
     (tmp_path / "sa1b/sa_1.json").write_text(json.dumps({"image": {"height": H, "width": W}, "annotations": [{"id": 1, "segmentation": rle(filled(A))}]}))
     check(Sa1b(tmp_path / "sa1b").read(0))
     clip(tmp_path / "vos", [(1, A)], [(1, A)])
     sav_clip(tmp_path / "sav", {"000": [1, 1, 1]})
-    for file in (*tmp_path.glob("vos/JPEGImages/c/*"), *tmp_path.glob("sav/JPEGImages_24fps/sav_1/*")): picture(file, turn=8)
+    for file in (*tmp_path.glob("vos/JPEGImages/c/*"), *tmp_path.glob("sav/JPEGImages_24fps/sav_1/*")): photo(file, turn=8)
     check(Vos(tmp_path / "vos").read(0))
     check(SaVFolders(tmp_path / "sav").read(0))
     (tmp_path / "saco.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "sa1b/sa_1.jpg", "text_input": "corner", "height": H, "width": W}],
@@ -170,7 +170,7 @@ def test_turned_frames_and_pictures_of_every_layout(tmp_path):
 def test_pictures_of_any_depth(tmp_path, name, values, top):
     ramp = np.linspace(0, 1, W)[None].repeat(H, 0)
     Image.fromarray((ramp * top).astype(values)).save(tmp_path / name)
-    seen = read_picture(tmp_path / name)
+    seen = read_image(tmp_path / name)
     assert seen.dtype == np.uint8 and np.abs(seen - 255 * ramp[..., None]).max() <= 1
 
 
@@ -178,17 +178,17 @@ def test_pictures_of_any_depth(tmp_path, name, values, top):
 def test_pictures_of_any_mode(tmp_path, mode):
     name = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png")
     Image.new("RGB", (W, H), (255, 255, 255)).convert(mode).save(name)
-    assert (read_picture(name) >= 254).all() and read_picture(name).shape == (H, W, 3)
+    assert (read_image(name) >= 254).all() and read_image(name).shape == (H, W, 3)
 
 
 @pytest.mark.parametrize("values", [np.full((H, W), 200.0, np.float32), np.full((H, W), -0.1, np.float32), np.full((H, W), np.nan, np.float32), np.full((H, W), 70000, np.int32)])
 def test_numbers_without_a_white_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "a.tif")
-    with pytest.raises(BadSample, match=r"a\.tif: not a readable picture \((floats beyond|32 bits)"): read_picture(tmp_path / "a.tif")
+    with pytest.raises(BadSample, match=r"a\.tif: not a readable image \((floats beyond|32 bits)"): read_image(tmp_path / "a.tif")
 
 
 def test_deep_pictures_of_the_faults(faults):
-    deep = [read_picture(f) for f in sorted((faults / "14_pictures").glob("*.*")) if f.suffix in (".png", ".tif")]
+    deep = [read_image(f) for f in sorted((faults / "14_pictures").glob("*.*")) if f.suffix in (".png", ".tif")]
     assert len(deep) == 2 and all(d.min() == 0 and d.max() >= 254 and 100 < d.mean() < 200 for d in deep)
 
 
@@ -203,21 +203,21 @@ def test_frames_in_natural_order(faults):
 @pytest.mark.parametrize("suffix", [".jpg", ".JPG", ".jpeg", ".png", ".webp"])
 def test_every_reader_of_folders_counts_as_people_do(tmp_path, names, suffix):
     for t, name in enumerate(names):
-        for place in ("vos/JPEGImages/c", "sav/JPEGImages_24fps/c", "plain/c"): picture(tmp_path / place / f"{name}{suffix}")
+        for place in ("vos/JPEGImages/c", "sav/JPEGImages_24fps/c", "plain/c"): photo(tmp_path / place / f"{name}{suffix}")
         mask(tmp_path / f"vos/Annotations/c/{name}.png", (1, (slice(t, t + 4), slice(0, 5))))
         mask(tmp_path / f"sav/Annotations_6fps/c/000/{name}.png", (1, (slice(t, t + 4), slice(0, 5))))
     for reader in (Vos(tmp_path / "vos"), SaVFolders(tmp_path / "sav")):
         sample = reader.read(0)
         assert clip_stems(reader, 0, sample) == names and sample.masks.any(3).argmax(2).tolist() == [[0, 1, 2]]
     plain = Videos(tmp_path / "plain", every=1)
-    assert [f.stem for f in plain._pictures(plain.paths[0])] == names and len(plain.read(0).frames) == 3
+    assert [f.stem for f in plain._images(plain.paths[0])] == names and len(plain.read(0).frames) == 3
 
 
 def test_masks_padded_otherwise_than_pictures(tmp_path):
-    for t in range(11): picture(tmp_path / f"JPEGImages/c/{t}.jpg"); mask(tmp_path / f"Annotations/c/{t:05d}.png", (1, (slice(t, t + 4), slice(0, 5))))
+    for t in range(11): photo(tmp_path / f"JPEGImages/c/{t}.jpg"); mask(tmp_path / f"Annotations/c/{t:05d}.png", (1, (slice(t, t + 4), slice(0, 5))))
     assert Vos(tmp_path).read(0).masks.any(3).argmax(2).tolist() == [list(range(11))]
-    picture(tmp_path / "JPEGImages/c/07.jpg")
-    with pytest.raises(BadSample, match="two pictures of one frame"): Vos(tmp_path).read(0)
+    photo(tmp_path / "JPEGImages/c/07.jpg")
+    with pytest.raises(BadSample, match="two images of one frame"): Vos(tmp_path).read(0)
 
 
 def test_lists_are_read_by_lines(faults, tmp_path):
@@ -238,7 +238,7 @@ def test_what_is_not_a_mask_is_left_out(faults, tmp_path):
     for name in (".DS_Store", ".git"): (root / "Annotations" / name).mkdir()
     reader = Vos(root)
     again = reader.read(0)
-    assert len(reader) == 1 and (again.masks == sample.masks).all() and again.notes == [("mask without picture left out", "c/99999.png")]
+    assert len(reader) == 1 and (again.masks == sample.masks).all() and again.notes == [("mask without image left out", "c/99999.png")]
 
 
 # ---- 5: 255
@@ -303,7 +303,7 @@ def test_recipes_say_what_is_public(tmp_path):
 def test_sizes_within_a_clip(faults, tmp_path):
     with pytest.raises(BadSample, match="different sizes"): SaVFolders(faults / "10_sav_sizes").read(0)
     clip(tmp_path, [(1, A)], [(1, A)])
-    picture(tmp_path / "JPEGImages/c/00001.jpg", (H - 2, W))
+    photo(tmp_path / "JPEGImages/c/00001.jpg", (H - 2, W))
     with pytest.raises(BadSample, match="different sizes"): Vos(tmp_path).read(0)
 
 
@@ -331,7 +331,7 @@ JUNK = (None, "", "x", [], {}, -1, 1e30, [[]], True)
 
 
 def _mutated(value: Any, rng: random.Random) -> Any:
-    "A JSON value with one thing in it changed or gone."
+    "A JSON value with one entry in it changed or gone."
     if rng.random() < 0.15 or not isinstance(value, list | dict) or not value: return rng.choice(JUNK)
     copy = dict(value) if isinstance(value, dict) else list(value)
     key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
@@ -342,12 +342,12 @@ def _mutated(value: Any, rng: random.Random) -> Any:
 
 @pytest.mark.parametrize("name", ["sa1b", "sav", "coco", "saco", "veval"])
 def test_strange_annotations_cost_one_sample(tiny, tmp_path, name):
-    "Eighty annotation files with one thing changed each: opened or refused, read or a BadSample."
+    "Eighty annotation files with one entry changed each: opened or refused, read or a BadSample."
     rng, opened = random.Random(0), {"good": 0, "bad": 0, "refused": 0}
     if name == "sa1b":
         with tarfile.open(tiny / "images.tar") as tar: [tar.extract(f"sa_000001.{e}", tmp_path, filter="data") for e in ("jpg", "json")]
     for source in {"sav": ["clip/toy_000000.mp4"], "veval": ["long/toy_000000.mp4"]}.get(name, ()): shutil.copy(tiny / source, tmp_path)
-    picture(tmp_path / "a.jpg"); picture(tmp_path / "b.jpg")
+    photo(tmp_path / "a.jpg"); photo(tmp_path / "b.jpg")
     source = {"sa1b": tmp_path / "sa_000001.json", "sav": tiny / "clip/toy_000000_manual.json", "saco": tiny / "saco/images.json", "veval": tiny / "long/veval.json"}.get(name)
     plain = json.loads(source.read_text()) if source else {
         "images": [{"id": k, "file_name": f, "height": H, "width": W} for k, f in ((1, "a.jpg"), (2, "b.jpg"))],
@@ -373,7 +373,7 @@ def test_strange_annotations_cost_one_sample(tiny, tmp_path, name):
 
 
 def test_what_nobody_thought_of_is_a_bad_sample(tmp_path):
-    picture(tmp_path / "c/0.jpg")
+    photo(tmp_path / "c/0.jpg")
     for segmentations in ([True], [3.5], [{"counts": 5, "size": "x"}], [["a"]]):
         (tmp_path / "v.json").write_text(json.dumps({"videos": [{"id": 1, "file_names": ["c/0.jpg"]}], "video_np_pairs": [{"video_id": 1, "category_id": 5, "noun_phrase": "a"}],
                                                      "annotations": [{"video_id": 1, "category_id": 5, "segmentations": segmentations}]}))
@@ -400,7 +400,7 @@ def test_pairs_carry_their_ids(real_files, tiny):
 
 def test_two_categories_of_one_phrase(tmp_path):
     video = {"id": 1, "file_names": ["c/0.jpg", "c/1.jpg"]}
-    for k in range(2): picture(tmp_path / f"c/{k}.jpg")
+    for k in range(2): photo(tmp_path / f"c/{k}.jpg")
     pair = lambda c, text: {"video_id": 1, "category_id": c, "noun_phrase": text}
     (tmp_path / "v.json").write_text(json.dumps({"videos": [video], "video_np_pairs": [pair(5, "dog"), pair(9, "dog"), pair(5, "dog"), pair(6, " ")],
                                                  "annotations": [{"video_id": 1, "category_id": 9, "segmentations": [rle(filled(A)), None]}]}))
@@ -419,7 +419,7 @@ def test_sa1b_names_of_the_faults(faults):
 
 def test_equal_names_in_several_folders(tmp_path):
     for k, place in enumerate(("a", "a/b", "c")):
-        picture(tmp_path / "loose" / place / "sa_1.jpg", (H + k, W))
+        photo(tmp_path / "loose" / place / "sa_1.jpg", (H + k, W))
         (tmp_path / "loose" / place / "sa_1.json").write_text(json.dumps({"annotations": [{"id": 1, "segmentation": rle(filled(A, (H + k, W)))}]}))
     (tmp_path / "loose/a/._sa_1.jpg").write_bytes(b"x")
     with tarfile.open(tmp_path / "all.tar", "w") as tar: tar.add(tmp_path / "loose", "./データ")
@@ -440,13 +440,13 @@ def test_empty_data_sets_are_refused(tmp_path, make):
 @pytest.mark.parametrize("make", [Coco, SaCoImages, SaCoVideo])
 def test_empty_annotations_are_refused(tmp_path, make):
     (tmp_path / "empty.json").write_text(json.dumps({k: [] for k in ("images", "annotations", "videos", "video_np_pairs")}))
-    with pytest.raises(FileNotFoundError, match=r"empty\.json: no (picture|video) in it"): make(tmp_path / "empty.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"empty\.json: no (image|video) in it"): make(tmp_path / "empty.json", tmp_path)
 
 
 def test_annotations_without_media_are_refused_by_a_recipe(real_files, tmp_path):
     assert [kind for kind, _ in Coco(real_files / "lvis/lvis_val_100.json", tmp_path).notes] == [NO_MEDIA]
     (tmp_path / "mine.yaml").write_text(f"root: .\ndownload: ask somebody\nsplits: {{held_out: {{images: {{format: coco, annotations: {real_files}/lvis/lvis_val_100.json, media: .}}}}}}")
-    with pytest.raises(FileNotFoundError, match="(?s)none of the 100 pictures.*ask somebody"): open_dataset(load_recipe(tmp_path / "mine.yaml"), "held_out")
+    with pytest.raises(FileNotFoundError, match="(?s)none of the 100 images.*ask somebody"): open_dataset(load_recipe(tmp_path / "mine.yaml"), "held_out")
 
 
 # ---- 15: long clips stay small
@@ -454,7 +454,7 @@ def test_annotations_without_media_are_refused_by_a_recipe(real_files, tmp_path)
 def test_masks_of_a_long_clip_stay_run_lengths(tmp_path):
     "Twelve masklets of 24 frames: 53 MB as masks."
     h, w, length, count = 360, 512, 24, 12
-    for k in range(length): picture(tmp_path / f"c/{k:05d}.jpg", (h, w))
+    for k in range(length): photo(tmp_path / f"c/{k:05d}.jpg", (h, w))
     tracks = [[rle(filled(np.s_[10 + n:40 + n, 10 + t:60 + t], (h, w))) for t in range(length)] for n in range(count)]
     (tmp_path / "v.json").write_text(json.dumps({"videos": [{"id": 1, "file_names": [f"c/{k:05d}.jpg" for k in range(length)]}],
                                                  "video_np_pairs": [{"video_id": 1, "category_id": 1, "noun_phrase": "box"}],
@@ -477,15 +477,15 @@ def test_folders_of_videos(tmp_path):
     write_mp4(tmp_path / "a.mp4", frames)
     for name in ("B.MP4", "c.m4v", "d.mov"): shutil.copy(tmp_path / "a.mp4", tmp_path / name)
     Image.fromarray(frames[0]).save(tmp_path / "e.GIF", save_all=True, append_images=[Image.fromarray(f) for f in frames[1:]], duration=100)
-    for k in (1, 2, 10): picture(tmp_path / f"stills/{k}.JPEG")
-    picture(tmp_path / "cover.jpg"); picture(tmp_path / "._a.jpg"); picture(tmp_path / ".trash/old/3.jpg")
+    for k in (1, 2, 10): photo(tmp_path / f"stills/{k}.JPEG")
+    photo(tmp_path / "cover.jpg"); photo(tmp_path / "._a.jpg"); photo(tmp_path / ".trash/old/3.jpg")
     for name in ("notes.txt", "Thumbs.db"): (tmp_path / name).write_text("x")
     reader = Videos(tmp_path, every=1)
     assert reader.names == ["B", "a", "c", "d", "e", "stills"] and [len(reader.read(i).frames) for i in range(6)] == [8] * 5 + [3]
     grey = reader.read(4).frames.mean((1, 2, 3))
     assert np.abs(grey - frames.mean((1, 2, 3))).max() < 3, "of the GIF"
     left = {Path(file).name: kind for kind, file in reader.notes}
-    assert left == {"cover.jpg": "picture beside videos left out", "notes.txt": "neither video nor picture, left out", "Thumbs.db": "neither video nor picture, left out"}
+    assert left == {"cover.jpg": "image beside videos left out", "notes.txt": "neither video nor image, left out", "Thumbs.db": "neither video nor image, left out"}
 
 
 @pytest.mark.parametrize("suffix, codec", [(".avi", "mpeg4"), (".mkv", "h264"), (".mkv", "mpeg4"), (".webm", "vp9"), (".mpg", "mpeg1video")])
@@ -513,7 +513,7 @@ def test_sav_with_other_suffixes(tiny, tmp_path):
 # ---- 17: COCO's traps
 
 def test_polygons_without_an_inside(tmp_path):
-    picture(tmp_path / "a.jpg")
+    photo(tmp_path / "a.jpg")
     marks = [[[3, 3, 9, 9]], box_polygon(A), [[1, 1, 5, 5], *box_polygon(B)], [[2.0, 2, 8, 2, 8]], box_polygon(C)[0], [[float("nan")] * 6], [[1e30, 0, 5, 5, 0, -1e30]]]
     path = coco_file(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg", "height": H, "width": W}], [{"id": 10 + k, "image_id": 1, "segmentation": s} for k, s in enumerate(marks)])
     sample = Coco(path, tmp_path).read(0)
@@ -522,7 +522,7 @@ def test_polygons_without_an_inside(tmp_path):
 
 
 def test_one_bad_annotation_costs_itself(tmp_path):
-    picture(tmp_path / "a.jpg")
+    photo(tmp_path / "a.jpg")
     image = [{"id": 1, "file_name": "a.jpg", "height": H, "width": W}]
     bad = [{"id": 1, "image_id": 1, "segmentation": rle(filled(A, (9, 40)))}, {"id": 2, "image_id": 1, "segmentation": {"size": [H, W], "counts": "\u20ac"}}, {"id": 3, "image_id": 1, "segmentation": "x"}]
     sample = Coco(coco_file(tmp_path / "a.json", image, [*bad, {"id": 4, "image_id": 1, "segmentation": rle(filled(B))}]), tmp_path).read(0)
@@ -532,7 +532,7 @@ def test_one_bad_annotation_costs_itself(tmp_path):
 
 @pytest.mark.parametrize("ids", [[None, None], [7, 7], ["a", "b"]])
 def test_annotations_without_ids_of_their_own(tmp_path, ids):
-    picture(tmp_path / "a.jpg")
+    photo(tmp_path / "a.jpg")
     marks = [{"image_id": 1, "segmentation": box_polygon(w)} | ({} if k is None else {"id": k}) for k, w in zip(ids, (A, B))]
     reader = Coco(coco_file(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg"}], marks), tmp_path)
     assert reader.read(0).ids == [1, 2] and "numbered by place" in reader.notes[0][0]
@@ -542,7 +542,7 @@ def test_other_kinds_of_annotation_are_refused_by_name(real_files, tmp_path):
     place = real_files / "coco_panoptic"
     with pytest.raises(ValueError, match=r"panoptic_examples\.json: panoptic annotations; take the file of instances"): Coco(place / "panoptic_examples.json", place)
     assert len(Coco(place / "panoptic_coco_detection_format.json", place / "input_images").read(0).masks)
-    picture(tmp_path / "val2017/1.jpg")
+    photo(tmp_path / "val2017/1.jpg")
     image = {"id": 1, "file_name": "COCO_val2014_1.jpg", "coco_url": "http://images.cocodataset.org/val2017/1.jpg", "height": H, "width": W}
     sample = Coco(coco_file(tmp_path / "lvis05.json", [image], [{"id": 1, "image_id": 1, "segmentation": box_polygon(A)}]), tmp_path).read(0)
-    assert sample.name == "val2017/1.jpg" and len(sample.masks) == 1, "LVIS v0.5 names its pictures otherwise than they lie"
+    assert sample.name == "val2017/1.jpg" and len(sample.masks) == 1, "LVIS v0.5 names its images otherwise than they lie"

@@ -15,20 +15,19 @@ import torch
 import yaml
 from PIL import Image
 
-from esam3 import concept_scores
-from esam3 import evaluate as module
-from esam3.concept_scores import image_scores, lending, shown_instance
-from esam3.concept_video import Followed
-from esam3.data import load_recipe, open_dataset
-from esam3.evaluate import (Task, by_count, cases, evaluate, limits_of, of_clip, of_concept_clip, predict, read_rows,
-                            run_scores, score)
-from esam3.heldout import as_batch
-from esam3.mask_metrics import davis, ytvos
-from esam3.predictions import link_sequences, read_clip
-from esam3.protocols import FrameScores, clip_scores, follow
-from esam3.samples import ClipSample, Phrase, RunMasks
-from esam3.teacher import load_teacher
-from esam3.toyworld import toyworld
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.data.samples import ClipSample, Phrase, RunMasks
+from esam3.data.toyworld import toyworld
+from esam3.evaluation import concept_scores, evaluate as module
+from esam3.evaluation.concept_scores import image_scores, lending, shown_instance
+from esam3.evaluation.evaluate import (
+    Task, by_count, cases, evaluate, limits_of, of_clip, of_concept_clip, predict, read_rows, run_scores, score)
+from esam3.evaluation.heldout import as_batch
+from esam3.evaluation.mask_metrics import davis, ytvos
+from esam3.evaluation.predictions import link_sequences, read_clip
+from esam3.evaluation.protocols import FrameScores, clip_scores, follow
+from esam3.models.concept_video import Followed
+from esam3.models.teacher import load_teacher
 
 H, W = 40, 60
 
@@ -70,7 +69,7 @@ def mask(path: Path, *objects: tuple[int, int, int], size: tuple[int, int] = (H,
     return path
 
 
-def picture(path: Path, seed: int = 0, size: tuple[int, int] = (H, W)) -> Path:
+def image(path: Path, seed: int = 0, size: tuple[int, int] = (H, W)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), dtype=np.uint8)).save(path)
     return path
@@ -80,7 +79,7 @@ def clip(root: Path, name: str, frames: int = 6, ids: Sequence[int] = (1, 2), st
          drawn: Callable[[int], bool] = lambda t: True) -> None:
     "A clip in MOSE's layout: squares that move to the right; a mask for the frames that are `drawn`."
     for t in range(frames):
-        picture(root / "JPEGImages" / name / f"{stem.format(t)}.jpg", t)
+        image(root / "JPEGImages" / name / f"{stem.format(t)}.jpg", t)
         squares = [(k, 2 + 18 * n, 4 + 2 * t) for n, k in enumerate(ids)]
         if drawn(t): mask(root / "Annotations" / name / f"{stem.format(t)}.png", *squares)
 
@@ -88,7 +87,7 @@ def clip(root: Path, name: str, frames: int = 6, ids: Sequence[int] = (1, 2), st
 def sav(root: Path, name: str, objects: dict[str, int], frames: int = 9) -> None:
     "A clip in SA-V's layout, annotated in every second frame: folder of an object → the value of its pixels."
     for t in range(frames):
-        picture(root / "JPEGImages_24fps" / name / f"{t:05d}.jpg", t)
+        image(root / "JPEGImages_24fps" / name / f"{t:05d}.jpg", t)
         for n, (folder, value) in enumerate(objects.items()):
             if t % 2: continue
             mask(root / "Annotations_6fps" / name / folder / f"{t:05d}.png", (value, 2 + 12 * n, 4 + 2 * t), side=10)
@@ -163,13 +162,13 @@ def test_what_nobody_marked_is_not_absent(tmp_path, tiny, teacher):
 # ---- row 4: one bad clip costs itself
 
 def test_a_bad_clip_costs_itself(tmp_path):
-    "What a file manager leaves, a mask without picture, clips too short to be scored, an object that comes too late."
+    "What a file manager leaves, a mask without image, clips too short to be scored, an object that comes too late."
     data = tmp_path / "data"
     for name, frames in {"good": 6, "my dog": 6, "one": 1, "two": 2}.items(): clip(data, name, frames)
     clip(data, "late", ids=())
     for t in (4, 5): mask(data / f"Annotations/late/{t:05d}.png", (1, 2, 2))
     notes = data / "Annotations" / "good"
-    for name in ("._00000.png", "Thumbs.png"): (notes / name).write_bytes(b"\0\5\x16\7 no picture")
+    for name in ("._00000.png", "Thumbs.png"): (notes / name).write_bytes(b"\0\5\x16\7 no image")
     shutil.copy(notes / "00001.png", notes / "00099.png")
     (data / "Annotations" / ".DS_Store").mkdir()
     rows, folder = scored(tmp_path, data, "mask,visible")
@@ -357,7 +356,7 @@ def test_a_pair_twice_is_a_pair_twice(tmp_path, tiny, real_files, teacher):
     assert found["two"] == pytest.approx(found["one"], abs=1e-4) and found["two said"] == 2 * found["one said"]
     lenders = lending(reader)
     own = {p["id"]: name for name, pairs in reader.pairs.items() for p in pairs}
-    assert lenders and all(reader.names[i] == own[k] != own[pair] for pair, (i, k) in lenders.items()), "of another picture"
+    assert lenders and all(reader.names[i] == own[k] != own[pair] for pair, (i, k) in lenders.items()), "of another image"
     units = concept_scores._units(reader, range(2), as_batch(teacher, [reader.read(k) for k in range(2)]))
     assert len(units) > 4 and all(p.pair == pair["id"] for _, pair, p in units)
     pair, (i, lender) = next(iter(lenders.items()))
@@ -407,7 +406,7 @@ def test_a_number_below_nothing(given, tmp_path):
 
 def test_nothing_that_can_be_read(tmp_path, teacher):
     "The reasons, not a missing truth.json; and where another kind can be read, that one is scored."
-    for k in range(5): (picture(tmp_path / f"data/{k}.jpg")).write_bytes(b"no picture")
+    for k in range(5): (image(tmp_path / f"data/{k}.jpg")).write_bytes(b"no image")
     marks = {"images": [{"id": k, "file_name": f"{k}.jpg", "height": H, "width": W} for k in range(5)],
              "annotations": [{"id": k, "image_id": k, "segmentation": [[1, 1, 9, 1, 9, 9]]} for k in range(5)]}
     (tmp_path / "data/marks.json").write_text(json.dumps(marks))

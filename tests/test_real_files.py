@@ -1,15 +1,15 @@
-"Teacher and student side by side on real files. A toy teacher knows nothing of them: what is tested is that every mask comes out finite and at the size of its picture."
+"Teacher and student side by side on real files. A toy teacher knows nothing of them: what is tested is that every mask comes out finite and at the size of its image."
 import numpy as np
 import pytest
 import torch
 
-from esam3.data import ClipBatch, collate_clips
-from esam3.readers import Davis
-from esam3.samples import ClipSample, Video
-from esam3.stage2 import compare
-from esam3.student import build_student
-from esam3.teacher import NO_OBJECT, load_teacher
-from esam3.views import clip_strip
+from esam3.data.batches import ClipBatch, collate_clips
+from esam3.data.readers import Davis
+from esam3.data.samples import ClipSample, Video
+from esam3.models.student import build_student
+from esam3.models.teacher import NO_OBJECT, load_teacher
+from esam3.show.views import clip_strip
+from esam3.training.stage2 import compare
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,11 @@ def models():
 
 
 def compared(models, sample: ClipSample, kind: str, path) -> tuple[ClipBatch, dict[str, torch.Tensor]]:
-    "Both trackers' logits [N, T, H, W] at the source's size, with a picture of the first track written to `path`."
+    "Both trackers' logits [N, T, H, W] at the source's size, with an image of the first track written to `path`."
     batch = collate_clips([sample], models["teacher"].image_size, models["student"].image_size, late="keep")
     found = compare(models["teacher"], models["student"], batch, kind)
     length = len(sample.frames)
-    masks = {who: torch.stack([batch.frames.to_source(found[who][:, t], who, t) for t in range(length)], 1) for who in models}
+    masks = {who: torch.stack([batch.spaces.to_source(found[who][:, t], who, t) for t in range(length)], 1) for who in models}
     for who, of in masks.items():
         assert of.shape == (len(batch.ids), *sample.frames.shape[:3]) and of.isfinite().all(), who
     shown = {"truth": sample.masks[0], **{who: of[0].numpy() for who, of in masks.items()}}
@@ -45,7 +45,7 @@ def test_a_box_in_a_home_video(models, real_files, tmp_path):
 
 
 def test_sparse_masks_of_a_davis_clip(models, real_files, tmp_path):
-    "Eight frames; object 2 appears in frame 5 with a mask that is a pixel narrower than its picture, and is prompted there."
+    "Eight frames; object 2 appears in frame 5 with a mask that is a pixel narrower than its image, and is prompted there."
     sample = Davis(real_files / "davis").read(0, frames=8)
     assert sample.frames.shape == (8, 480, 854, 3) and sample.ids == [1, 2]
     assert any("853" in what for _, what in sample.notes), sample.notes
@@ -55,5 +55,5 @@ def test_sparse_masks_of_a_davis_clip(models, real_files, tmp_path):
     for who, of in found.items():
         assert torch.allclose(of[1, :5], torch.tensor(NO_OBJECT)) and (of[1, 5] > NO_OBJECT + 1).any(), "nothing is said of a track before it begins"
         cells = batch.coverage(who, 4 * models[who].grid)[1, 5] - 0.5
-        held = batch.frames.to_source(cells[None], who, 5)[0] > 0  # what of the mask the model's cells can hold
+        held = batch.spaces.to_source(cells[None], who, 5)[0] > 0  # what of the mask the model's cells can hold
         assert iou(of[1, 5] > 0, held) > 0.9 and iou(of[1, 5] > 0, torch.from_numpy(sample.masks[1, 5])) > 0.5, "the given mask is kept on its frame"

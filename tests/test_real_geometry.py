@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esam3.concepts import Asking, Questions
 from esam3.core import Part, declared_in
-from esam3.data import RECIPES, load_recipe, open_dataset, with_sampling
-from esam3.miniatures import miniatures
-from esam3.predictions import instances, write_labels, write_objects
-from esam3.stage1 import picture_source
-from esam3.stage2 import clip_source
-from esam3.stage3 import MixedSteps, stage3_schedule, take_map_lesson
-from esam3.training import Schedule
+from esam3.data.batches import RECIPES, load_recipe, open_dataset, with_sampling
+from esam3.data.miniatures import miniatures
+from esam3.evaluation.predictions import instances, write_labels, write_objects
+from esam3.schedules import Schedule
+from esam3.training.concepts import ConceptQueries, QuerySampling
+from esam3.training.stage1 import image_source
+from esam3.training.stage2 import clip_source
+from esam3.training.stage3 import MixedSteps, run_feature_warmup, stage3_schedule
 
 SIDES = (1008, 1024)
 SMALL = "instances: 4, tracks: 2, phrases: 2, frames: [4, 4]"
 FEW = "instances: 2, tracks: 1, phrases: 2, frames: [4, 4]"  # of what is trained on: minutes count
 CHAIN = """
 import json, sys
-from esam3.stage1 import run_stage1
-from esam3.stage2 import run_stage2
-from esam3.stage3 import run_stage3
+from esam3.training.stage1 import run_stage1
+from esam3.training.stage2 import run_stage2
+from esam3.training.stage3 import run_stage3
 for stage, given in json.loads(sys.argv[1]): print({1: run_stage1, 2: run_stage2, 3: run_stage3}[stage](**given), flush=True)
 """
 
@@ -50,11 +50,11 @@ def there(data, monkeypatch): monkeypatch.setenv("ESAM3_DATA", str(data))
 def runs_of(schedule: str, place: Path) -> list[tuple[int, dict]]:
     "Stage and parameters of four runs, each on from the one before."
     common = {"variant": "es-ev-s", "teacher": "thin-sam3", "steps": 2, "batch_size": 1, "schedule": schedule, "sampling": FEW, "runs": str(place)}
-    lesson = {"lesson_steps": 1} if schedule == "proven" else {}  # the paper has none
-    clips = {"eval_clips": 1, "eval_frames": 2, **lesson}
+    warmup = {"warmup_steps": 1} if schedule == "proven" else {}  # the paper has none
+    clips = {"eval_clips": 1, "eval_frames": 2, **warmup}
     return [(1, {**common, "recipe": "sa1b", "weights": "random", "eval_images": 1, "eval_instances": 2}),
             (2, {**common, "recipe": "sav", **clips}),
-            (2, {**common, "recipe": "videos", "student": str(place / "sa1b" / "es-ev-s" / "stage1" / "student"), **lesson}),
+            (2, {**common, "recipe": "videos", "student": str(place / "sa1b" / "es-ev-s" / "stage1" / "student"), **warmup}),
             (3, {**common, "recipe": "saco", "each": 2, "eval_images": 1, **clips})]
 
 
@@ -83,7 +83,7 @@ def test_a_stage_ends_with_a_student_and_a_report(chains, schedule, stage, recip
     assert len(lines) == 2 and all(np.isfinite(line["loss"]) and np.isfinite(line["gradient"]) for line in lines)
     assert report["settings"]["schedule"]["focal"] == {"paper": 1.0, "proven": 20.0}[schedule]
     assert report["data"]["held_out"] == {1: {"images": 1}, 2: {"clips": 1} if recipe == "sav" else {}, 3: {"concept_images": 1, "concept_clips": 1}}[stage]
-    assert bool(report["student"]) == (recipe != "videos") and (folder / "lesson").exists() == (stage > 1 and schedule == "proven")
+    assert bool(report["student"]) == (recipe != "videos") and (folder / "warmup").exists() == (stage > 1 and schedule == "proven")
 
 
 def test_stage3_learns_from_images_and_from_clips_with_phrases(chains):
@@ -109,11 +109,11 @@ def public_layouts(root: Path) -> None:
     for name, splits in (("davis", [""]), ("mose", ["train", "valid"]), ("lvos", ["train", "valid"]), ("ytvos", ["train", "valid"]), ("sav", ["sav_val", "sav_test"])):
         for split in splits:
             for sample in (clips.read(0), clips.read(1)):
-                pictures, labels = frames.get(name, ("JPEGImages_24fps", "Annotations_6fps") if name == "sav" else ("JPEGImages", "Annotations"))
+                photos, labels = frames.get(name, ("JPEGImages_24fps", "Annotations_6fps") if name == "sav" else ("JPEGImages", "Annotations"))
                 ids = [k + 1 for k in range(len(sample.masks))]
                 masks.setdefault(root / name / split, {})[sample.name] = ids
                 for t, image in enumerate(sample.frames):
-                    place = root / name / split / pictures / sample.name
+                    place = root / name / split / photos / sample.name
                     place.mkdir(parents=True, exist_ok=True)
                     Image.fromarray(image).save(place / f"{t:05d}.jpg")
                     (write_objects if name == "sav" else write_labels)(root / name / split / labels / sample.name, f"{t:05d}", sample.masks[:, t] - 0.5, ids)
@@ -155,11 +155,11 @@ def test_every_recipe_is_opened_by_the_source_of_its_stage(everything, name, mon
     recipe = with_sampling(load_recipe(name), SMALL)
     if recipe["root"] == "toyworld": recipe["root"] = "toyworld/tiny"  # the same files, fewer
     sides, train, opened = (SIDES if recipe["teacher"] != "toy" else (144, 128)), recipe["splits"].get("train", {}), set()
-    if "images" in train: opened.add(len(picture_source(recipe, Schedule(batch_size=1), sides, 0)[Part(0)].names))
+    if "images" in train: opened.add(len(image_source(recipe, Schedule(batch_size=1), sides, 0)[Part(0)].names))
     for kind in ("clips", "concept_clips"):
         if kind in train: opened.add(len(clip_source(recipe, Schedule(batch_size=1), sides, 0, kind)[Part(0)].names))
     if {"concept_images", "concept_clips"} & {*train}:
-        batches = [MixedSteps(recipe, Schedule(batch_size=1, clip_every=1, alternate=a), sides, 0, Asking(2))[Part(0)] for a in (True, False)]
+        batches = [MixedSteps(recipe, Schedule(batch_size=1, clip_every=1, alternate=a), sides, 0, QuerySampling(2))[Part(0)] for a in (True, False)]
         assert all(b.clips for b in batches) and batches[0].images is None and batches[1].images is not None
     for split, parts in recipe["splits"].items():
         if split != "train":
@@ -175,27 +175,27 @@ def without(recipe: dict, *kinds: str) -> dict:
 
 def test_stage3_takes_what_a_recipe_has():
     saco, plain = with_sampling(load_recipe("saco"), SMALL), Schedule(batch_size=1, clip_every=1)
-    still = MixedSteps(saco, Schedule(batch_size=1, clip_every=0), SIDES, 0, Asking(2))[Part(0)]
-    assert still.images and still.clips is None and isinstance(still.asked, Questions)
-    moving = MixedSteps(without(saco, "concept_images"), plain, SIDES, 0, Asking(2))[Part(1)]
-    assert moving.images is None and moving.shown and {*moving.shown_asked.phrases} - {None} and moving.shown_asked.image.max() < len(moving.clips.names)
+    still = MixedSteps(saco, Schedule(batch_size=1, clip_every=0), SIDES, 0, QuerySampling(2))[Part(0)]
+    assert still.images and still.clips is None and isinstance(still.queries, ConceptQueries)
+    moving = MixedSteps(without(saco, "concept_images"), plain, SIDES, 0, QuerySampling(2))[Part(1)]
+    assert moving.images is None and moving.clip_frames and {*moving.clip_queries.phrases} - {None} and moving.clip_queries.image_index.max() < len(moving.clips.names)
     both = {**saco, "splits": {**saco["splits"], "train": {**saco["splits"]["train"], "clips": {"format": "videos", "path": "../videos"}}}}
-    source = MixedSteps(both, plain, SIDES, 0, Asking(2))
+    source = MixedSteps(both, plain, SIDES, 0, QuerySampling(2))
     assert [source[Part(k)].shown is None for k in range(2)] == [False, True], "clips with phrases and plain ones by turns"
     with pytest.raises(ValueError, match="learns from concept_images or concept_clips, and its training split holds clips"):
-        MixedSteps(without(both, "concept_images", "concept_clips"), plain, SIDES, 0, Asking(2))
+        MixedSteps(without(both, "concept_images", "concept_clips"), plain, SIDES, 0, QuerySampling(2))
 
 
-def test_the_lesson_on_maps_takes_concept_images(monkeypatch):
+def test_the_feature_warmup_takes_concept_images(monkeypatch):
     "saco has no plain images."
-    from esam3 import stage3
+    from esam3.training.loop import stage3
     seen = {}
     monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_, **__: seen.setdefault("batch", source[Part(0)]))
     monkeypatch.setattr(stage3, "parameter_groups", lambda *_: [])
     monkeypatch.setattr(stage3, "MapLesson", lambda task: task)
     task = type("Task", (), {"schedule": stage3_schedule(load_recipe("saco"), schedule="proven", steps=1, batch_size=1), "student": None})()
-    take_map_lesson(task, with_sampling(load_recipe("saco"), SMALL), SIDES, Path("x"), 0)
-    assert len(seen["batch"].names) == 2 and not any(seen["batch"].phrases) and len(seen["batch"].image) >= 1
+    run_feature_warmup(task, with_sampling(load_recipe("saco"), SMALL), SIDES, Path("x"), 0)
+    assert len(seen["batch"].names) == 2 and not any(seen["batch"].phrases) and len(seen["batch"].image_index) >= 1
 
 
 # ---- row 12: one augmentation a clip, in the stages

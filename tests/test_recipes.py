@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from esam3.data import DEFAULTS, READERS, RECIPES, SAMPLING, data_digest, load_recipe, open_dataset
-from esam3.readers import Sa1b, SaV, Videos, places
-from esam3.recipes import KEYS
-from esam3.toyworld import toyworld
+from esam3.data.batches import DEFAULTS, READERS, RECIPES, SAMPLING, data_digest, load_recipe, open_dataset
+from esam3.data.readers import Sa1b, SaV, Videos, places
+from esam3.data.recipes import KEYS
+from esam3.data.toyworld import toyworld
 
 SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 CLIP = "root: x\nsplits: {train: {clips: {format: sav, path: y}}}\n"
@@ -168,6 +168,12 @@ def test_what_is_no_recipe(written, text, said):
     with pytest.raises(ValueError, match=re.escape(said)): written(text)
 
 
+@pytest.mark.parametrize("old, new", [("clip", "max_norm"), ("warmup", "linear_warmup"), ("lesson_steps", "warmup_steps"), ("lesson_lr", "warmup_lr")])
+def test_old_keys_are_refused_with_the_new_name(written, old, new):
+    text = BASE.replace("    steps: 3\n", f"    steps: 3\n    {old}: 1\n")
+    with pytest.raises(ValueError, match=re.escape(f"mine.yaml:19: `stages: 2`: '{old}' is called '{new}' now")): written(text)
+
+
 def test_bytes_are_no_recipe(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"about: \xff\xfe")
     with pytest.raises(ValueError, match="mine.yaml: not a text in UTF-8"): load_recipe(tmp_path / "mine.yaml")
@@ -193,21 +199,21 @@ PARTS = {"images": {"format": "sa1b", "path": "images.tar"}, "clips": {"format":
 LONG = {"concept_clips": {"format": "saco_video", "annotations": "long/veval.json", "media": "long"}}
 FROZEN = {  # what the recipes said when each still said all of it
     "toy_hour": TOY | {
-        "name": "toy_hour", "about": "The toy world with an hour's patience; longer stages 1 and 2 than in toy, the same pictures and clips.", "root": "toyworld", "ranks": 2,
+        "name": "toy_hour", "about": "The toy world with an hour's patience; longer stages 1 and 2 than in toy, the same images and clips.", "root": "toyworld", "ranks": 2,
         "splits": {"train": PARTS, "held_out": PARTS | LONG},
-        "stages": {1: {"steps": 1600, "batch_size": 8, "lr": 0.002, "inherited": 0.1, "warmup": 0.05, "clip": 5.0, "lambda1": 4.0},
-                   2: {"steps": 960, "batch_size": 4, "augment": False, "back": 0.5, "lr": 0.0003, "warmup": 0.05, "ema": 0.99, "lambda2": 0.5, "lesson_steps": 960,
+        "stages": {1: {"steps": 1600, "batch_size": 8, "lr": 0.002, "inherited": 0.1, "linear_warmup": 0.05, "max_norm": 5.0, "lambda1": 4.0},
+                   2: {"steps": 960, "batch_size": 4, "augment": False, "back": 0.5, "lr": 0.0003, "linear_warmup": 0.05, "ema": 0.99, "lambda2": 0.5, "warmup_steps": 960,
                        "global_latents": 4, "local_latents": 16},
-                   3: {"steps": 480, "batch_size": 8, "augment": False, "clip_every": 2, "back": 0.5, "lr": 0.0002, "warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "lambda2": 0.5,
-                       "thaw": ["detr", "tracking"], "encoder_lr": 0.0005, "lesson_steps": 950, "lesson_lr": 0.001}}},
+                   3: {"steps": 480, "batch_size": 8, "augment": False, "clip_every": 2, "back": 0.5, "lr": 0.0002, "linear_warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "lambda2": 0.5,
+                       "thaw": ["detr", "tracking"], "encoder_lr": 0.0005, "warmup_steps": 950, "warmup_lr": 0.001}}},
     "tiny": TOY | {
-        "name": "tiny", "about": "A handful of samples of the toy world, for tests. Colour × shape × pattern in pictures and clips, written by 01_toyworld in the formats of the real data sets.",
+        "name": "tiny", "about": "A handful of samples of the toy world, for tests. Colour × shape × pattern in images and clips, written by 01_toyworld in the formats of the real data sets.",
         "root": "toyworld/tiny", "ranks": 1, "splits": {"train": PARTS, "held_out": PARTS | LONG},
-        "stages": {1: {"steps": 3, "batch_size": 4, "lr": 0.001, "inherited": 0.1, "warmup": 0.05, "clip": 5.0},
-                   2: {"steps": 3, "batch_size": 2, "augment": False, "back": 0.0, "lr": 0.0005, "warmup": 0.05, "clip": 5.0, "ema": 0.98, "lambda2": 0.5, "lesson_steps": 3,
+        "stages": {1: {"steps": 3, "batch_size": 4, "lr": 0.001, "inherited": 0.1, "linear_warmup": 0.05, "max_norm": 5.0},
+                   2: {"steps": 3, "batch_size": 2, "augment": False, "back": 0.0, "lr": 0.0005, "linear_warmup": 0.05, "max_norm": 5.0, "ema": 0.98, "lambda2": 0.5, "warmup_steps": 3,
                        "global_latents": 4, "local_latents": 4},
-                   3: {"steps": 3, "batch_size": 4, "augment": False, "back": 0.0, "lr": 0.0001, "warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "thaw": ["detr", "tracking"],
-                       "encoder_lr": 0.0001, "lesson_steps": 2, "lesson_lr": 0.001}}}}
+                   3: {"steps": 3, "batch_size": 4, "augment": False, "back": 0.0, "lr": 0.0001, "linear_warmup": 0.05, "ema": 0.98, "lambda1": 4.0, "thaw": ["detr", "tracking"],
+                       "encoder_lr": 0.0001, "warmup_steps": 2, "warmup_lr": 0.001}}}}
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -303,16 +309,16 @@ def test_sav_takes_the_folders_that_are_there(data, folders):
 def test_folders_inside_a_folder_are_left_out(written, tmp_path):
     "`without` may name what lies deeper than `path`, one place or several."
     for place in ("a", "b/c", "d"):
-        (tmp_path / "films" / place).mkdir(parents=True)
-        (tmp_path / "films" / place / "film.mp4").touch()
+        (tmp_path / "videos" / place).mkdir(parents=True)
+        (tmp_path / "videos" / place / "video.mp4").touch()
     part = "splits: {train: {clips: {format: videos, path: ., without: %s}}}"
-    films = lambda without: [p.parent.name for p in open_dataset(written("root: films\n" + part % without)).paths]
-    assert films("b") == ["a", "d"] and films('["b/*", a, none]') == ["d"]
-    assert [p.parent.name for p in SaV(tmp_path / "films", without=[tmp_path / "films/a", tmp_path / "films/b"]).paths] == ["d"]
+    videos = lambda without: [p.parent.name for p in open_dataset(written("root: videos\n" + part % without)).paths]
+    assert videos("b") == ["a", "d"] and videos('["b/*", a, none]') == ["d"]
+    assert [p.parent.name for p in SaV(tmp_path / "videos", without=[tmp_path / "videos/a", tmp_path / "videos/b"]).paths] == ["d"]
     for k in range(3):
-        with tarfile.open(tmp_path / "films" / f"{k}.tar", "w") as tar: tar.addfile(tarfile.TarInfo(f"sa_{k}.json"))
-    assert [p.stem for p in Sa1b(tmp_path / "films", without=tmp_path / "films/1.tar").sources] == ["0", "2"]
-    with pytest.raises(FileNotFoundError, match="nothing at"): places(tmp_path / "films/a", tmp_path / "films/*")
+        with tarfile.open(tmp_path / "videos" / f"{k}.tar", "w") as tar: tar.addfile(tarfile.TarInfo(f"sa_{k}.json"))
+    assert [p.stem for p in Sa1b(tmp_path / "videos", without=tmp_path / "videos/1.tar").sources] == ["0", "2"]
+    with pytest.raises(FileNotFoundError, match="nothing at"): places(tmp_path / "videos/a", tmp_path / "videos/*")
 
 
 # ---- what data are known by
@@ -373,7 +379,7 @@ def test_several_annotators_count(tmp_path):
 
 
 def test_davis_is_known_by_its_clips(tmp_path):
-    from esam3.readers import Davis
+    from esam3.data.readers import Davis
     for part in ("JPEGImages/480p/a", "Annotations/480p/a", "ImageSets/2017"): (tmp_path / "davis" / part).mkdir(parents=True)
     (tmp_path / "davis/ImageSets/2017/val.txt").write_text("a\n")
     for t in range(2): (tmp_path / f"davis/JPEGImages/480p/a/{t:05d}.jpg").write_bytes(np.arange(t + 4, dtype=np.uint8).tobytes())

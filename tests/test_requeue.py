@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from esam3.cluster import Stopped
 from esam3.core import Part, declared_in
-from esam3.training import Made, Schedule, fit, in_ranks
+from esam3.schedules import Schedule
+from esam3.training.cluster import Stopped
+from esam3.training.loop import Made, fit, in_ranks
 from logs import chance, content
 
 STEPS = 6
@@ -57,7 +58,7 @@ def wait_for(path: Path, process: subprocess.Popen, place: Path) -> None:
         time.sleep(0.02)
 
 
-PLAIN = "import json, sys; from esam3.stage1 import run_stage1; run_stage1(**json.loads(sys.argv[1]))"
+PLAIN = "import json, sys; from esam3.training.stage1 import run_stage1; run_stage1(**json.loads(sys.argv[1]))"
 
 
 @pytest.mark.parametrize("file, ranks, as_job", [
@@ -114,16 +115,16 @@ def test_a_failure_is_not_queued_again(cluster, tmp_path):
 
 def test_cache_array_writes_what_stage_1_reads(cluster, tmp_path, monkeypatch, capsys):
     "Two jobs of an array, two files of records; then nothing is left to write."
-    from esam3 import stage1
-    from esam3.data import load_recipe
-    from esam3.teacher import load_teacher
+    from esam3.training.loop import stage1
+    from esam3.data.batches import load_recipe
+    from esam3.models.teacher import load_teacher
     monkeypatch.setenv("ESAM3_CACHE", str(tmp_path / "cache"))
     words = [w for k, v in {"recipe": "tiny", "cache": "fp16", "replays": 1, "workers": 0}.items() for w in ("-p", k, v)]
     part = cluster("cache.sbatch", *words, SLURM_ARRAY_TASK_ID="0", SLURM_ARRAY_TASK_COUNT="1", ESAM3_CACHE=str(tmp_path / "cache"))
     assert part.wait(120) == 0, printed(tmp_path)
     teacher = load_teacher("toy")
-    pictures, kept, _ = stage1.keep_features(load_recipe("tiny"), teacher, "fp16", 1)
-    assert "features to write" not in capsys.readouterr().out and len(pictures) and all(map(kept.holds, range(len(pictures))))
+    images, kept, _ = stage1.keep_features(load_recipe("tiny"), teacher, "fp16", 1)
+    assert "features to write" not in capsys.readouterr().out and len(images) and all(map(kept.holds, range(len(images))))
 
 
 FILES = sorted((Path(__file__).parents[1] / "slurm").glob("*.sbatch"))

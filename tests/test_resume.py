@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import nn
 
-from esam3 import checkpoints, runs
-from esam3.checkpoints import read_state, save_state
-from esam3.cluster import hold
-from esam3.stage1 import run_stage1
-from esam3.training import Made, Schedule, fit
+from esam3.schedules import Schedule
+from esam3.training.checkpoints import read_state, save_state
+from esam3.training.cluster import hold
+from esam3.training.loop import Made, checkpoints, fit, runs
+from esam3.training.stage1 import run_stage1
 from logs import chance, content, rows
 
 STEPS = 8
@@ -50,9 +50,9 @@ def kill_in_training(process: subprocess.Popen, checkpoint: Path) -> None:
     process.communicate()
 
 
-@pytest.mark.parametrize("stage, ranks, place", [(1, 1, ""), (1, 2, ""), (2, 1, ""), (2, 1, "lesson")])
+@pytest.mark.parametrize("stage, ranks, place", [(1, 1, ""), (1, 2, ""), (2, 1, ""), (2, 1, "warmup")])
 def test_killed_run_continues(stage, ranks, place, tmp_path, stage1_student):
-    "`place`: the folder whose checkpoint is waited for; stage 2's first lesson has one of its own. Both stages average their weights, stage 2 by its recipe."
+    "`place`: the folder whose checkpoint is waited for; stage 2's single-frame warm-up has one of its own. Both stages average their weights, stage 2 by its recipe."
     more = {"student": str(stage1_student)} if stage == 2 else {"options": {"ema": 0.9}}
     folder = {name: tmp_path / name / "tiny" / "es-ev-s" / f"stage{stage}" for name in ("whole", "cut")}
     whole = start(stage, ranks, runs=str(tmp_path / "whole"), **more)
@@ -65,9 +65,9 @@ def test_killed_run_continues(stage, ranks, place, tmp_path, stage1_student):
     reports = {name: json.loads((path / "report.json").read_text()) for name, path in folder.items()}
     timing = {name: report.pop("timing") for name, report in reports.items()}
     assert reports["cut"] == reports["whole"] and reports["whole"]["settings"]["schedule"]["ema"] > 0
-    later = timing["cut"]["steps"] == STEPS if place else 0 < timing["cut"]["steps"] < STEPS  # killed in the first lesson: all steps after it were still to do
+    later = timing["cut"]["steps"] == STEPS if place else 0 < timing["cut"]["steps"] < STEPS  # killed in the single-frame warm-up: all steps after it were still to do
     assert later and timing["whole"]["steps"] == STEPS, "the second call went on from a checkpoint"
-    for name in ("metrics.jsonl", "student/model.safetensors", *(["lesson/metrics.jsonl"] if stage == 2 else [])):
+    for name in ("metrics.jsonl", "student/model.safetensors", *(["warmup/metrics.jsonl"] if stage == 2 else [])):
         assert content(folder["cut"] / name) == content(folder["whole"] / name), name
     assert len((folder["whole"] / "metrics.jsonl").read_text().splitlines()) == STEPS
 
@@ -179,7 +179,7 @@ def test_killed_between_two_names(renamed, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["before.pt", "last.pt"]
 
 
-HOLDS = "import pathlib, sys, time; from esam3.cluster import hold; hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLDS = "import pathlib, sys, time; from esam3.training.cluster import hold; hold(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 def test_a_second_process_is_refused(tmp_path, monkeypatch):

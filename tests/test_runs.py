@@ -11,20 +11,22 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from esam3 import backbones, evaluate, stage1, stage2
-from esam3.data import RECIPES, load_recipe, open_dataset
-from esam3.evaluate import limits_of, run_scores
-from esam3.protocols import clip_scores
-from esam3.readers import SaV
-from esam3.runs import digests
-from esam3.stage1 import run_stage1
-from esam3.stage2 import run_stage2
-from esam3.student import EfficientSam3
-from esam3.teacher import load_teacher
-from esam3.toyworld import toyworld
+from esam3.data.batches import RECIPES, load_recipe, open_dataset
+from esam3.data.readers import SaV
+from esam3.data.toyworld import toyworld
+from esam3.evaluation import evaluate
+from esam3.evaluation.evaluate import limits_of, run_scores
+from esam3.evaluation.protocols import clip_scores
+from esam3.models import backbones
+from esam3.models.student import EfficientSam3
+from esam3.models.teacher import load_teacher
+from esam3.training.loop import stage1, stage2
+from esam3.training.runs import digests
+from esam3.training.stage1 import run_stage1
+from esam3.training.stage2 import run_stage2
 
 FEW = {"eval_images": 4, "eval_instances": 2}
-FEW_CLIPS = {"eval_clips": 1, "eval_frames": 4, "lesson_steps": 0}
+FEW_CLIPS = {"eval_clips": 1, "eval_frames": 4, "warmup_steps": 0}
 
 
 def report(folder: Path) -> dict: return json.loads((folder / "report.json").read_text())
@@ -48,7 +50,7 @@ def test_a_crash_in_the_evaluation_leaves_the_student(tmp_path, monkeypatch):
     "The next stage takes it; the same command makes the evaluation up without a step of training, and skips what was scored before the crash."
     broken, whole = tmp_path / "broken", evaluate.score
     def crash(task, name, limit=0):
-        if task.model.frame == "student" and name == "point+1": raise RuntimeError("the machine went away")
+        if task.model.space == "student" and name == "point+1": raise RuntimeError("the machine went away")
         return whole(task, name, limit)
     monkeypatch.setattr(evaluate, "score", crash)
     with pytest.raises(RuntimeError, match="the machine went away"): run_stage1("es-ev-s", "tiny", runs=str(broken), **FEW)
@@ -58,8 +60,8 @@ def test_a_crash_in_the_evaluation_leaves_the_student(tmp_path, monkeypatch):
     after = run_stage2("es-ev-s", "tiny", runs=str(broken), steps=1, **FEW_CLIPS)
     assert report(after)["stage"] == 2 and not (folder / "report.json").exists(), "stage 2 asks for a student, not for its figures"
     monkeypatch.setattr(stage1, "fit", lambda *_, **__: pytest.fail("it trained again"))
-    answered, asked = [], evaluate.ASK["images"]
-    monkeypatch.setitem(evaluate.ASK, "images", lambda *a: answered.append(a) or asked(*a))
+    answered, asked = [], evaluate.PREDICT["images"]
+    monkeypatch.setitem(evaluate.PREDICT, "images", lambda *a: answered.append(a) or asked(*a))
     made_up = report(run_stage1("es-ev-s", "tiny", runs=str(broken), **FEW))
     assert made_up["timing"]["steps"] == 3 and not answered, "predictions that were there are not made again"
     monkeypatch.undo()
@@ -82,7 +84,7 @@ def test_an_evaluation_is_bounded(first, second):
 
 def test_clips_of_different_lengths_are_scored(tmp_path, monkeypatch):
     "SA-V's clips have 12, 14, 16 frames; no two here are of one length."
-    from esam3.miniatures import miniatures
+    from esam3.data.miniatures import miniatures
     reader = SaV(miniatures() / "sav" / "sav_train" / "sav_000")
     assert len({len(reader.read(i).frames) for i in range(3)}) == 3
     teacher = load_teacher("toy")
@@ -98,10 +100,10 @@ def test_clips_of_different_lengths_are_scored(tmp_path, monkeypatch):
 
 def test_long_clips_do_not_fill_the_memory():
     "What the tracker keeps of a clip stops growing."
-    from esam3.heldout import opening
-    from esam3.protocols import as_batch
-    from esam3.samples import ImageSample
-    from esam3.tracker import Follower
+    from esam3.evaluation.heldout import opening
+    from esam3.evaluation.protocols import as_batch
+    from esam3.data.samples import ImageSample
+    from esam3.models.tracker import Follower
     model, clip = load_teacher("toy"), open_dataset("tiny", "held_out", "clips").read(0)
     follower, kept = Follower(model), []
     with torch.no_grad():
@@ -138,7 +140,7 @@ def test_unreadable_data_end_the_run(tmp_path):
     recipe = yaml.safe_load((RECIPES / "tiny.yaml").read_text()) | {"name": "half", "root": str(data)}
     del recipe["splits"]["held_out"]
     (tmp_path / "half.yaml").write_text(yaml.safe_dump(recipe))
-    from esam3.samples import BadSample
+    from esam3.data.samples import BadSample
     with pytest.raises(BadSample, match="samples could not be read, more than 1%"): run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=40, runs=str(tmp_path / "runs"))
     folder = run_stage1("es-ev-s", str(tmp_path / "half.yaml"), steps=3, runs=str(tmp_path / "more"), sampling="bad: 0.9")
     listed = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
@@ -168,7 +170,7 @@ def test_a_moved_data_folder_is_the_same_run(tmp_path):
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     "A batch that ranks do not divide."
-    from esam3 import runs
+    from esam3.training.loop import runs
 
     class Six: num_processes, process_index, is_main_process = 6, 0, True
     monkeypatch.setattr(runs, "ranks", Six)
@@ -183,9 +185,9 @@ LOADED = """
 import sys, torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
-from esam3.data import open_dataset
-from esam3.heldout import as_batch, look, opening
-from esam3.student import EfficientSam3
+from esam3.data.batches import open_dataset
+from esam3.evaluation.heldout import as_batch, look, opening
+from esam3.models.student import EfficientSam3
 model = EfficientSam3.from_pretrained(sys.argv[1]).eval()
 batch = as_batch(model, [open_dataset("tiny", "held_out", "images").read(0)])
 with torch.no_grad():
@@ -255,10 +257,10 @@ def test_whole_clips_are_not_cut_for_a_benchmark(tmp_path):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_runs_and_is_said(stage, first, second, tmp_path):
-    from esam3.stage3 import run_stage3
+    from esam3.training.stage3 import run_stage3
     given = {"variant": "es-ev-s", "recipe": "tiny", "precision": "bf16", "steps": 2, "runs": str(tmp_path)}
     folder = {1: lambda: run_stage1(**given, **FEW), 2: lambda: run_stage2(student=str(first / "student"), **given, **FEW_CLIPS),
-              3: lambda: run_stage3(student=str(second / "student"), **given, **FEW, **FEW_CLIPS | {"lesson_steps": 1})}[stage]()
+              3: lambda: run_stage3(student=str(second / "student"), **given, **FEW, **FEW_CLIPS | {"warmup_steps": 1})}[stage]()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert report(folder)["settings"]["precision"] == "bf16" and len(lines) == 2 and not any("not_finite" in line for line in lines)
     kept = torch.load(folder / "state" / "last.pt", weights_only=True)["task"]
@@ -271,4 +273,4 @@ def test_stages_are_told_what_is_theirs(tmp_path):
     "A setting of another stage, and a word that is none, in a call."
     for run, options, words in ((run_stage1, {"encoder_lr": 1.0}, "setting of stage 3"), (run_stage1, {"read_decay": "linear"}, "setting of stage 2"), (run_stage2, {"thaw": ("detr",)}, "setting of stage 3")):
         with pytest.raises(ValueError, match=words): run("es-ev-s", "tiny", options=options, runs=str(tmp_path))
-    assert not list(tmp_path.iterdir()) and stage2.LESSON_BATCHES > 0
+    assert not list(tmp_path.iterdir()) and stage2.WARMUP_BATCHES > 0

@@ -3,8 +3,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from esam3.data import RECIPES, SCHEDULES as NAMES, load_recipe
-from esam3.training import PAPER, PROVEN, RECIPE, SCHEDULES, STAGES_OF, Schedule, schedule_for
+from esam3.data.batches import RECIPES, SCHEDULES as NAMES, load_recipe
+from esam3.schedules import PAPER, PROVEN, RECIPE, SCHEDULES, STAGES_OF, Schedule, schedule_for
 
 ROWS = [(row, stage) for row in RECIPE for stage in row.stages]
 
@@ -31,9 +31,9 @@ def test_every_difference_is_in_the_table():
 
 
 def test_steps_of_an_aid_are_bounded():
-    "No lesson is as long as an epoch of SA-1B or SA-V: it has a number of steps, and stage 2's goes round a bounded number of batches."
-    from esam3.stage2 import LESSON_BATCHES
-    assert all(PROVEN[s].lesson_steps <= 1000 for s in (2, 3)) and PAPER[2].lesson_steps == PAPER[3].lesson_steps == 0 and LESSON_BATCHES <= 1000
+    "No warm-up is as long as an epoch of SA-1B or SA-V: it has a number of steps, and stage 2's goes round a bounded number of batches."
+    from esam3.training.stage2 import WARMUP_BATCHES
+    assert all(PROVEN[s].warmup_steps <= 1000 for s in (2, 3)) and PAPER[2].warmup_steps == PAPER[3].warmup_steps == 0 and WARMUP_BATCHES <= 1000
 
 
 def test_recipes_name_their_schedule():
@@ -53,10 +53,10 @@ def test_settings_of_other_stages_are_refused(name, stage):
 
 def test_whose_word_counts():
     "A call, the recipe's `stages`, the schedule that is asked for, the recipe's: in this order."
-    recipe = {"name": "x", "schedule": "proven", "stages": {1: {"steps": 5, "clip": 7.0}}}
-    assert schedule_for(1, recipe) == replace(PROVEN[1], steps=5, clip=7.0)
-    assert schedule_for(1, recipe, schedule="paper") == replace(PAPER[1], steps=5, clip=7.0)
-    assert schedule_for(1, recipe, {"clip": 0.0}, schedule="paper", lr=1.0) == replace(PAPER[1], steps=5, clip=0.0, lr=1.0)
+    recipe = {"name": "x", "schedule": "proven", "stages": {1: {"steps": 5, "max_norm": 7.0}}}
+    assert schedule_for(1, recipe) == replace(PROVEN[1], steps=5, max_norm=7.0)
+    assert schedule_for(1, recipe, schedule="paper") == replace(PAPER[1], steps=5, max_norm=7.0)
+    assert schedule_for(1, recipe, {"max_norm": 0.0}, schedule="paper", lr=1.0) == replace(PAPER[1], steps=5, max_norm=0.0, lr=1.0)
     with pytest.raises(ValueError, match="did you mean 'paper'"): schedule_for(1, recipe, schedule="papr")
 
 

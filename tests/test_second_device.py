@@ -11,20 +11,21 @@ from elsewhere import DEVICE, elsewhere
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import esam3.evaluate
-import esam3.training
-from esam3.stage1 import run_stage1
-from esam3.stage2 import EncodeOnce, run_stage2
-from esam3.stage3 import run_stage3
-from esam3.training import Made, Schedule, fit
+import esam3.evaluation.evaluate
+import esam3.training.loop
+from esam3.schedules import Schedule
+from esam3.training.loop import Made, fit
+from esam3.training.stage1 import run_stage1
+from esam3.training.stage2 import EncodeOnce, run_stage2
+from esam3.training.stage3 import run_stage3
 from logs import chance, content, rows
 
 RUN = {1: run_stage1, 2: run_stage2, 3: run_stage3}
-IMAGES, CLIPS = {"eval_images": 2, "eval_instances": 2}, {"eval_clips": 1, "eval_frames": 2, "lesson_steps": 1}
+IMAGES, CLIPS = {"eval_images": 2, "eval_instances": 2}, {"eval_clips": 1, "eval_frames": 2, "warmup_steps": 1}
 SMALL: dict[str, Any] = {
     "variant": "es-ev-s", "recipe": "tiny", "precision": "no", "steps": 2, "every": 1,
     "sampling": "tracks: 2, frames: [4, 4], instances: 2, phrases: 2",
-    "options": {"ema": 0.9, "warmup": 1000.0},  # steps so small that rounding does not grow from one to the next
+    "options": {"ema": 0.9, "linear_warmup": 1000.0},  # steps so small that rounding does not grow from one to the next
 }
 OWN = {1: {"batch_size": 2, **IMAGES}, 2: {"batch_size": 1, **CLIPS}, 3: {"batch_size": 2, **IMAGES, **CLIPS}}
 FIGURES = ("teacher", "before", "student", "controls", "teacher_controls")
@@ -36,7 +37,7 @@ class Seen:
     def __init__(self, patch: pytest.MonkeyPatch):
         self.scored: list[set[torch.device]] = []
         self.kept: list[dict[str, set[torch.device]]] = []
-        predict, save = esam3.evaluate.predict, esam3.training.save_state
+        predict, save = esam3.evaluation.evaluate.predict, esam3.training.loop.save_state
         def scored(task, *args, **options):
             self.scored.append(places([*task.model.state_dict().values()]))
             return predict(task, *args, **options)
@@ -46,8 +47,8 @@ class Seen:
                     "optimizer": [state[k] for state in states for k in ("exp_avg", "exp_avg_sq")]}
             self.kept.append({k: places(tensors) for k, tensors in kept.items()})
             return save(folder, task, optimizer, average, *args)
-        patch.setattr(esam3.evaluate, "predict", scored)
-        patch.setattr(esam3.training, "save_state", saved)
+        patch.setattr(esam3.evaluation.evaluate, "predict", scored)
+        patch.setattr(esam3.training.loop, "save_state", saved)
 
 
 def places(tensors: list[Tensor]) -> set[torch.device]:
@@ -57,7 +58,7 @@ def places(tensors: list[Tensor]) -> set[torch.device]:
 
 def fresh(patch: pytest.MonkeyPatch, folder: Path) -> None:
     "As in a new process and with an empty cache: a teacher's scores are asked for, and no encoder's maps are known."
-    patch.setattr(esam3.evaluate, "cache_dir", lambda: folder / "cache")
+    patch.setattr(esam3.evaluation.evaluate, "cache_dir", lambda: folder / "cache")
     patch.setattr(EncodeOnce, "shared", {})
 
 
@@ -70,8 +71,8 @@ def run(stage: int, runs: Path, after: Path | None = None, **more) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    "The lines of a run: of its first lesson, where it has one, and its own."
-    files = [f for f in (folder / "lesson" / "metrics.jsonl", folder / "metrics.jsonl") if f.exists()]
+    "The lines of a run: of its single-frame warm-up, where it has one, and its own."
+    files = [f for f in (folder / "warmup" / "metrics.jsonl", folder / "metrics.jsonl") if f.exists()]
     return [row for f in files for row in rows(f)]
 
 
@@ -110,7 +111,7 @@ def before(there, stage) -> Path | None:
 @pytest.mark.parametrize("stage, scored, kept, averages", [(1, 2, 2, 2), (2, 3, 3, 3), (3, 3 * 4, 3, 2)])
 def test_models_are_scored_and_trained_on_the_device(stage, scored, kept, averages, there):
     """Teacher, student before and student after, in stage 3 on four kinds of data; weights, optimiser and average at
-    every checkpoint, where the lesson on maps has no average."""
+    every checkpoint, where the feature warm-up has no average."""
     seen = there(stage)[1]
     assert len(seen.scored) == scored and all(devices == {DEVICE} for devices in seen.scored), seen.scored
     assert len(seen.kept) == kept and sum(bool(k["average"]) for k in seen.kept) == averages
@@ -134,15 +135,15 @@ class Cut(Exception):
 
 
 def cut_after(patch: pytest.MonkeyPatch, place: str, step: int) -> None:
-    "End a run when it has written the checkpoint of a step: of `stageN`, or of its `lesson`."
-    save = esam3.training.save_state
+    "End a run when it has written the checkpoint of a step: of `stageN`, or of its `warm-up`."
+    save = esam3.training.loop.save_state
     def then_cut(folder, task, optimizer, average, done, *rest):
         save(folder, task, optimizer, average, done, *rest)
         if (folder.name, done) == (place, step): raise Cut
-    patch.setattr(esam3.training, "save_state", then_cut)
+    patch.setattr(esam3.training.loop, "save_state", then_cut)
 
 
-@pytest.mark.parametrize("stage, cuts", [(1, ["stage1"]), (2, ["lesson", "stage2"]), (3, ["stage3"])])
+@pytest.mark.parametrize("stage, cuts", [(1, ["stage1"]), (2, ["warmup", "stage2"]), (3, ["stage3"])])
 def test_cut_run_continues_on_the_device(stage, cuts, before, there, tmp_path):
     "Metrics, weights and scores are byte by byte those of the run that was left alone."
     whole, brief = there(stage)[0], {"brief": True} if stage > 1 else {}
@@ -156,7 +157,7 @@ def test_cut_run_continues_on_the_device(stage, cuts, before, there, tmp_path):
         folder = run(stage, tmp_path, before, **brief)
     assert json.loads((folder / "report.json").read_text())["timing"]["steps"] == 1, "the second step alone"
     assert len(seen.kept) == len(metrics(folder)) and all(kept["average"] <= {DEVICE} for kept in seen.kept)
-    for name in ("metrics.jsonl", "student/model.safetensors", *(["lesson/metrics.jsonl"] if stage > 1 else [])):
+    for name in ("metrics.jsonl", "student/model.safetensors", *(["warmup/metrics.jsonl"] if stage > 1 else [])):
         assert content(folder / name) == content(whole / name), name
     scores, all_scores = figures(folder), figures(whole)
     assert scores == pytest.approx({k: all_scores[k] for k in scores}, rel=0, abs=0, nan_ok=True)
@@ -177,7 +178,7 @@ def test_average_left_on_the_cpu_raises(tmp_path):
         schedule = Schedule(steps=3, batch_size=1, lr=0.1, ema=0.9)
         fit(task, Made(lambda part: chance(part, 4, 2).to(DEVICE)), groups, schedule, tmp_path / name, 0, every=1, stop=stop)
         return task
-    load = esam3.training.load_state
+    load = esam3.training.loop.load_state
     def left_behind(*args):
         step, average, more = load(*args)
         return step, average and {n: t.cpu() for n, t in average.items()}, more
@@ -185,7 +186,7 @@ def test_average_left_on_the_cpu_raises(tmp_path):
         whole = train("whole")
         train("cut", stop=1)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="to be on the same device"):
-            patch.setattr(esam3.training, "load_state", left_behind)
+            patch.setattr(esam3.training.loop, "load_state", left_behind)
             train("cut")
         assert torch.equal(train("cut").weight, whole.weight)
 

@@ -10,17 +10,18 @@ from elsewhere import elsewhere, reads, uploads
 from logs import content
 from test_resume import STEPS, finish, kill_in_training, start
 
-from esam3 import stage1
 from esam3.core import Part, seed_everything
-from esam3.data import ImageBatch, collate_images, load_recipe, some_instances
-from esam3.losses import distill_loss, feature_errors, map_terms, task_terms
-from esam3.prompts import refine
-from esam3.stage1 import (CachedSteps, Stage1, ask_both, ask_first, keep_features, picture_source, prompt_chances, run_stage1, shared_out, stage1_schedule,
-                          warp_features)
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import Sam3, load_teacher
-from esam3.toyworld import toyworld
-from esam3.training import TRAINS, Schedule, fit, parameter_groups
+from esam3.data.batches import ImageBatch, collate_images, load_recipe, some_instances
+from esam3.data.toyworld import toyworld
+from esam3.models.prompts import refine
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import Sam3, load_teacher
+from esam3.schedules import Schedule
+from esam3.training.loop import TRAINS, fit, parameter_groups, stage1
+from esam3.training.losses import distill_loss, feature_errors, map_terms, task_terms
+from esam3.training.stage1 import (
+    CachedSteps, Stage1, image_source, keep_features, prompt_both, prompt_chances, run_stage1, sample_prompts,
+    shared_out, stage1_schedule, warp_features)
 
 SIDES = (144, 128)  # the toy's frames, px
 
@@ -35,8 +36,8 @@ def networks() -> tuple[Sam3, EfficientSam3]:
 
 @pytest.fixture(scope="module")
 def batch():
-    "Four pictures, live."
-    return picture_source(load_recipe("tiny"), Schedule(batch_size=4), SIDES, 42)[Part(0)]
+    "Four images, live."
+    return image_source(load_recipe("tiny"), Schedule(batch_size=4), SIDES, 42)[Part(0)]
 
 
 def losses(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
@@ -48,18 +49,18 @@ def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
     "The same, written down once more: eq. 3, eq. 4 and L_task with weights alone, no options."
     teacher, student = networks()
     with torch.no_grad():
-        wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
-        out = {"features": schedule.lambda1 * feature_errors((*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow)).mean()}
-        truth = batch.frames.rasterise(batch.masks, "student", 4 * student.grid)
-        valid = batch.frames.valid("student", truth.shape[-1], batch.image)
+        teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+        out = {"features": schedule.lambda1 * feature_errors((*student_features.detector, *student_features.tracker), *warp_features(teacher_features, batch, student_features)).mean()}
+        truth = batch.spaces.rasterise(batch.masks, "student", 4 * student.grid)
+        valid = batch.spaces.valid("student", truth.shape[-1], batch.image_index)
         chance = prompt_chances(batch, schedule.refinements)
-        for rows, prompts in ask_first(batch, chance[:, 0]):
+        for rows, prompts in sample_prompts(batch, chance[:, 0]):
             for round in range(schedule.refinements + 1):
-                t, s = ask_both(teacher, student, wide, narrow, batch, prompts)
+                t, s = prompt_both(teacher, student, teacher_features, student_features, batch, prompts)
                 terms = {"distill": schedule.lambda2 * distill_loss(s.masks, t.masks, valid[rows], schedule.temperature, schedule.focal).mean()}
                 for k, v in task_terms(s.masks, s.iou, s.object_logits, truth[rows], valid[rows], focal=schedule.focal).items(): terms[f"task {k}"] = v
                 for k, v in terms.items(): out[k] = out.get(k, 0) + len(rows) / len(truth) * v
-                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.frames, chance=chance[rows, 1 + round])
+                if round < schedule.refinements: prompts = refine(prompts, t.best()[0], s.best()[0], batch.spaces, chance=chance[rows, 1 + round])
     return out
 
 
@@ -89,20 +90,20 @@ OPTIONS = {"default": {}, "two rounds": {"refinements": 2, "temperature": 1.0, "
 
 
 def part_of(batch: ImageBatch, recipe: Schedule, part: Part) -> ImageBatch:
-    "The pictures that one part of step 0 draws."
-    return picture_source(load_recipe("tiny"), recipe, SIDES, 42)[part]
+    "The images that one part of step 0 draws."
+    return image_source(load_recipe("tiny"), recipe, SIDES, 42)[part]
 
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_parts_add_up_to_the_step(batch, case):
-    "A step of four pictures as one, two and four parts: the same prompts, losses and gradients."
+    "A step of four images as one, two and four parts: the same prompts, losses and gradients."
     schedule = Schedule(batch_size=4, **OPTIONS[case])
     task = Stage1(*networks(), schedule)
     whole, (losses, grads) = task.counts(batch), gradients(schedule, batch)
-    assert whole == {"images": 4, "instances": len(batch.image)}
+    assert whole == {"images": 4, "instances": len(batch.image_index)}
     for count in (2, 4):
         parts = [part_of(batch, schedule, Part(0, k, count)) for k in range(count)]
-        assert len({len(p.image) for p in parts}) > 1, "parts of unequal numbers of instances: a mean of means would be another"
+        assert len({len(p.image_index) for p in parts}) > 1, "parts of unequal numbers of instances: a mean of means would be another"
         assert {k: sum(task.counts(p)[k] for p in parts) for k in whole} == whole
         found = [gradients(schedule, p, whole) for p in parts]
         for k, v in losses.items(): torch.testing.assert_close(sum(f[0][k] for f in found), v, rtol=1e-5, atol=1e-7, msg=k)
@@ -117,11 +118,11 @@ def test_whole_may_lie_on_the_device(batch):
 
 
 def test_chance_is_the_pictures_own(batch):
-    "A picture is asked the same whoever is beside it, and whatever was drawn before; pictures without seeds are numbered."
+    "An image is asked the same whoever is beside it, and whatever was drawn before; images without seeds are numbered."
     seed_everything(1)
-    first, drawn = ask_first(batch, prompt_chances(batch)[:, 0]), torch.get_rng_state()
+    first, drawn = sample_prompts(batch, prompt_chances(batch)[:, 0]), torch.get_rng_state()
     seed_everything(2)
-    again = ask_first(batch, prompt_chances(batch)[:, 0])
+    again = sample_prompts(batch, prompt_chances(batch)[:, 0])
     for (a, p), (b, q) in zip(first, again, strict=True): assert torch.equal(a, b) and torch.equal(p.points, q.points)
     losses(batch, Schedule())
     seed_everything(1)
@@ -137,11 +138,11 @@ def test_checkpointing_changes_nothing(batch):
     def kept(schedule: Schedule) -> int:
         "Bytes that the forward pass keeps for the backward pass, the encoder's and parameters apart."
         teacher, student = networks()
-        with torch.no_grad(): narrow, wide = student.encode(batch.student_pixels), teacher.encode(batch.teacher_pixels)
-        owned = {t.untyped_storage().data_ptr() for t in (*student.state_dict().values(), *narrow.tracker, *narrow.detector)}
+        with torch.no_grad(): student_features, teacher_features = student.encode(batch.student_pixels), teacher.encode(batch.teacher_pixels)
+        owned = {t.untyped_storage().data_ptr() for t in (*student.state_dict().values(), *student_features.tracker, *student_features.detector)}
         saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
         def pack(t: torch.Tensor) -> torch.Tensor: return saved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage()) and t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): terms = stage1.prompt_losses(teacher, student, wide, narrow, batch, schedule)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): terms = stage1.prompt_losses(teacher, student, teacher_features, student_features, batch, schedule)
         assert terms
         return sum(storage.nbytes() for at, storage in saved.items() if at not in owned)
     plain, again = Schedule(refinements=2, checkpoint=0), Schedule(refinements=2, checkpoint=1)
@@ -153,7 +154,7 @@ def test_checkpointing_changes_nothing(batch):
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_no_host_reads(batch, case):
-    "Neither forward nor backward waits for the device; with sizes of pictures, instances and prompts of all kinds."
+    "Neither forward nor backward waits for the device; with sizes of images, instances and prompts of all kinds."
     teacher, student = load_teacher("toy"), build_student("es-ev-s", networks()[0])
     with elsewhere() as device:
         task = Stage1(teacher.to(device), student.to(device), Schedule(checkpoint=1, **OPTIONS[case]))
@@ -166,7 +167,7 @@ def test_unmarked_instances_share_their_image(batch):
     "What the teacher finds does not change what losses are divided by, and the image counts as one whatever is found in it: losses keep their size."
     bare = some_instances(batch, torch.zeros(0, dtype=torch.long))
     task = Stage1(*networks(), Schedule(), sampled=5)
-    assert task.counts(bare) == {"images": 4, "instances": 4} and task.counts(batch)["instances"] == len(batch.image)
+    assert task.counts(bare) == {"images": 4, "instances": 4} and task.counts(batch)["instances"] == len(batch.image_index)
     with torch.no_grad():
         few, many = task(bare), task(bare, {"images": 4, "instances": 8})
         found = task.settle(bare, task.look(bare))
@@ -212,8 +213,8 @@ def test_weights_and_ways(batch):
     half = losses(batch, Schedule(task=0.5))
     for k in TASK: assert torch.allclose(half[k], whole[k] / 2)
     teacher, student = networks()
-    with torch.no_grad(): wide, narrow = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
-    attention = map_terms(["attention"], (*narrow.detector, *narrow.tracker), *warp_features(wide, batch, narrow))["attention"]
+    with torch.no_grad(): teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
+    attention = map_terms(["attention"], (*student_features.detector, *student_features.tracker), *warp_features(teacher_features, batch, student_features))["attention"]
     assert torch.equal(losses(batch, Schedule(map_terms=("attention",), lambda_maps=3.0))["attention"], 3 * attention)
 
 
@@ -247,14 +248,14 @@ def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
     assert e.value.args == (used,)
 
 
-def live_source(pictures, kept, seed: int, size: int):
+def live_source(images, kept, seed: int, size: int):
     "What `CachedSteps` draws, seen by the teacher itself."
     class Live(CachedSteps):
         def collated(self, samples, rngs, rng):
             batch, cached = collate_images(samples, *SIDES, self.most, rngs), super().collated(samples, rngs, rng)
             assert all(torch.equal(a, b) for a, b in zip(batch.masks, cached.masks)), "the same replays"
             return batch
-    return Live(load_recipe("tiny"), Schedule(batch_size=size), pictures, kept, SIDES, seed)
+    return Live(load_recipe("tiny"), Schedule(batch_size=size), images, kept, SIDES, seed)
 
 
 @pytest.fixture(scope="module")
@@ -277,25 +278,25 @@ def test_cached_run_says_what_it_was(cached_run):
 
 
 def test_cached_run_is_a_live_run(cached_run, tmp_path, monkeypatch):
-    "The same replays, seen live: nearly the same losses, step by step (mixed precision rounds as a batch falls). Features of other pictures: other losses."
+    "The same replays, seen live: nearly the same losses, step by step (mixed precision rounds as a batch falls). Features of other images: other losses."
     folder, kept = cached_run
     monkeypatch.setattr(stage1, "cache_dir", lambda: kept)
     teacher, schedule = load_teacher("toy"), stage1_schedule(load_recipe("tiny"))
-    pictures, cache, _ = keep_features(load_recipe("tiny"), teacher, "fp16", 2)
+    images, cache, _ = keep_features(load_recipe("tiny"), teacher, "fp16", 2)
     torch.manual_seed(42)
     student = build_student("es-ev-s", teacher, widths=[128] * 3)
-    source = live_source(pictures, cache, 42, 4)
+    source = live_source(images, cache, 42, 4)
     fit(Stage1(teacher, student, schedule), source, parameter_groups(student, TRAINS[1], schedule.lr, schedule.inherited), schedule, tmp_path)
     cached, live = ([json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()] for place in (folder, tmp_path))
     for a, b in zip(cached, live, strict=True):
         assert a["features"] == pytest.approx(b["features"], rel=2e-3) and a["distill"] == pytest.approx(b["distill"], rel=0.03) and a["loss"] == pytest.approx(b["loss"], rel=0.03)
-    batch = CachedSteps(load_recipe("tiny"), schedule, pictures, cache, SIDES, 42)[Part(0)]
+    batch = CachedSteps(load_recipe("tiny"), schedule, images, cache, SIDES, 42)[Part(0)]
     right, exchanged, seen = (float(losses(b, schedule)["distill"]) for b in (batch, replace(batch, trunk=batch.trunk.pick([1, 2, 3, 0])), source[Part(0)]))
     assert right == pytest.approx(seen, rel=0.02) and exchanged != pytest.approx(seen, rel=0.05)
 
 
 def test_killed_cached_run_continues(tmp_path, monkeypatch):
-    "Each run has a cache folder of its own, with the toy world's pictures in it."
+    "Each run has a cache folder of its own, with the toy world's images in it."
     run, world = {name: tmp_path / name for name in ("whole", "cut")}, toyworld("tiny")
     def begin(name: str):
         (run[name] / "cache").mkdir(parents=True, exist_ok=True)
@@ -306,8 +307,8 @@ def test_killed_cached_run_continues(tmp_path, monkeypatch):
     whole = begin("whole")
     kill_in_training(begin("cut"), folder["cut"] / "state" / "last.pt")
     printed = finish(begin("cut"))
-    assert "rank 0: 0 of 48 pictures to write" in printed and "features to write" not in printed, "what is there is not written again"
-    assert "features to write: 48 pictures of 0.0172 MB" in finish(whole)
+    assert "rank 0: 0 of 48 images to write" in printed and "features to write" not in printed, "what is there is not written again"
+    assert "features to write: 48 images of 0.0172 MB" in finish(whole)
     reports = {name: json.loads((place / "report.json").read_text()) for name, place in folder.items()}
     assert 0 < reports["cut"].pop("timing")["steps"] < STEPS == reports["whole"].pop("timing")["steps"] and reports["cut"] == reports["whole"]
     for name in ("metrics.jsonl", "student/model.safetensors"): assert content(folder["cut"] / name) == content(folder["whole"] / name), name

@@ -9,20 +9,21 @@ import pytest
 import torch
 from elsewhere import elsewhere, reads, uploads
 
-from esam3 import stage2
 from esam3.core import seed_everything
-from esam3.data import ClipBatch, collate_clips, load_recipe, open_dataset
-from esam3.heldout import first_frame, look
-from esam3.perceiver import SpatialPerceiver, windows
-from esam3.readers import Videos
-from esam3.samples import ClipSample
-from esam3.stage2 import FirstLesson, Stage2, give_memory, read_weight, run_stage2, stage2_schedule, track_losses
-from esam3.student import EfficientSam3, build_student
-from esam3.teacher import Bank, Features, Sam3, load_teacher
-from esam3.toyworld import toyworld
-from esam3.tracker import see, track
-from esam3.tracks import propose, with_tracks
-from esam3.training import TRAINS, Schedule, parameter_groups, train_mode
+from esam3.data.batches import ClipBatch, collate_clips, load_recipe, open_dataset
+from esam3.data.readers import Videos
+from esam3.data.samples import ClipSample
+from esam3.data.toyworld import toyworld
+from esam3.evaluation.heldout import first_frame, look
+from esam3.models.perceiver import SpatialPerceiver, windows
+from esam3.models.student import EfficientSam3, build_student
+from esam3.models.teacher import Bank, Features, Sam3, load_teacher
+from esam3.models.tracker import see, track
+from esam3.schedules import Schedule
+from esam3.training.loop import TRAINS, parameter_groups, stage2, train_mode
+from esam3.training.stage2 import (
+    SingleFrameWarmup, Stage2, give_memory, read_weight, run_stage2, stage2_schedule, track_losses)
+from esam3.training.tracks import propose, with_tracks
 
 SIDES = (144, 128)  # the toy's frames, px
 TINY = Schedule(steps=10, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
@@ -111,7 +112,7 @@ def test_defaults_are_the_method_alone(batch):
     drawn = torch.multinomial(torch.tensor(list(stage2.KINDS.values())), 1, generator=torch.Generator().manual_seed(batch.seed))
     kind = list(stage2.KINDS)[int(drawn)]
     assert kind == task.kind(batch)
-    ours = track(task.student, task.narrow(batch), batch.frame_index, stage2.first_prompts(task.student, batch, kind))
+    ours = track(task.student, task.student_features(batch), batch.frame_index, stage2.first_prompts(task.student, batch, kind))
     frames = range(int(kind == "mask"), 4)
     expected = track_losses(ours.sets, batch, frames, batch.coverage("student", 32), task.teach(batch, kind), s, 1.0)
     assert list(found) == list(expected) and all(torch.equal(found[k], expected[k]) for k in expected)
@@ -128,8 +129,8 @@ def test_read_out_counts_as_told_and_fades(batch):
     assert [round(read_weight(replace(TINY, lambda_read=2.0, read_decay="linear"), k), 3) for k in (0, 9, 30)] == [2.0, 0.0, 0.0]
 
 
-def test_first_lesson_without_read_out(batch):
-    whole, never = (losses(FirstLesson(task_of(schedule=replace(TINY, lambda_read=w)), networks()[1]), batch) for w in (1.0, 0.0))
+def test_warmup_without_read_out(batch):
+    whole, never = (losses(SingleFrameWarmup(task_of(schedule=replace(TINY, lambda_read=w)), networks()[1]), batch) for w in (1.0, 0.0))
     assert never.keys() == whole.keys() - {"read-out", "distill read"} and all(torch.equal(never[k], whole[k]) for k in never)
 
 
@@ -150,7 +151,7 @@ def test_checkpointing_changes_nothing(batch):
 def test_gradients_end_at_the_truncation(batch):
     "The last frame's masks reach a memory only as far back as the last cut."
     task = task_of()
-    seen = task.narrow(batch)
+    seen = task.student_features(batch)
     def reached(**options) -> list[bool]:
         leaf = Features((), tuple(m.clone().requires_grad_() for m in seen.tracker))
         track(task.student.eval(), leaf, batch.frame_index, first_frame(task.student, batch)[0], **options).masks[:, -1].square().mean().backward()
@@ -162,11 +163,11 @@ def test_gradients_end_at_the_truncation(batch):
 
 
 def test_hidden_and_ended_tracks_teach_their_absence_only(batch):
-    "A thing that is hidden on frame 2 and gone from frame 3 on: masks there do not matter, and its score is to be low."
+    "An instance that is hidden on frame 2 and gone from frame 3 on: masks there do not matter, and its score is to be low."
     task = task_of()
     gone = replace(batch, masks=[m.clone() for m in batch.masks], visible=batch.visible.clone())
     gone.masks[0][0, 2:], gone.visible[0, 2:] = False, False
-    seen, prompts = task.narrow(gone), first_frame(task.student, gone)[0]
+    seen, prompts = task.student_features(gone), first_frame(task.student, gone)[0]
     with torch.no_grad(): ours = track(task.student.eval(), seen, gone.frame_index, prompts)
     one = lambda t, logits: stage2.frame_losses(replace(ours.sets[t], masks=logits), t, gone, gone.coverage("student", 32), None, 0.0)
     assert task.counts(gone)["there"] == int(gone.visible[:, task.frames(gone)[0]:].sum())
@@ -213,12 +214,12 @@ def all_terms(task: torch.nn.Module, batch: ClipBatch, whole: dict | None = None
 
 
 @pytest.mark.parametrize("late", ["drop", "keep"])
-@pytest.mark.parametrize("kind", [*stage2.KINDS, "lesson"])
+@pytest.mark.parametrize("kind", [*stage2.KINDS, "warmup"])
 def test_parts_add_up_to_the_step(kind, late):
     "Three clips with different numbers of tracks as one batch, or in two parts: the same kind of prompt, the same losses and gradients."
     stage = task_of(schedule=replace(TINY, temperature=1.0, focal=20.0))
-    task = FirstLesson(stage, networks()[1]) if kind == "lesson" else stage
-    clips, seed = samples(range(3)), of_kind("box" if kind == "lesson" else kind)
+    task = SingleFrameWarmup(stage, networks()[1]) if kind == "warmup" else stage
+    clips, seed = samples(range(3)), of_kind("box" if kind == "warmup" else kind)
     clips[1] = replace(clips[1], annotated=clips[1].annotated & (np.arange(4) < 3), masks=clips[1].masks & (np.arange(4) < 3)[:, None, None])
     batch = with_seed(clips, seed, late=late)
     assert batch.first.any() == (late == "keep")
@@ -227,7 +228,7 @@ def test_parts_add_up_to_the_step(kind, late):
     assert whole.keys() == {"there", "known", "pairs"} and whole["there"] < whole["known"] < whole["pairs"]
     assert {k: sum(task.counts(p)[k] for p in parts) for k in whole} == whole and len({len(p.first) for p in parts}) == 2
     (terms, grads), found = all_terms(task, batch), [all_terms(task, p, whole) for p in parts]
-    assert terms["distill"] > 0 and ("read-out" in terms) == (kind == "lesson")
+    assert terms["distill"] > 0 and ("read-out" in terms) == (kind == "warmup")
     for k, v in terms.items(): torch.testing.assert_close(sum(f[0][k] for f in found), v, rtol=1e-5, atol=1e-7, msg=k)
     top = max(float(g.abs().max()) for g in grads.values())
     for n, g in grads.items(): torch.testing.assert_close(sum(f[1][n] for f in found), g, rtol=1e-3, atol=1e-6 * top, msg=n)
@@ -254,56 +255,56 @@ def test_found_tracks_share_their_clip(plain):
 def test_a_teacher_that_is_wrong_teaches_less(batch):
     "What it is not trusted in lowers the sum; the count stays."
     task = task_of()
-    with torch.no_grad(): ours = track(task.student.eval(), task.narrow(batch), batch.frame_index, first_frame(task.student, batch)[0])
-    shown = task.teach(batch, "mask")
-    terms = lambda right: track_losses(ours.sets, batch, range(1, 4), None, replace(shown, right=right), TINY, 1.0)
-    first, rest = shown.right.clone(), shown.right.clone()
+    with torch.no_grad(): ours = track(task.student.eval(), task.student_features(batch), batch.frame_index, first_frame(task.student, batch)[0])
+    teacher_tracks = task.teach(batch, "mask")
+    terms = lambda right: track_losses(ours.sets, batch, range(1, 4), None, replace(teacher_tracks, right=right), TINY, 1.0)
+    first, rest = teacher_tracks.right.clone(), teacher_tracks.right.clone()
     first[1:], rest[:1] = False, False
-    whole, parts = terms(shown.right), (terms(first), terms(rest))
-    assert shown.right.any() and whole.keys() == {"distill", "distill score", "distill read"}
+    whole, parts = terms(teacher_tracks.right), (terms(first), terms(rest))
+    assert teacher_tracks.right.any() and whole.keys() == {"distill", "distill score", "distill read"}
     for k in whole: torch.testing.assert_close(parts[0][k] + parts[1][k], whole[k])
 
 
 def test_kind_and_frames_are_the_steps(batch):
     "The seed of the step alone decides; kinds have their shares, and a clip of one frame is never asked by its mask."
-    lesson = FirstLesson(task_of(), networks()[1])
+    warmup = SingleFrameWarmup(task_of(), networks()[1])
     seeds = range(400)
     kinds = [stage2.draw_kind(4, torch.Generator().manual_seed(s)) for s in seeds]
     assert kinds == [stage2.draw_kind(4, torch.Generator().manual_seed(s)) for s in seeds]
     assert all(abs(kinds.count(k) / 400 - share) < 0.08 for k, share in stage2.KINDS.items())
     assert "mask" not in [stage2.draw_kind(1, torch.Generator().manual_seed(s)) for s in range(50)]
-    drawn = {s: lesson.frames(replace(batch, seed=s)) for s in range(20)}
+    drawn = {s: warmup.frames(replace(batch, seed=s)) for s in range(20)}
     assert all(sorted(f) == [1, 2, 3] for f in drawn.values()) and len({*map(tuple, drawn.values())}) > 1
-    lesson.most = 1
-    assert {lesson.frames(replace(batch, seed=s))[0] for s in range(20)} == {1, 2, 3}
+    warmup.most = 1
+    assert {warmup.frames(replace(batch, seed=s))[0] for s in range(20)} == {1, 2, 3}
 
 
-def test_book_is_made_once(batch, monkeypatch):
+def test_memory_is_forced_once(batch, monkeypatch):
     "Without augmentation by the names of clips, frames and tracks; with it, or without numbers, by what is seen."
-    open_book, made = stage2.open_book, []
-    monkeypatch.setattr(stage2, "open_book", lambda *given: made.append(given) or open_book(*given))
+    force_memory, made = stage2.force_memory, []
+    monkeypatch.setattr(stage2, "force_memory", lambda *given: made.append(given) or force_memory(*given))
     mirrored = replace(batch, images=[np.flip(i, 1) for i in batch.images])
     for augment, times in ((False, 1), (True, 2)):
-        lesson = FirstLesson(task_of(schedule=replace(TINY, augment=augment)), networks()[1])
+        warmup = SingleFrameWarmup(task_of(schedule=replace(TINY, augment=augment)), networks()[1])
         made.clear()
-        for some in (batch, replace(batch, seed=5), mirrored): losses(lesson, some)
+        for some in (batch, replace(batch, seed=5), mirrored): losses(warmup, some)
         assert len(made) == times
-        losses(lesson, collate_clips(samples(range(2)), *SIDES, tracks=1))
+        losses(warmup, collate_clips(samples(range(2)), *SIDES, tracks=1))
         assert len(made) == times + 1, "other tracks of the same clips"
 
 
-@pytest.mark.parametrize("kind", [*stage2.KINDS, "lesson"])
+@pytest.mark.parametrize("kind", [*stage2.KINDS, "warmup"])
 def test_no_host_reads(kind):
-    "Neither forward nor backward waits for the device, late tracks included; a lesson's book is made once."
+    "Neither forward nor backward waits for the device, late tracks included; a warm-up's book is made once."
     teacher, dense = load_teacher("toy"), build_student("es-ev-s", networks()[0])
     student = give_memory(dense, "perceiver", TINY)
-    batch = with_seed(samples(range(2)), of_kind("box" if kind == "lesson" else kind), late="keep")
+    batch = with_seed(samples(range(2)), of_kind("box" if kind == "warmup" else kind), late="keep")
     assert batch.first.any()
     with elsewhere() as device:
         stage = Stage2(teacher.to(device), student.to(device).train(), replace(TINY, checkpoint=1, detach_every=2))
-        task = FirstLesson(stage, dense.to(device)) if kind == "lesson" else stage
+        task = SingleFrameWarmup(stage, dense.to(device)) if kind == "warmup" else stage
         whole = task.counts(batch)
-        if kind == "lesson": task(batch, whole)
+        if kind == "warmup": task(batch, whole)
         with reads() as found, uploads() as copied: sum(task(batch, whole).values()).backward()
         assert not found + copied, "\n".join(found + copied)
 
@@ -313,7 +314,7 @@ def test_checkpointing_keeps_little(batch):
     def kept(**options) -> int:
         task, saved = task_of(schedule=replace(TINY, **options)), {}
         losses(task, batch)
-        owned = {t.untyped_storage().data_ptr() for t in (*task.student.state_dict().values(), *(m for v in (task.narrow.kept.items if task.narrow.kept else {}).values() for m in v))}
+        owned = {t.untyped_storage().data_ptr() for t in (*task.student.state_dict().values(), *(m for v in (task.student_features.kept.items if task.student_features.kept else {}).values() for m in v))}
         def pack(t: torch.Tensor) -> torch.Tensor: return saved.setdefault(t.untyped_storage().data_ptr(), t.untyped_storage()) and t
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): terms = losses(task, batch)
         assert terms
@@ -323,19 +324,19 @@ def test_checkpointing_keeps_little(batch):
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_reading_begins_once_a_picture(batch, who):
-    "Begun for all pictures, for the features' few pictures, or for each object: the same maps; and each picture's only once."
+    "Begun for all images, for the features' few images, or for each object: the same maps; and each image's only once."
     model = networks()[0] if who == "teacher" else task_of().student.eval()
     with torch.no_grad():
         seen = look(model, batch)
-        first, image = first_frame(model, batch)[0], batch.frame_index[:, 1]
+        first, image_index = first_frame(model, batch)[0], batch.frame_index[:, 1]
         _, memory = see(model, seen, batch.frame_index[:, 0], first)
         bank = Bank([(0, memory)], [(1, memory.pointer)])
-        begun, pictures = model.begin_reading(seen), image.unique()
-        assert len(pictures) < len(image) < len(batch.images) and begun.started.shape[:2] == (len(batch.images), model.grid**2)
-        each, all_ = model.recall(seen, image, bank), model.recall(begun, image, bank)
-        few = model.recall(seen.pick(pictures), torch.searchsorted(pictures, image), bank)
+        begun, images = model.begin_reading(seen), image_index.unique()
+        assert len(images) < len(image_index) < len(batch.images) and begun.started.shape[:2] == (len(batch.images), model.grid**2)
+        each, all_ = model.recall(seen, image_index, bank), model.recall(begun, image_index, bank)
+        few = model.recall(seen.pick(images), torch.searchsorted(images, image_index), bank)
     for other in (each, few): torch.testing.assert_close(other, all_, rtol=1e-5, atol=1e-5)
-    assert model.begin_reading(begun) is begun and torch.equal(begun.pick(image).started, begun.started[image])
+    assert model.begin_reading(begun) is begun and torch.equal(begun.pick(image_index).started, begun.started[image_index])
 
 
 def test_late_tracks_are_trained_in_their_own_time():
@@ -356,8 +357,8 @@ def test_late_tracks_are_trained_in_their_own_time():
 def test_batch_without_tracks_teaches_nothing(batch):
     task = task_of()
     empty = with_tracks(batch, [m[:0, 0] for m in batch.masks])
-    for lesson in (task, FirstLesson(task, networks()[1])):
-        loss = sum(losses(lesson, empty).values())
+    for warmup in (task, SingleFrameWarmup(task, networks()[1])):
+        loss = sum(losses(warmup, empty).values())
         loss.backward()
         assert loss == 0
 
@@ -369,8 +370,8 @@ def test_teacher_finds_tracks_where_nobody_has(plain):
     assert all(1 <= n <= 3 for n in counts) and len(settled.first) == sum(counts) and not settled.annotated.any()
     terms = losses(task, plain)
     assert {"distill", "distill score", "distill read"} == set(terms) and all(v.isfinite() for v in terms.values())
-    assert all(torch.equal(a, b) for a, b in zip(settled.masks, task.settle(plain).masks)), "the same picture, the same tracks"
-    assert {"read-out", "distill", "distill score", "distill read"} == set(losses(FirstLesson(task, networks()[1]), plain))
+    assert all(torch.equal(a, b) for a, b in zip(settled.masks, task.settle(plain).masks)), "the same image, the same tracks"
+    assert {"read-out", "distill", "distill score", "distill read"} == set(losses(SingleFrameWarmup(task, networks()[1]), plain))
     teacher = networks()[0]
     lone = with_tracks(plain, propose(teacher, look(teacher, plain), plain, 1))
     assert lone.frame_index[:, 0].tolist() == [0, 4] and torch.equal(lone.points.isnan(), torch.zeros(2, 2, dtype=torch.bool))
@@ -382,7 +383,7 @@ def test_plain_video_is_trained_on(tmp_path, stage1_student):
 teacher: toy
 splits: {{train: {{clips: {{format: videos, path: clip}}}}}}
 sampling: {{tracks: 2}}
-stages: {{2: {{steps: 2, batch_size: 2, lr: 1.0e-3, lesson_steps: 2, global_latents: 4, local_latents: 4}}}}
+stages: {{2: {{steps: 2, batch_size: 2, lr: 1.0e-3, warmup_steps: 2, global_latents: 4, local_latents: 4}}}}
 """)
     folder = run_stage2("es-ev-s", str(tmp_path / "films.yaml"), student=str(stage1_student), runs=str(tmp_path), options={"read_decay": "linear", "detach_every": 3, "checkpoint": True})
     report, lines = json.loads((folder / "report.json").read_text()), [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -395,12 +396,12 @@ def test_real_video_without_annotation(real_files):
     "Two videos of people and dogs. What a toy teacher sees there is of no use; that both trackers follow it, is."
     reader = Videos(real_files / "video")
     assert len(reader) >= 2
-    films = collate_clips([reader.read(i, np.random.default_rng(0), frames=4) for i in range(2)], *SIDES)
+    videos = collate_clips([reader.read(i, np.random.default_rng(0), frames=4) for i in range(2)], *SIDES)
     task = task_of(sampled=2)
-    terms = losses(task, films)
+    terms = losses(task, videos)
     sum(terms.values()).backward()
     assert set(terms) == {"distill", "distill score", "distill read"} and all(v.isfinite() for v in terms.values())
-    assert task.student.perceiver.global_latents.latents.grad.abs().max() > 0 and all(1 <= len(m) <= 2 for m in task.settle(films).masks)
+    assert task.student.perceiver.global_latents.latents.grad.abs().max() > 0 and all(1 <= len(m) <= 2 for m in task.settle(videos).masks)
 
 
 WRONG = {"decay": ({"options": {"read_decay": "linaer"}}, "did you mean 'linear'"), "field": ({"options": {"lamda_read": 0.0}}, "did you mean 'lambda_read'"),
@@ -422,4 +423,4 @@ def test_unlabelled_needs_the_teacher(tmp_path):
 
 
 def test_videos_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no video and no folder of pictures"): Videos(Path(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no video and no folder of images"): Videos(Path(tmp_path))

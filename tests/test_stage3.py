@@ -15,13 +15,13 @@ from esam3.core import Part
 from logs import content
 
 STEPS = 4
-RUN = "import sys, json; from esam3.stage3 import run_stage3; run_stage3(**json.loads(sys.argv[1]))"
+RUN = "import sys, json; from esam3.training.stage3 import run_stage3; run_stage3(**json.loads(sys.argv[1]))"
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     "The tiny recipe without a held-out split: what is tested here is training, and an evaluation costs more than that."
-    from esam3.data import RECIPES
+    from esam3.data.batches import RECIPES
     text = (RECIPES / "tiny.yaml").read_text()
     start, end = text.index("  held_out:"), text.index("sampling:")
     path = tmp_path_factory.mktemp("recipe") / "unjudged.yaml"
@@ -32,10 +32,10 @@ def recipe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     "A student with a Perceiver, untrained, saved."
-    from esam3.stage2 import give_memory
-    from esam3.student import build_student
-    from esam3.teacher import load_teacher
-    from esam3.training import Schedule
+    from esam3.training.stage2 import give_memory
+    from esam3.models.student import build_student
+    from esam3.models.teacher import load_teacher
+    from esam3.schedules import Schedule
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base") / "student"
     give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver", Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
@@ -71,7 +71,7 @@ def test_killed_run_continues(recipe, base, tmp_path):
     reports = {name: json.loads((path / "report.json").read_text()) for name, path in folder.items()}
     timing = {name: report.pop("timing") for name, report in reports.items()}
     assert reports["cut"] == reports["whole"] and 0 < timing["cut"]["steps"] < STEPS == timing["whole"]["steps"], "the second call went on from a checkpoint"
-    for name in ("metrics.jsonl", "lesson/metrics.jsonl", "student/model.safetensors"):
+    for name in ("metrics.jsonl", "warmup/metrics.jsonl", "student/model.safetensors"):
         assert content(folder["cut"] / name) == content(folder["whole"] / name), name
     assert set(reports["whole"]) >= {"stage", "variant", "recipe", "settings", "fingerprint", "params", "data", "teacher", "before", "student", "controls"}
     lines = [json.loads(line) for line in (folder["whole"] / "metrics.jsonl").read_text().splitlines()]
@@ -89,18 +89,18 @@ def test_frozen_encoder_stays(recipe, base, tmp_path):
 
 
 def test_prompt_terms_are_weighed(recipe, base):
-    "Stage 1's prompt terms on the pictures: twice the weight, twice the loss; without them the other terms stay as they are. Their gradients reach the encoder and the mask decoder, and no memory."
+    "Stage 1's prompt terms on the images: twice the weight, twice the loss; without them the other terms stay as they are. Their gradients reach the encoder and the mask decoder, and no memory."
     from dataclasses import replace
 
-    from esam3.concepts import Asking
+    from esam3.training.concepts import QuerySampling
     from esam3.core import seed_everything
-    from esam3.data import load_recipe
-    from esam3.stage3 import MixedSteps, Stage3, stage3_groups, stage3_schedule
-    from esam3.student import EfficientSam3
-    from esam3.teacher import load_teacher
+    from esam3.data.batches import load_recipe
+    from esam3.training.stage3 import MixedSteps, Stage3, stage3_groups, stage3_schedule
+    from esam3.models.student import EfficientSam3
+    from esam3.models.teacher import load_teacher
     teacher, student = load_teacher("toy"), EfficientSam3.from_pretrained(base).eval()
     schedule = stage3_schedule(load_recipe(recipe), options={"clip_every": 0})
-    batch = MixedSteps(load_recipe(recipe), schedule, (teacher.image_size, student.image_size), 0, Asking())[Part(0)]
+    batch = MixedSteps(load_recipe(recipe), schedule, (teacher.image_size, student.image_size), 0, QuerySampling())[Part(0)]
     stage3_groups(student, schedule)
     def terms(weight: float) -> dict[str, torch.Tensor]:
         seed_everything(0)
@@ -116,18 +116,18 @@ def test_prompt_terms_are_weighed(recipe, base):
 
 
 def test_missing_stage2_prints_the_command(tmp_path):
-    from esam3.runs import earlier_student
-    from esam3.stage2 import run_stage2
+    from esam3.training.runs import earlier_student
+    from esam3.training.stage2 import run_stage2
     with pytest.raises(FileNotFoundError, match=r"papermill nbs/20_stage2.ipynb .* -p variant es-tv-s -p recipe sav"):
         earlier_student(2, run_stage2, "es-tv-s", {"name": "sav", "after": "", "root": "/data/sav"}, "", str(tmp_path))
 
 
 def test_scores_have_the_keys_of_the_report(tmp_path):
     "On a handful of images; the teacher finds what is there."
-    from esam3.data import load_recipe
-    from esam3.evaluate import limits_of, run_scores
-    from esam3.runs import WANTED
-    from esam3.teacher import load_teacher
+    from esam3.data.batches import load_recipe
+    from esam3.evaluation.evaluate import limits_of, run_scores
+    from esam3.training.runs import WANTED
+    from esam3.models.teacher import load_teacher
     recipe = load_recipe("tiny")
     got = run_scores(load_teacher("toy"), recipe, tmp_path, {"concept_images": WANTED[3]["concept_images"]}, limits_of(recipe, images=8))
     assert set(got) == {"cgF1", "IL_MCC", "pmF1", "exemplar_pmF1", "samples", "skipped"} and got["cgF1"] > 0.4 and got["samples"] == {"concept_images": 8}
@@ -138,9 +138,9 @@ def test_a_late_twin_and_a_removed_object_are_the_librarys():
     from transformers import Sam3VideoModel
     from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenceSession
 
-    from esam3.concept_video import ConceptSession, post_processing
-    from esam3.data import load_recipe, open_dataset, teacher_pixels
-    from esam3.teacher import ASSETS, load_strictly, load_teacher
+    from esam3.models.concept_video import ConceptSession, post_processing
+    from esam3.data.batches import load_recipe, open_dataset, teacher_pixels
+    from esam3.models.teacher import ASSETS, load_strictly, load_teacher
     ours, theirs = load_teacher("toy"), load_strictly(Sam3VideoModel, ASSETS / "toy_teacher")
     clip = open_dataset(load_recipe("tiny"), "held_out", "concept_clips").read(0)
     phrase = next(p.text for p in clip.phrases if p.instances)

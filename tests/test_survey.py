@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esam3 import survey as module
-from esam3.data import READERS, load_recipe, open_dataset
-from esam3.recipes import reader_for
-from esam3.survey import fault, main, sheet, survey
-from esam3.toyworld import toyworld
+from esam3.data.batches import READERS, load_recipe, open_dataset
+from esam3.data.recipes import reader_for
+from esam3.data.toyworld import toyworld
+from esam3.show import survey as module
+from esam3.show.survey import fault, main, sheet, survey
 
 matplotlib.use("agg")
 
@@ -37,13 +37,13 @@ def opened(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def mine(tmp_path) -> dict:
-    "A recipe of twenty-four pictures with phrases, in a folder of one's own."
+    "A recipe of twenty-four images with phrases, in a folder of one's own."
     shutil.copytree(toyworld("tiny") / "saco", tmp_path / "mine/saco")
     part = {"format": "saco_images", "annotations": "saco/images.json", "media": "saco"}
     return {**load_recipe("tiny"), "name": "mine", "root": str(tmp_path / "mine"), "splits": {"train": {"concept_images": part}}}
 
 
-def picture(path: Path, size: tuple[int, int] = (40, 60), value: int = 90, mode: str = "RGB") -> None:
+def image(path: Path, size: tuple[int, int] = (40, 60), value: int = 90, mode: str = "RGB") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full(size + ((3,) if mode == "RGB" else ()), value, np.uint8)).save(path)
 
@@ -56,19 +56,19 @@ def some_data(word: str, at: Path) -> dict:
     if word in ("davis", "vos"):
         sub = "480p" if word == "davis" else "."
         for clip in "ab":
-            for t in range(3): picture(at / "JPEGImages" / sub / clip / f"{t:05d}.jpg"); picture(at / "Annotations" / sub / clip / f"{t:05d}.png", value=1, mode="L")
+            for t in range(3): image(at / "JPEGImages" / sub / clip / f"{t:05d}.jpg"); image(at / "Annotations" / sub / clip / f"{t:05d}.png", value=1, mode="L")
         (at / "JPEGImages" / sub / "b/00000.jpg").write_bytes(b"broken")
         (at / "ImageSets/2017").mkdir(parents=True)
         (at / "ImageSets/2017/val.txt").write_text("a\nb\n")
         return {"format": word, "path": "."}
     if word == "sav_folders":
         for clip in "ab":
-            for t in range(3): picture(at / f"JPEGImages_24fps/{clip}/{t:05d}.jpg")
-            picture(at / f"Annotations_6fps/{clip}/000/00000.png", value=1, mode="L")
+            for t in range(3): image(at / f"JPEGImages_24fps/{clip}/{t:05d}.jpg")
+            image(at / f"Annotations_6fps/{clip}/000/00000.png", value=1, mode="L")
         (at / "JPEGImages_24fps/b/00000.jpg").write_bytes(b"broken")
         return {"format": word, "path": "."}
     if word == "coco":
-        for name in "ab": picture(at / f"{name}.jpg")
+        for name in "ab": image(at / f"{name}.jpg")
         (at / "b.jpg").write_bytes(b"broken")
         square = {"segmentation": [[5, 5, 25, 5, 25, 25, 5, 25]], "category_id": 1, "iscrowd": 0, "area": 400, "bbox": [5, 5, 20, 20]}
         (at / "c.json").write_text(json.dumps({"images": [{"id": k, "file_name": f"{n}.jpg", "height": 40, "width": 60} for k, n in enumerate("ab", 1)],
@@ -84,7 +84,7 @@ def some_data(word: str, at: Path) -> dict:
         return {"format": word, "annotations": "veval.json", "media": "."}
     if word == "sa1b":
         for name in "ab":
-            picture(at / f"{name}.jpg")
+            image(at / f"{name}.jpg")
             (at / f"{name}.json").write_text(json.dumps({"annotations": []}))
         (at / "b.jpg").write_bytes(b"broken")
         return {"format": word, "path": "."}
@@ -100,13 +100,13 @@ def test_every_format_is_surveyed(word, kind, tmp_path, capsys):
     at = tmp_path / "data"
     at.mkdir()
     if (word, kind) == ("folder", "images"):
-        picture(at / "a.JPG"); (at / "b.png").write_bytes(b"broken"); part = {"format": word, "path": "."}
+        image(at / "a.JPG"); (at / "b.png").write_bytes(b"broken"); part = {"format": word, "path": "."}
     else: part = some_data(word, at)
     kind = f"concept_{kind}" if reader_for(word, f"concept_{kind}") else kind
     found = survey({**load_recipe("tiny"), "root": str(at), "splits": {"train": {kind: part}}})
     one, = found.parts
     assert one.count == len(one.rows) and sum(map(len, found.faults.values())) == 1, found
-    kinds = {"not a readable picture", "not a readable video"}
+    kinds = {"not a readable image", "not a readable video"}
     assert set(found.faults) <= kinds and str(found) + "\n" == capsys.readouterr().out
     assert one.values("size") or word == "saco_video"
     if kind == "clips": assert one.values("frames")
@@ -122,7 +122,7 @@ def test_a_late_frame_of_another_size_is_found(word, what, tmp_path):
     at = tmp_path / "data"
     at.mkdir()
     if word == "videos":
-        for t in range(40): picture(at / f"film/{t:05d}.jpg")
+        for t in range(40): image(at / f"film/{t:05d}.jpg")
         part, last = {"format": word, "path": "film", "every": 1}, at / "film/00039.jpg"
     else:
         part = some_data(word, at)
@@ -130,10 +130,10 @@ def test_a_late_frame_of_another_size_is_found(word, what, tmp_path):
         for p in at.rglob("b"): shutil.rmtree(p)
         if word == "davis": (at / "ImageSets/2017/val.txt").write_text("a\n")
         last = sorted(p for p in at.rglob("*.jpg"))[-1]
-    if what == "picture": picture(last, (38, 60))
+    if what == "picture": image(last, (38, 60))
     if what == "broken": last.write_bytes(b"broken")
     found = survey({**load_recipe("tiny"), "root": str(at), "splits": {"train": {"clips": part}}})
-    kind = {"picture": ["pictures of different sizes"], "broken": ["not a readable picture"], "whole": []}[what]
+    kind = {"picture": ["images of different sizes"], "broken": ["not a readable image"], "whole": []}[what]
     assert [*found.faults] == kind, found.faults
 
 
@@ -142,14 +142,14 @@ def test_annotations_alone_are_counted(tmp_path):
     for f in tmp_path.glob("*.jpg"): f.unlink()
     (tmp_path / "alone.yaml").write_text(f"root: .\nsplits: {{val: {{images: {json.dumps(part)}}}}}\n")
     found = survey(tmp_path / "alone.yaml")
-    assert "val, images: 2 samples (Coco), annotations alone: none of the 2 pictures" in str(found) and "instances 1 of a sample, 2 in all" in str(found)
+    assert "val, images: 2 samples (Coco), annotations alone: none of the 2 images" in str(found) and "instances 1 of a sample, 2 in all" in str(found)
 
 
 def test_faults_are_grouped():
-    from esam3.samples import BadSample
+    from esam3.data.samples import BadSample
     kind = lambda text: fault(BadSample(text))
-    assert kind("a 1.json, annotation 12: mask of 10×20 px on a picture of 30×40; x") == kind("b.json, masklet 3: mask of 1×2 px on a picture of 3×40; y") == "mask of n×n px on a picture of n×n"
-    assert kind("x: pictures of different sizes, [(1, 2), (3, 4)]; y") == "pictures of different sizes"
+    assert kind("a 1.json, annotation 12: mask of 10×20 px on an image of 30×40; x") == kind("b.json, masklet 3: mask of 1×2 px on an image of 3×40; y") == "mask of n×n px on an image of n×n"
+    assert kind("x: images of different sizes, [(1, 2), (3, 4)]; y") == "images of different sizes"
     assert kind("/x/y.mp4: damaged, frame 17 of 90 cannot be decoded (HEVC); z") == "damaged, frame n of n cannot be decoded" and kind("") == "BadSample"
 
 
@@ -231,7 +231,7 @@ def test_nothing_is_half_written(mine, cache, monkeypatch):
 # ---- what is asked
 
 def test_a_folder_a_mixture_and_what_is_not_there(tmp_path, monkeypatch, capsys):
-    picture(tmp_path / "photos/deep/a.jpg")
+    image(tmp_path / "photos/deep/a.jpg")
     found = survey(tmp_path / "photos")
     assert [(p.kind, p.count) for p in found.parts] == [("images", 1)] and found.name == "photos"
     assert survey(toyworld("tiny") / "clip/toy_000000.mp4").parts[0].rows[0]["codec"] == "H.264"
@@ -245,7 +245,7 @@ def test_a_folder_a_mixture_and_what_is_not_there(tmp_path, monkeypatch, capsys)
     with pytest.raises(ValueError, match="did you mean 'train'"): survey("tiny", "trian")
     with pytest.raises(ValueError, match="did you mean"): survey("tinny")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no picture below"): survey(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="no image below"): survey(tmp_path / "empty")
 
 
 def test_the_command(capsys):
@@ -266,7 +266,7 @@ def test_a_sheet_shows_instances_and_phrases(kind):
 
 
 def test_a_sheet_says_what_cannot_be_read(tmp_path):
-    picture(tmp_path / "a.jpg", (900, 1200)); (tmp_path / "b.jpg").write_bytes(b"broken")
+    image(tmp_path / "a.jpg", (900, 1200)); (tmp_path / "b.jpg").write_bytes(b"broken")
     reader = READERS["folder"][0](tmp_path)
     figure = sheet(reader)
     assert sorted(bool(ax.texts) for ax in figure.axes) == [False, True] and max(im.get_array().shape[1] for ax in figure.axes for im in ax.images) <= 400

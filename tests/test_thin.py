@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from transformers import Sam3VideoConfig
 
-from esam3.student import build_student
-from esam3.teacher import Bank, Prompts, Sam3, load_teacher
-from esam3.tracker import track
+from esam3.models.student import build_student
+from esam3.models.teacher import Bank, Prompts, Sam3, load_teacher
+from esam3.models.tracker import track
 
 ONE = torch.zeros(1, dtype=torch.long)
 BOX = torch.tensor([[[0.4, 0.5, 0.3, 0.3]]])
@@ -36,7 +36,7 @@ def toy() -> Sam3: return load_teacher()
 
 @pytest.fixture(scope="module")
 def small(toy: Sam3) -> Tensor:
-    "Two pictures for the toy teacher."
+    "Two images for the toy teacher."
     return torch.randn(2, 3, toy.image_size, toy.image_size, generator=torch.Generator().manual_seed(0))
 
 
@@ -81,22 +81,22 @@ def test_five_calls(thin: Sam3, who: str, precision: Callable) -> None:
     assert found.masks.shape == (1, 200, 4 * g, 4 * g) and out.masks.shape == (1, 2, 4 * g, 4 * g)
     for t in (*seen.detector, *seen.tracker, found.boxes, found.logits, found.masks, out.masks, out.iou, out.pointers):
         assert t.isfinite().all()
-    assert 0 < (out.masks > 0).float().mean() < 1  # a mask, and not the whole picture
+    assert 0 < (out.masks > 0).float().mean() < 1  # a mask, and not the whole image
 
 
 def places(model: Sam3, pixels: Tensor) -> dict[str, Tensor]:
-    "Everything that says where, of two pictures with prompts of each kind."
-    at, image, n, side = torch.Generator().manual_seed(1), torch.tensor([0, 1]), 2, model.image_size
+    "Everything that says where, of two images with prompts of each kind."
+    at, image_index, n, side = torch.Generator().manual_seed(1), torch.tensor([0, 1]), 2, model.image_size
     labels = torch.tensor([[1, 0, -10], [2, 3, -10]], dtype=torch.int32)
-    prompts = Prompts(image, torch.rand(n, 3, 2, generator=at) * side, labels, torch.rand(n, 1, side, side, generator=at))
+    prompts = Prompts(image_index, torch.rand(n, 3, 2, generator=at) * side, labels, torch.rand(n, 1, side, side, generator=at))
     boxes = torch.rand(n, 2, 4, generator=at) * 0.3 + 0.3
     with torch.no_grad():
         seen = model.encode(pixels)
-        asked = model.concepts(["red star", None], image, boxes, torch.tensor([[1, 0], [1, -10]]))
-        found = model.detect(seen, asked, all_layers=True)
+        concepts = model.concepts(["red star", None], image_index, boxes, torch.tensor([[1, 0], [1, -10]]))
+        found = model.detect(seen, concepts, all_layers=True)
         masks = model.decode(seen, prompts)
         best, _, pointer = masks.best()
-        memory = model.remember(seen, image, best, masks.object_logits, pointer)
+        memory = model.remember(seen, image_index, best, masks.object_logits, pointer)
         sparse, dense = model._embed_prompts(prompts)
         _, when = model._pointer_tokens(Bank(pointers=[(1, pointer), (5, pointer)]))
         decoder = model.detector_model.detr_decoder
@@ -118,9 +118,9 @@ def test_places_are_float32_under_autocast(toy: Sam3, small: Tensor) -> None:
 def test_exemplars_are_float32_under_autocast(toy: Sam3, small: Tensor) -> None:
     "Of the same maps, so that nothing but the boxes could be rounded."
     with torch.no_grad():
-        seen, asked = toy.encode(small[:1]), toy.concepts(["red star"], ONE, BOX, ONE[None] + 1)
-        want = toy._prompt_tokens(seen, asked)[0][:, -2:]
-        with half(): got = toy._prompt_tokens(seen, asked)[0][:, -2:]
+        seen, concepts = toy.encode(small[:1]), toy.concepts(["red star"], ONE, BOX, ONE[None] + 1)
+        want = toy._prompt_tokens(seen, concepts)[0][:, -2:]
+        with half(): got = toy._prompt_tokens(seen, concepts)[0][:, -2:]
     assert got.dtype == torch.float32 and (got - want).abs().max() <= 1e-6
 
 
@@ -148,5 +148,5 @@ def test_exemplar_moves_the_answer_under_autocast(toy: Sam3, small: Tensor) -> N
     "RoIAlign has no bf16 on a CPU, so this raised."
     with torch.no_grad(), half():
         seen = toy.encode(small[:1])
-        asked, shown = (toy.detect(seen, toy.concepts(["red star"], ONE, *more)) for more in ((), (BOX, ONE[None] + 1)))
-    assert not torch.equal(asked.logits, shown.logits) and asked.boxes.dtype == shown.boxes.dtype == torch.float32
+        concepts, shown = (toy.detect(seen, toy.concepts(["red star"], ONE, *more)) for more in ((), (BOX, ONE[None] + 1)))
+    assert not torch.equal(concepts.logits, shown.logits) and concepts.boxes.dtype == shown.boxes.dtype == torch.float32

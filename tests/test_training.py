@@ -1,4 +1,4 @@
-"The loop where things go wrong: what a checkpoint holds, what cannot be read, what is not finite; and what trains while the rest stands still."
+"The loop where instances go wrong: what a checkpoint holds, what cannot be read, what is not finite; and what trains while the rest stands still."
 import json
 from pathlib import Path
 
@@ -7,15 +7,15 @@ import timm.layers
 import torch
 from torch import nn
 
-from esam3 import training
-from esam3.backbones import Encoder
-from esam3.checkpoints import Tally, load_state, save_state
 from esam3.core import PRECISIONS, Part, pick_precision
-from esam3.samples import BadSample
-from esam3.stage2 import give_memory, present
-from esam3.student import build_student
-from esam3.teacher import load_teacher
-from esam3.training import TRAINS, Made, Schedule, fit, parameter_groups, train_mode
+from esam3.data.samples import BadSample
+from esam3.models.backbones import Encoder
+from esam3.models.student import build_student
+from esam3.models.teacher import load_teacher
+from esam3.schedules import Schedule
+from esam3.training.checkpoints import Tally, load_state, save_state
+from esam3.training.loop import TRAINS, Made, fit, loop as training, parameter_groups, train_mode
+from esam3.training.stage2 import give_memory, present
 
 
 class Line(nn.Module):

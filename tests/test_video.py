@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from esam3 import samples
 from esam3.core import cache_dir
-from esam3.samples import BadSample, Video, video_index
+from esam3.data.batches import samples
+from esam3.data.samples import BadSample, Video, video_index
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 70
 QUIET = "pools=1:frame-threads=1:log-level=none"
@@ -25,7 +25,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ESAM3_CACHE", str(tmp_path / "cache"))
 
 
-def picture(n: int) -> np.ndarray:
+def image(n: int) -> np.ndarray:
     "A moving texture, with the number of the frame as bars along the top, lowest bit first."
     p = GROUND[:, 3 * n:3 * n + WIDTH].copy()
     for bit in range(7): p[:16, 20 * bit:20 * bit + 20] = 235 if n >> bit & 1 else 16
@@ -39,7 +39,7 @@ def number(frame: np.ndarray, bits: int = 7) -> int:
 
 def write(path: Path, codec: str, gap: int = 0, pts: Callable[[int], int] = int, base: Fraction = Fraction(1, 24), pixels: str = "yuv420p",
           turn: int = 0, bframes: int | None = None, **options: str) -> Path:
-    "Encode the pictures: a keyframe at least every `gap` frames, frame n at tick `pts(n)`."
+    "Encode the images: a keyframe at least every `gap` frames, frame n at tick `pts(n)`."
     if codec not in av.codecs_available: pytest.skip(f"this PyAV has no {codec}")
     with av.open(str(path), "w") as box:
         stream = box.add_stream(codec, rate=24, options={"threads": "1", **{k.replace("_", "-"): v for k, v in options.items()}})
@@ -48,7 +48,7 @@ def write(path: Path, codec: str, gap: int = 0, pts: Callable[[int], int] = int,
         if bframes is not None: stream.codec_context.max_b_frames = bframes
         if turn: stream.set_display_rotation(turn)
         for n in range(FRAMES):
-            frame = av.VideoFrame.from_ndarray(picture(n), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(image(n), format="rgb24")
             frame.pts, frame.time_base = pts(n), base
             box.mux(stream.encode(frame.reformat(format=pixels)))
         box.mux(stream.encode())
@@ -168,7 +168,7 @@ def test_only_clean_streams_are_skimmed(made):
 
 
 def test_what_nobody_refers_to_is_passed_over(made, monkeypatch):
-    "One frame of the middle: from its keyframe on, without the pictures that no other needs."
+    "One frame of the middle: from its keyframe on, without the images that no other needs."
     index, whole, seen = video_index(made("clean.mp4")), samples._shown, []
     monkeypatch.setattr(samples, "_shown", lambda *a: (seen.append(n) or (n, f) for n, f in whole(*a)))
     n = next(n for n in range(40, 70) if n not in index.spare)
@@ -264,7 +264,7 @@ def test_what_there_is_no_decoder_for_is_called_by_its_name(made, tmp_path):
 def test_sound_alone_is_no_video(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", "")); sound.writeframes(bytes(16000))
-    with pytest.raises(BadSample, match="sound.wav: not a readable video .it has no pictures"): Video(tmp_path / "sound.wav")
+    with pytest.raises(BadSample, match="sound.wav: not a readable video .it has no images"): Video(tmp_path / "sound.wav")
 
 
 def test_the_index_is_kept_and_made_again(made, tmp_path, monkeypatch):

@@ -1,0 +1,8 @@
+"""What is looked at: views, surveys of data, memory attention. Imports from every floor."""
+
+# Written by hand; `lends` is of 00_core.
+from esam3.core import lends
+
+__all__, __getattr__ = lends(__name__, {
+    "views": "show_image outline clip_strip prompt_loop curves table",
+    "memory_attention": "attention_weights"})
