@@ -126,7 +126,7 @@ def clips(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"masks": torch.tensor(np.stack([frame[n] for frame in out for n in names]) > 0)}
 
 
-def prompted_pictures(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def prompted_images(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     out = answer_images(model(who, dtype), data().images, ("box", "point+2"))
     return {f"masks {k}": torch.tensor(np.concatenate([masks[k] for masks in out.values()])) for k in range(2)}
 
@@ -157,7 +157,7 @@ def concepts(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"scores": torch.tensor([f.score for f in found]), "masks": masks}
 
 
-CALLS = {f.__name__: f for f in (encode, detect_phrases, detect_exemplars, memory, tracker, clips, prompted_pictures,
+CALLS = {f.__name__: f for f in (encode, detect_phrases, detect_exemplars, memory, tracker, clips, prompted_images,
                                  prompt_miou, concepts)}
 CALLS |= {f"decode {start}": decode(start) for start in ("box", "point", "mask")}
 

@@ -75,7 +75,7 @@ def test_a_clip_of_sav_is_the_drawing(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("split, size", [("train", {(720, 1280)}), ("held_out", {(900, 1200)})])
-def test_saco_pictures(opened: Open, split: str, size: set[tuple[int, int]]) -> None:
+def test_saco_images(opened: Open, split: str, size: set[tuple[int, int]]) -> None:
     part = opened("saco", split, "concept_images")
     assert len(part) == 3
     for k in range(3):

@@ -244,7 +244,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return place
 
 
-def test_stage_1_from_a_folder_of_pictures(folder, tmp_path):
+def test_stage_1_from_a_folder_of_images(folder, tmp_path):
     "Two steps with the toy teacher, which finds the instances; no held-out data, no scores."
     (tmp_path / "mine.yaml").write_text("extends: folder\nteacher: toy\nweights: null\nsplits: {train: {clips: "
                                         "null}}\nsampling: {tracks: null, frames: null}\naugment: {short: [96, 128], "
@@ -268,7 +268,7 @@ def test_stage_3_of_a_folder_is_refused(folder):
     with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)
 
 
-def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
+def test_images_without_an_instance_teach_features(folder, monkeypatch):
     "An image in which the teacher sees nothing, or nothing of a pixel's size, costs no step."
     for f in folder.iterdir(): Image.fromarray(np.full((96, 128, 3), 127, np.uint8)).save(f)
     recipe = load_recipe("folder")

@@ -432,7 +432,7 @@ def test_nothing_that_can_be_read(tmp_path, teacher):
         assert list(cases(tmp_path / place, kind, name)) == []
 
 
-def test_nothing_is_asked_of_pictures_without_instances(tmp_path, real_files, teacher):
+def test_nothing_is_asked_of_images_without_instances(tmp_path, real_files, teacher):
     parts = {"images": {"format": "coco", "annotations": "none.json", "media": "img"}}
     data = real_files / "faults/18_held_out_broken"
     rows, folder = scored(tmp_path, data, "box,point+1", parts)

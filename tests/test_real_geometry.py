@@ -33,7 +33,8 @@ import json, sys
 from esam3.training.stage1 import run_stage1
 from esam3.training.stage2 import run_stage2
 from esam3.training.stage3 import run_stage3
-for stage, given in json.loads(sys.argv[1]): print({1: run_stage1, 2: run_stage2, 3: run_stage3}[stage](**given), flush=True)
+for stage, given in json.loads(sys.argv[1]):
+    print({1: run_stage1, 2: run_stage2, 3: run_stage3}[stage](**given), flush=True)
 """
 
 

@@ -423,7 +423,7 @@ def test_changed_data_are_others(copy, kind, change):
     assert [k for k, d in data_digest(copy[1], "held_out").items() if d != before[k]] == [kind]
 
 
-def test_loose_pictures_are_known_as_in_their_tar(copy):
+def test_loose_images_are_known_as_in_their_tar(copy):
     at, recipe = copy
     with tarfile.open(at / "images.tar") as tar: tar.extractall(at / "loose", filter="data")
     folder = next((at / "loose").rglob("*.json")).parent

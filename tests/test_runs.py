@@ -211,8 +211,9 @@ batch = as_batch(model, [open_dataset("tiny", "held_out", "images").read(0)])
 with torch.no_grad():
     seen = look(model, batch)
     out = model.decode(seen, opening(model, batch, "box"))
-    memory = model.remember(seen, batch.image, out.masks[:, 0], out.object_logits, out.pointers[:, 0])
-save_file({"coarse": seen.tracker[2].contiguous(), "masks": out.masks.contiguous(), "tokens": memory.tokens.contiguous()}, sys.argv[2])
+    memory = model.remember(seen, batch.image_index, out.masks[:, 0], out.object_logits, out.pointers[:, 0])
+found = {"coarse": seen.tracker[2], "masks": out.masks, "tokens": memory.tokens}
+save_file({k: t.contiguous() for k, t in found.items()}, sys.argv[2])
 """
 
 

@@ -135,7 +135,7 @@ def test_whole_may_lie_on_the_device(batch):
     for k in said: torch.testing.assert_close(said[k], told[k])
 
 
-def test_chance_is_the_pictures_own(batch):
+def test_chance_is_the_images_own(batch):
     "An image is asked the same whoever is beside it, and whatever was drawn before; images without seeds are numbered."
     seed_everything(1)
     first, drawn = sample_prompts(batch, prompt_chances(batch)[:, 0]), torch.get_rng_state()

@@ -364,7 +364,7 @@ def test_checkpointing_keeps_little(batch):
 
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
-def test_reading_begins_once_a_picture(batch, who):
+def test_reading_begins_once_an_image(batch, who):
     "Begun for all images, for the features' few images, or for each object: the same maps; and each image's only once."
     model = networks()[0] if who == "teacher" else task_of().student.eval()
     with torch.no_grad():
