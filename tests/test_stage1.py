@@ -283,7 +283,7 @@ def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
     class Built(Exception): pass
     def build(*_, weights, **__): raise Built(weights)
     monkeypatch.setattr(stage1, "build_student", build)
-    monkeypatch.setattr(stage1, "open_stage", lambda *_, **__: (tmp_path, {}))  # without the data
+    monkeypatch.setattr(runs, "open_folder", lambda *_, **__: (tmp_path, {}))  # without the data
     with pytest.raises(Built) as e:
         run_stage1("es-ev-s", recipe, teacher="toy", steps=1, weights=given, runs=str(tmp_path))
     assert e.value.args == (used,)

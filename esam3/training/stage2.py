@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['MEMORIES', 'BUDGET', 'FOUR', 'LARGE', 'KINDS', 'FADES', 'WARMUP', 'WARMUP_BATCHES', 'give_memory', 'there_and_back',
            'clip_batch', 'clip_source', 'Kept', 'EncodeOnce', 'encode_distinct', 'draw_kind', 'first_prompts',
-           'latent_attention', 'present', 'TeacherTracks', 'teach', 'frame_losses', 'judged', 'read_weight', 'Stage2',
+           'latent_attention', 'TeacherTracks', 'teach', 'frame_losses', 'judged', 'read_weight', 'Stage2',
            'track_losses', 'to_remember', 'TeacherForcedClip', 'force_memory', 'SingleFrameWarmup', 'ablations',
            'stage2_schedule', 'run_single_frame_warmup', 'most_frames', 'train_stage2', 'run_stage2', 'compare']
 
 # %% ../../nbs/20_stage2.ipynb #c005
-import json, math, time
+import json, math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -23,24 +23,23 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from ..core import find_variant, nearest, onto, pick_device, pick_precision, printable, weights_digest
-from ..data.batches import (
-    ClipBatch, ImageBatch, Steps, changed, collate_clips, load_recipe, open_dataset, with_sampling)
+from ..core import nearest, onto, weights_digest
+from ..data.batches import ClipBatch, ImageBatch, Steps, changed, collate_clips, open_dataset
 from ..data.samples import ClipSample
-from ..evaluation.evaluate import limits_of, run_scores, teacher_scores
 from ..evaluation.heldout import first_frame, look
 from ..models.perceiver import squarest
 from ..models.student import EfficientSam3, with_memory
-from ..models.teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate, load_teacher
+from ..models.teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate
 from ..models.tracker import CERTAIN, History, clip_time, own_time, see, track, unprompted
 from ..schedules import Schedule, schedule_for
 from .cluster import ends_together
-from .loop import TRAINS, fit, parameter_groups, recomputed, with_checkpoint
+from .loop import TRAINS, fit, parameter_groups, recomputed
 from .losses import image_errors, mask_iou, mask_loss, over_count, score_loss, soft_target, task_terms
 from .runs import (
-    WANTED, earlier_student, file_digest, finish, is_saved, open_stage, print_groups, save_student, saved_student)
-from .stage1 import nothing_learned, run_stage1, shared_out
-from .tracks import from_first, propose, sought, with_tracks
+    announce, as_run, changes, finish, is_saved, lengths, open_stage, present, print_groups, recipe_of,
+    save_student, saved_student, score)
+from .stage1 import run_stage1
+from .tracks import from_first, nothing_learned, propose, shared_out, sought, with_tracks
 
 # %% ../../nbs/20_stage2.ipynb #c007
 MEMORIES = ("perceiver", "dense", "pooling")
@@ -202,11 +201,6 @@ def latent_attention(student: EfficientSam3, student_features: Features, batch: 
         with torch.no_grad(): track(student, student_features, batch.frame_index, first_prompts(student, batch, "mask"))
     finally: hook.remove()
     with torch.no_grad(): return student.perceiver.attention(*inputs[-1])
-
-# %% ../../nbs/20_stage2.ipynb #c0prs
-def present(groups: Mapping[str, tuple[str, float]], student: EfficientSam3) -> dict[str, tuple[str, float]]:
-    "The groups of a student: without a Perceiver there is none to train."
-    return {k: v for k, v in groups.items() if k != "perceiver" or student.config.memory == "perceiver"}
 
 # %% ../../nbs/20_stage2.ipynb #c028
 @dataclass
@@ -536,57 +530,34 @@ def train_stage2(student: EfficientSam3, teacher: Sam3, base: Path, recipe: Mapp
 
 # %% ../../nbs/20_stage2.ipynb #c0run
 @ends_together
-def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0,
-               micro_batch: int = 0, lr: float = 0.0,
-               schedule: str = "", precision: str = "auto", student: str = "", memory: str = "perceiver",
-               distill: bool = True, lambda_read: float = -1.0,
-               read_decay: str = "", detach_every: int = 0, checkpoint: int = -1, sampling: str = "",
-               eval_clips: int = -1, eval_frames: int = -1, warmup_steps: int = -1, seed: int = 42, runs: str = "runs",
-               resume: bool = True, every: int = 50, workers: int = -1, log_to: str = "",
-               options: Mapping[str, object] | None = None, brief: bool = False) -> Path:
+def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", *, memory: str = "perceiver", distill: bool = True,
+               lambda_read: float = -1.0, read_decay: str = "", detach_every: int = 0, warmup_steps: int = -1,
+               **common) -> Path:
     """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as
-    it is.
-
-    `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
-    recipe, options = with_sampling(load_recipe(recipe), sampling), {k: v for k,
-        v in (("lambda_read", lambda_read), ("warmup_steps", warmup_steps)) if v >= 0} | dict(options or {})
-    s = stage2_schedule(recipe, with_checkpoint(options, checkpoint), distill, schedule=schedule, steps=steps,
-                        batch_size=batch_size, micro_batch=micro_batch, lr=lr, read_decay=read_decay,
-                        detach_every=detach_every)
+    it is. `common`: fields of `Run`."""
+    run = as_run(2, run_stage2, variant=variant, recipe=recipe, **common)
+    recipe = recipe_of(run)
+    s = stage2_schedule(recipe, changes(run, lambda_read=lambda_read, warmup_steps=warmup_steps), distill,
+                        **lengths(run), read_decay=read_decay, detach_every=detach_every)
     if memory not in MEMORIES: raise ValueError(nearest(memory, MEMORIES, "memory"))
-    name, device, find = teacher or recipe["teacher"], pick_device(), find_variant(variant)
-    precision, limits = pick_precision(device, precision), limits_of(recipe, clips=eval_clips, frames=eval_frames)
-    teacher_model = load_teacher(name).to(device)
-    base = earlier_student(1, run_stage1, variant, recipe, student, runs, teacher=teacher, precision=precision,
-                           seed=seed, resume=resume)
-    wanted = WANTED[2] if "held_out" in recipe["splits"] and name != "random-sam3" else {}
-    folder, settings = open_stage(2, recipe, find.name, name, s, seed, runs, resume,
-                                  {"train": ["clips"], "held_out": [*wanted]}, precision=precision,
-                                  memory=memory, distill=distill, student=file_digest(base / "model.safetensors"),
-                                  evaluation=asdict(limits))
-    if (folder / "report.json").exists(): return folder
-    torch.manual_seed(seed)
-    student_model, clock = give_memory(EfficientSam3.from_pretrained(base, dtype=torch.float32), memory,
-                                       s).to(device).eval(), time.perf_counter()
-    score = lambda who, m, some: run_scores(m, recipe, folder / "evaluation" / who, some, limits, precision)
-    only = {kind: ("visible",) for kind in wanted}
-    before, first = score("before", student_model, only) if only and not brief else {}, time.perf_counter() - clock
+    stage = open_stage(2, run, recipe, s, ["clips"], run_stage1, memory=memory, distill=distill)
+    teacher, folder = stage.teacher, stage.folder
+    if stage.finished: return folder
+    torch.manual_seed(run.seed)
+    base = EfficientSam3.from_pretrained(stage.base, dtype=torch.float32)
+    student = give_memory(base, memory, s).to(teacher.device).eval()
+    if not run.brief: score(stage, "before", student, {kind: ("visible",) for kind in stage.reported})
     if not is_saved(folder):
-        print(f"stage 2 of {variant}: {s.steps} steps of {s.batch_size} clips; writing to {printable(folder)}")
-        save_student(folder, student_model, train_stage2(student_model, teacher_model, base, recipe, s, folder, seed,
-                                                         every=every, precision=precision, workers=workers,
-                                                         log_to=log_to))
-    student_model, trained = saved_student(folder, device)
-    clock = time.perf_counter()
-    scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision) if not brief else {},
-              "before": before,
-              "student": score("student", student_model, only if brief else wanted)} if wanted else {}
+        announce(stage, "clips")
+        save_student(folder, student, train_stage2(student, teacher, stage.base, recipe, s, folder, run.seed,
+                                                   **stage.fitting))
+    student, trained = saved_student(folder, teacher.device)
+    if not run.brief: score(stage, "teacher", teacher)
+    score(stage, "student", student)
+    controls = {who: stage.scores.get(who, {}).get("controls", {}) for who in ("teacher", "student")}
     committed = ablations(variant) if recipe["name"] == "toy" and distill and memory == "perceiver" else {}
-    finish(folder, settings, student_model, teacher_model, trained, limits, {"before": {}, **scores},
-           first + time.perf_counter() - clock,
-           teacher_controls=scores.get("teacher", {}).get("controls", {}),
-           controls={**scores.get("student", {}).get("controls", {}), **committed})
-    return folder
+    return finish(stage, student, trained, teacher_controls=controls["teacher"],
+                  controls={**controls["student"], **committed})
 
 # %% ../../nbs/20_stage2.ipynb #c040
 @torch.no_grad()
