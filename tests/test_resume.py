@@ -19,7 +19,8 @@ from torch import nn
 from esam3.schedules import Schedule
 from esam3.training.checkpoints import read_state, save_state
 from esam3.training.cluster import hold
-from esam3.training.loop import Made, checkpoints, fit, runs
+from esam3.training import checkpoints, runs
+from esam3.training.loop import Made, fit
 from esam3.training.stage1 import run_stage1
 from logs import chance, content, rows
 

@@ -21,7 +21,7 @@ from esam3.evaluation.protocols import clip_scores
 from esam3.models import backbones
 from esam3.models.student import EfficientSam3
 from esam3.models.teacher import load_teacher
-from esam3.training.loop import stage1, stage2
+from esam3.training import stage1, stage2
 from esam3.training.runs import digests
 from esam3.training.stage1 import run_stage1
 from esam3.training.stage2 import run_stage2
@@ -188,7 +188,7 @@ def test_a_moved_data_folder_is_the_same_run(tmp_path):
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     "A batch that ranks do not divide."
-    from esam3.training.loop import runs
+    from esam3.training import runs
 
     class Six: num_processes, process_index, is_main_process = 6, 0, True
     monkeypatch.setattr(runs, "ranks", Six)

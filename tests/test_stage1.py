@@ -18,7 +18,8 @@ from esam3.models.prompts import refine
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher
 from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, fit, parameter_groups, stage1
+from esam3.training import runs, stage1
+from esam3.training.loop import TRAINS, fit, parameter_groups
 from esam3.training.losses import distill_loss, feature_errors, map_terms, task_terms
 from esam3.training.stage1 import (
     CachedSteps, Stage1, image_source, keep_features, prompt_both, prompt_chances, run_stage1, sample_prompts,

@@ -21,7 +21,8 @@ from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Bank, Features, Sam3, load_teacher
 from esam3.models.tracker import see, track
 from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, parameter_groups, stage2, train_mode
+from esam3.training import stage2
+from esam3.training.loop import TRAINS, parameter_groups, train_mode
 from esam3.training.stage2 import (
     SingleFrameWarmup, Stage2, give_memory, read_weight, run_stage2, stage2_schedule, track_losses)
 from esam3.training.tracks import propose, with_tracks
