@@ -15,11 +15,10 @@ from esam3.data.batches import ClipBatch, collate_clips, load_recipe, open_datas
 from esam3.data.readers import Videos
 from esam3.data.samples import ClipSample
 from esam3.data.toyworld import toyworld
-from esam3.evaluation.heldout import first_frame, look
 from esam3.models.perceiver import SpatialPerceiver, windows
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Bank, Features, Sam3, load_teacher
-from esam3.models.tracker import see, track
+from esam3.models.tracker import first_frame, look, see, track
 from esam3.schedules import Schedule
 from esam3.training import stage2
 from esam3.training.loop import TRAINS, parameter_groups, train_mode

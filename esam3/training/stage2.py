@@ -26,11 +26,10 @@ from torch import Generator, Tensor, nn
 from ..core import nearest, onto, weights_digest
 from ..data.batches import ClipBatch, ImageBatch, Steps, changed, collate_clips, open_dataset
 from ..data.samples import ClipSample
-from ..evaluation.heldout import first_frame, look
 from ..models.perceiver import squarest
 from ..models.student import EfficientSam3, with_memory
 from ..models.teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate
-from ..models.tracker import CERTAIN, History, clip_time, own_time, see, track, unprompted
+from ..models.tracker import CERTAIN, History, clip_time, first_frame, look, own_time, see, track, unprompted
 from ..schedules import Schedule, schedule_for
 from .cluster import ends_together
 from .loop import TRAINS, fit, parameter_groups, recomputed
