@@ -33,13 +33,14 @@ from .cluster import ends_together
 from .concepts import (
     ConceptQueries, Confusables, PhraseEmbeddings, QuerySampling, concept_losses, concepts_of, match_all,
     query_counts, sample_queries, taught_targets, true_targets, vocabulary, worth_imitating)
+from .encode_once import KEPT_MAPS, EncodeOnce, Shared, encode_distinct, fits_in_memory
 from .loop import THAW, TRAINS, fit, for_training, parameter_groups, recomputed
 from .losses import image_errors, over_count
 from .runs import (
     announce, as_run, changes, finish, is_saved, lengths, open_stage, present, print_groups, recipe_of,
     save_student, saved_student, score)
 from .stage1 import prompt_losses
-from .stage2 import EncodeOnce, Stage2, clip_source, encode_distinct, most_frames, run_stage2
+from .stage2 import Stage2, clip_source, most_frames, run_stage2
 from .tracks import nothing_learned, sought
 
 # %% ../../nbs/30_stage3.ipynb #c008
@@ -295,14 +296,15 @@ class Stage3(nn.Module):
     frame of each, and what keeps a thawed encoder near the teacher's maps."""
 
     def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
-                 keep: bool = True):  # maps of images that are not augmented
+                 keep: bool = True,              # maps of images that are not augmented
+                 shared: Shared | None = None):  # as of `Stage2`
         super().__init__()
-        self.teacher, self.student, self.schedule, self.embeddings = (teacher, student, schedule,
-            PhraseEmbeddings(teacher))
-        self.tracking, self.teacher_features = Stage2(teacher, student, schedule, keep=keep), EncodeOnce(teacher,
-            detector=True, keep=keep and not schedule.augment)
-        self.student_features = self.live if schedule.encoder_lr else EncodeOnce(student, detector=True,
-            keep=keep and not schedule.augment)
+        self.teacher, self.student, self.schedule = teacher, student, schedule
+        self.embeddings = PhraseEmbeddings(teacher)
+        self.tracking = Stage2(teacher, student, schedule, keep=keep, shared=shared)
+        seen = partial(EncodeOnce, detector=True, keep=keep and not schedule.augment, shared=shared)
+        self.teacher_features = seen(teacher)
+        self.student_features = self.live if schedule.encoder_lr else seen(student)
         self.tracking.student_features = self.student_features
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
@@ -401,13 +403,13 @@ def count_images(recipe: Mapping) -> int:
 
 # %% ../../nbs/30_stage3.ipynb #c035t
 def train_stage3(student: EfficientSam3, teacher: Sam3, recipe: Mapping, s: Schedule, query_sampling: QuerySampling,
-                 folder: Path, seed: int, **options) -> dict[str, Any]:
+                 folder: Path, seed: int, shared: Shared | None = None, **options) -> dict[str, Any]:
     """The feature warm-up, where the schedule has one and thaws the encoder, and the concepts, in place; the account of
     both. `options` of `fit`."""
     for_training(student, s)
     sides, sampling = (teacher.image_size, student.image_size), recipe["sampling"]
     options = {"bad": sampling["bad"], **options}
-    task = Stage3(teacher, student, s, EncodeOnce.fits(teacher, count_images(recipe), True))
+    task = Stage3(teacher, student, s, fits_in_memory(teacher, count_images(recipe), True), shared)
     if "clips" in recipe["splits"]["train"]:
         task.tracking.sampled = sought(open_dataset(recipe, "train", "clips"), sampling["tracks"])
     source, warmup = MixedSteps(recipe, s, sides, seed, query_sampling, teacher), {"seconds": 0.0}
@@ -439,7 +441,7 @@ def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", *, encoder_lr: flo
     if not is_saved(folder):
         announce(stage, "images")
         save_student(folder, student, train_stage3(student, teacher, recipe, s, query_sampling, folder, run.seed,
-                                                   **stage.fitting))
+                                                   KEPT_MAPS, **stage.fitting))
     student, trained = saved_student(folder, teacher.device)
     score(stage, "student", student)
     return finish(stage, student, trained, controls={})
