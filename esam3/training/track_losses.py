@@ -190,6 +190,42 @@ class SingleFrameWarmup(nn.Module):
         "As `Stage2.counts`, of the warm-up's frames."
         return pair_counts(batch, self.frames(batch), self.stage.found(batch))
 
+# %% ../../nbs/24_track_losses.ipynb #t034
+@patch
+def _prepared(self: SingleFrameWarmup, batch: ClipBatch) -> tuple[TeacherForcedClip, TeacherTracks | None]:
+    "The forced memory of a batch and what the teacher says of it, made once."
+    content = self.stage.schedule.augment or not batch.numbers
+    key = (blake2b(b"".join(image.tobytes() for image in batch.images)).digest() if content
+           else (*batch.names, *batch.numbers), *batch.ids)
+    if key not in self.kept:
+        teacher_tracks = self.stage.teach(batch, "mask")
+        forced = force_memory(self.dense, self.stage.student_features(batch), batch,
+                              *to_remember(teacher_tracks, batch, 4 * self.dense.grid))
+        tensors = [*vars(forced).values(), *(vars(teacher_tracks).values() if teacher_tracks else ())]
+        self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in tensors)
+    tensors = [x.to(batch.frame_index.device, non_blocking=True) for x in self.kept[key]]
+    return TeacherForcedClip(*tensors[:4]), TeacherTracks(*tensors[4:]) if tensors[4:] else None
+
+# %% ../../nbs/24_track_losses.ipynb #t032a
+@patch
+def _answer(self: SingleFrameWarmup, seen: Features, image_index: Tensor, memories: list[Memory]) -> MaskSet:
+    "The student's masks on images `image_index` [N], given the memories of all frames before."
+    student, history = self.stage.student, History(self.dense.tracker_model.config)
+    for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
+    return student.decode(seen, unprompted(student, seen, image_index),
+                          student.recall(seen, image_index, history.bank(len(memories))))
+
+# %% ../../nbs/24_track_losses.ipynb #t032
+@patch
+def _losses(self: SingleFrameWarmup, image_index: Tensor, t: int, seen: Features, batch: ClipBatch,
+            memories: list[Memory], read: Tensor, truth: Tensor | None, teacher_tracks: TeacherTracks | None,
+            whole: Mapping[str, float | Tensor], weight: Tensor) -> dict[str, Tensor]:
+    "Losses of the answer to frame `t`, on images `image_index` [N], given the memories of all frames before."
+    s, answer = self.stage.schedule, self._answer(seen, image_index, memories)
+    off = over_count((read_errors(answer, read, batch, image_index) * weight).sum(), whole["pairs"])
+    return ({"read-out": s.lambda_read * off} if s.lambda_read else {}) | frame_losses(
+        answer, t, batch, truth, teacher_tracks, s.lambda2, s.lambda_read, s.focal, s.temperature, whole, weight)
+
 # %% ../../nbs/24_track_losses.ipynb #t031
 @patch
 def forward(self: SingleFrameWarmup, batch: ClipBatch,
@@ -214,39 +250,3 @@ def forward(self: SingleFrameWarmup, batch: ClipBatch,
                                                 truth, teacher_tracks, whole, weight)
         for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
     return out
-
-# %% ../../nbs/24_track_losses.ipynb #t032
-@patch
-def _losses(self: SingleFrameWarmup, image_index: Tensor, t: int, seen: Features, batch: ClipBatch,
-            memories: list[Memory], read: Tensor, truth: Tensor | None, teacher_tracks: TeacherTracks | None,
-            whole: Mapping[str, float | Tensor], weight: Tensor) -> dict[str, Tensor]:
-    "Losses of the answer to frame `t`, on images `image_index` [N], given the memories of all frames before."
-    s, answer = self.stage.schedule, self._answer(seen, image_index, memories)
-    off = over_count((read_errors(answer, read, batch, image_index) * weight).sum(), whole["pairs"])
-    return ({"read-out": s.lambda_read * off} if s.lambda_read else {}) | frame_losses(
-        answer, t, batch, truth, teacher_tracks, s.lambda2, s.lambda_read, s.focal, s.temperature, whole, weight)
-
-
-@patch
-def _answer(self: SingleFrameWarmup, seen: Features, image_index: Tensor, memories: list[Memory]) -> MaskSet:
-    "The student's masks on images `image_index` [N], given the memories of all frames before."
-    student, history = self.stage.student, History(self.dense.tracker_model.config)
-    for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
-    return student.decode(seen, unprompted(student, seen, image_index),
-                          student.recall(seen, image_index, history.bank(len(memories))))
-
-# %% ../../nbs/24_track_losses.ipynb #t034
-@patch
-def _prepared(self: SingleFrameWarmup, batch: ClipBatch) -> tuple[TeacherForcedClip, TeacherTracks | None]:
-    "The forced memory of a batch and what the teacher says of it, made once."
-    content = self.stage.schedule.augment or not batch.numbers
-    key = (blake2b(b"".join(image.tobytes() for image in batch.images)).digest() if content
-           else (*batch.names, *batch.numbers), *batch.ids)
-    if key not in self.kept:
-        teacher_tracks = self.stage.teach(batch, "mask")
-        forced = force_memory(self.dense, self.stage.student_features(batch), batch,
-                              *to_remember(teacher_tracks, batch, 4 * self.dense.grid))
-        tensors = [*vars(forced).values(), *(vars(teacher_tracks).values() if teacher_tracks else ())]
-        self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in tensors)
-    tensors = [x.to(batch.frame_index.device, non_blocking=True) for x in self.kept[key]]
-    return TeacherForcedClip(*tensors[:4]), TeacherTracks(*tensors[4:]) if tensors[4:] else None
