@@ -22,9 +22,8 @@ from ..core import seed_at, write_json
 from .mask_files import rle, write_png  # from chapter 4: what benchmarks read
 from .public_sets import NumberedSample
 from .samples import ClipSample, ImageSample, Phrase, boxes_of, rle_runs
-from .toyworld import (
-    EVERY, Instance, draw_clip, matches, sa1b_record, saco_pair, sample_image, sample_scene, sav_record,
-    veval_file, write_mp4, _add, _jpeg)
+from .toyfiles import EVERY, add_member, jpeg_bytes, sa1b_record, saco_pair, sav_record, veval_file, write_mp4
+from .toyworld import Instance, draw_clip, matches, sample_image, sample_scene
 
 # %% ../../nbs/01i_golden.ipynb #c006
 Truth = dict[tuple[str, str], list[ImageSample | ClipSample]]  # (split, kind of data) of a recipe → its samples
@@ -86,8 +85,8 @@ def write_sa1b_tars(root: Path) -> Truth:
                 speck = np.zeros_like(masks[:1]); speck[0, 2:7, 3:9] = True
                 record = sa1b_record(k, image, np.concatenate([masks, speck]))
                 record["image"]["file_name"] = f"sa_{k}.jpg"
-                _add(tar, f"{before}sa_{k}.jpg", _jpeg(image))
-                _add(tar, f"{before}sa_{k}.json", json.dumps(record).encode())
+                add_member(tar, f"{before}sa_{k}.jpg", jpeg_bytes(image))
+                add_member(tar, f"{before}sa_{k}.json", json.dumps(record).encode())
                 large = masks[masks.sum((1, 2)) >= 64]
                 truth.setdefault((split, "images"), []).append(ImageSample(f"sa_{k}", image, large))
     return truth
@@ -125,7 +124,7 @@ def write_sav_train(root: Path, by: str = "manual") -> Truth:
 def _write_frames(folder: Path, images: np.ndarray, stems: Sequence[str]) -> None:
     "Frames [T, H, W, 3] as JPEGs."
     folder.mkdir(parents=True)
-    for image, stem in zip(images, stems): (folder / f"{stem}.jpg").write_bytes(_jpeg(image))
+    for image, stem in zip(images, stems): (folder / f"{stem}.jpg").write_bytes(jpeg_bytes(image))
 
 
 def write_sav_folders(root: Path) -> Truth:
@@ -301,7 +300,7 @@ def _web(number: int, folder: str, shape: Sequence[int]) -> dict[str, Any]:
 
 def _put(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_jpeg(image))
+    path.write_bytes(jpeg_bytes(image))
 
 # %% ../../nbs/01i_golden.ipynb #c029
 def write_coco(root: Path) -> Truth:

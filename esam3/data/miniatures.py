@@ -16,9 +16,10 @@ import numpy as np
 from scipy import ndimage
 
 from ..core import atomically, cache_dir, seed_at, write_json
-from .toyworld import (
-    EVERY, VERSION, Scene, Split, draw_clip, enlarged, matches, sa1b_record, saco_pair, sample_image,
-    sample_phrase, sample_scene, sav_record, veval_file, write_mp4, _add, _image, _jpeg)
+from .toyfiles import (
+    EVERY, VERSION, Split, add_member, enlarged, jpeg_bytes, sa1b_record, saco_pair, sav_record, split_image,
+    veval_file, write_mp4)
+from .toyworld import Scene, draw_clip, matches, sample_image, sample_phrase, sample_scene
 
 # %% ../../nbs/01d_miniatures.ipynb #c005
 # short and long side, px
@@ -64,8 +65,8 @@ def write_sa1b(path: Path, numbers: Sequence[int]) -> None:
     with tarfile.open(path, "w") as tar:
         for k in numbers:
             image, masks = sa1b_sample(k)
-            _add(tar, f"sa_{k}.jpg", _jpeg(image))
-            _add(tar, f"sa_{k}.json", json.dumps(sa1b_record(k, image, masks)).encode())
+            add_member(tar, f"sa_{k}.jpg", jpeg_bytes(image))
+            add_member(tar, f"sa_{k}.json", json.dumps(sa1b_record(k, image, masks)).encode())
 
 # %% ../../nbs/01d_miniatures.ipynb #c012
 def draw_video(part: str, number: int, frames: int) -> tuple[Scene, np.ndarray, np.ndarray]:
@@ -99,10 +100,10 @@ def write_saco(folder: Path, media: str, names: Sequence[str],  # of images
     "SA-Co images with three phrases each, below `folder`/`media`, and `folder`/annotations/*.json."
     said = [([], []) for _ in annotations]
     for k, name in enumerate(names):
-        drawn, _, _, phrases = _image(DRAWN, first + k)
+        drawn, _, _, phrases = split_image(DRAWN, first + k)
         size = real_size(drawn, sides)
         (folder / media / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / media / name).write_bytes(_jpeg(enlarged(drawn, size)))
+        (folder / media / name).write_bytes(jpeg_bytes(enlarged(drawn, size)))
         for kind, text, instances in phrases:
             for by, (pairs, marks) in enumerate(said):
                 pair, found = saco_pair(len(pairs), name, text, kind, _as_seen(enlarged(instances, size), by),
@@ -128,7 +129,7 @@ def write_veval(folder: Path, name: str, numbers: Sequence[int], frames: Sequenc
         video, media, (scene, images, masks) = f"sav_{k:06d}", folder / "sav_frames", draw_video("veval", k, t * EVERY)
         size, files = real_size(images[0], SAV), [f"{video}/{i * EVERY:05d}.jpg" for i in range(t)]
         (media / video).mkdir(parents=True)
-        for f, image in zip(files, images[::EVERY]): (media / f).write_bytes(_jpeg(enlarged(image, size)))
+        for f, image in zip(files, images[::EVERY]): (media / f).write_bytes(jpeg_bytes(enlarged(image, size)))
         clips.append((video, enlarged(masks, size), _phrases(scene, _rng("phrases", k)), files))
     (folder / "annotations").mkdir(exist_ok=True)
     write_json(folder / "annotations" / name, veval_file(clips))
