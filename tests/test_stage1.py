@@ -13,7 +13,7 @@ from test_resume import STEPS, finish, kill_in_training, start
 
 from esam3.core import Part, seed_everything
 from esam3.data.batches import ImageBatch, collate_images, load_recipe, some_instances
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.models.prompts import refine
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher

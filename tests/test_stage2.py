@@ -14,7 +14,7 @@ from esam3.core import seed_everything
 from esam3.data.batches import ClipBatch, collate_clips, load_recipe, open_dataset
 from esam3.data.readers import Videos
 from esam3.data.samples import ClipSample
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.models.perceiver import SpatialPerceiver, windows
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Bank, Features, Sam3, load_teacher
