@@ -28,7 +28,7 @@ from ..evaluation.evaluate import limits_of, run_scores, teacher_scores
 from ..models.prompts import chances, initial_prompts, refine, to_space
 from ..models.student import build_student
 from ..models.teacher import Features, MaskSet, Prompts, Sam3, load_teacher
-from ..schedules import Schedule, schedule_for
+from ..schedules import ImageSchedule, Schedule, Stage1Schedule, schedule_for
 from .cluster import ends_together
 from .feature_cache import (
     FeatureCache, ReplayedSample, Replays, cache_settings, encode_trunk, features_from_trunk, plan, write_cache)
@@ -179,7 +179,7 @@ def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
                  told: MaskSet,   # the teacher's answer
                  truth: Tensor,   # [n, 4g, 4g] coverage in 0…1
                  valid: Tensor,   # [n, 4g, 4g] bool
-                 schedule: Schedule,
+                 schedule: ImageSchedule,
                  instances: float | Tensor,  # that sums over instances are divided by
                  weight: Tensor   # [n] of each instance in them
                  ) -> tuple[dict[str, Tensor], Tensor]:
@@ -197,7 +197,7 @@ def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
 
 
 def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
-                  batch: ImageBatch, schedule: Schedule,
+                  batch: ImageBatch, schedule: ImageSchedule,
                   # `instances` of the whole step; None: these are all
                   whole: Mapping[str, float | Tensor] | None = None,
                   weight: Tensor | None = None  # [N] of each instance; None: 1
@@ -239,7 +239,7 @@ class Stage1(nn.Module):
     """Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the
     schedule asks for."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage1Schedule,
                  sampled: int = 0):  # instances to find in an image without annotation; 0: images bring their instances
         super().__init__()
         self.teacher, self.student, self.schedule, self.sampled = teacher, student, schedule, sampled
@@ -292,7 +292,7 @@ class Stage1(nn.Module):
 
 # %% ../../nbs/10_stage1.ipynb #c020s
 def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str, object] | None = None,
-                    **given: float | str) -> Schedule:
+                    **given: float | str) -> Stage1Schedule:
     """Stage 1's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or when there is
     nothing to learn from."""
     s = schedule_for(1, recipe, {**(options or {}), **({"refinements": refinements} if refinements >= 0 else {})},
@@ -319,8 +319,8 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     """Run stage 1 and return its folder, with `student/`, `metrics.jsonl` and `report.json`. A finished run is returned
     as it is.
 
-    `widths`: of the neck's pyramid (`TinyFPN`'s). `options`: fields of `Schedule`, where 0 counts. Raises `OSError`
-    where the recipe's ImageNet weights cannot be had."""
+    `widths`: of the neck's pyramid (`TinyFPN`'s). `options`: fields of `Stage1Schedule`, where 0 counts. Raises
+    `OSError` where the recipe's ImageNet weights cannot be had."""
     recipe = with_sampling(load_recipe(recipe), sampling)
     s = stage1_schedule(recipe, refinements, with_checkpoint(options, checkpoint), schedule=schedule, steps=steps,
                         batch_size=batch_size, micro_batch=micro_batch, lr=lr)

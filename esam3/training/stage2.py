@@ -33,7 +33,7 @@ from ..models.perceiver import squarest
 from ..models.student import EfficientSam3, with_memory
 from ..models.teacher import ASSETS, NO_OBJECT, Features, MaskSet, Memory, Prompts, Sam3, gate, load_teacher
 from ..models.tracker import CERTAIN, History, clip_time, own_time, see, track, unprompted
-from ..schedules import Schedule, schedule_for
+from ..schedules import ClipSchedule, MaskSchedule, Stage2Schedule, Stage3Schedule, schedule_for
 from .cluster import ends_together
 from .loop import TRAINS, fit, parameter_groups, recomputed, with_checkpoint
 from .losses import image_errors, mask_iou, mask_loss, over_count, score_loss, soft_target, task_terms
@@ -46,7 +46,7 @@ from .tracks import from_first, propose, sought, with_tracks
 MEMORIES = ("perceiver", "dense", "pooling")
 
 
-def give_memory(student: EfficientSam3, memory: str, schedule: Schedule) -> EfficientSam3:
+def give_memory(student: EfficientSam3, memory: str, schedule: Stage2Schedule) -> EfficientSam3:
     """The student with an untrained Perceiver of the schedule's latents, with as many means of windows ("pooling"), or
     with dense memory; everything else keeps its weights.
 
@@ -69,7 +69,7 @@ def there_and_back(sample: ClipSample) -> ClipSample:
                    annotated=sample.annotated[:, order], numbers=[sample.numbers[t] for t in order])
 
 
-def clip_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
+def clip_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
                samples: Sequence[ClipSample], rngs: Sequence[np.random.Generator],
                rng: np.random.Generator) -> ClipBatch:
     """Clips of a step as a batch: one augmentation for all frames of a clip; all clips of a step there and back, or
@@ -79,7 +79,7 @@ def clip_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
     return collate_clips(samples, *sides, recipe["sampling"]["tracks"], rngs, recipe["sampling"]["late"])
 
 
-def clip_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+def clip_source(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int], seed: int,
                 kind: str = "clips",  # or "concept_clips": with their phrases
                 period: int = 0       # of `Steps`
                 ) -> Steps:
@@ -242,7 +242,7 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
                  teacher_tracks: TeacherTracks | None,   # the teacher's answer; None: the truth alone teaches
                  lambda2: float,        # weight of the teacher's part
                  lambda_read: float = 1.0,  # of the read-out term in it
-                 focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `Schedule`
+                 focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `MaskSchedule`
                  # `judged` pairs of the whole step; None: this frame is all
                  whole: Mapping[str, float | Tensor] | None = None,
                  weight: Tensor | None = None   # [N] of each track for the teacher's part; None: 1
@@ -287,7 +287,7 @@ FADES: Mapping[str, Callable[[float], float]] = {  # part of training done, 0…
     "": lambda part: 1.0, "linear": lambda part: 1 - part, "cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part))}
 
 
-def read_weight(schedule: Schedule, step: int) -> float:
+def read_weight(schedule: Stage2Schedule | Stage3Schedule, step: int) -> float:
     """Weight of the teacher's read-out at a step (§4.3): `lambda_read`, fading to 0 at the last step if `read_decay`
     says so."""
     return schedule.lambda_read * FADES[schedule.read_decay](min(1.0, step / max(1, schedule.steps - 1)))
@@ -297,7 +297,7 @@ class Stage2(nn.Module):
     """Losses of stage 2 (§4.3): masks and scores of the student's tracker against the teacher's and against the truth,
     at every frame."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage2Schedule | Stage3Schedule,
                  # instances to find in a clip of video without annotation; 0: clips bring their tracks
                  sampled: int = 0,
                  keep: bool = True):  # maps of images that are not augmented
@@ -354,7 +354,7 @@ class Stage2(nn.Module):
 
 def track_losses(answers: Sequence[MaskSet],  # the student's, of all frames
                  batch: ClipBatch, frames: Sequence[int],  # which are judged
-                 truth: Tensor | None, teacher_tracks: TeacherTracks | None, schedule: Schedule, lambda_read: float,
+                 truth: Tensor | None, teacher_tracks: TeacherTracks | None, schedule: MaskSchedule, lambda_read: float,
                  whole: Mapping[str, float | Tensor] | None = None,  # as in `frame_losses`; None: these frames are all
                  checkpoint: bool = False,  # compute losses again in the backward pass
                  weight: Tensor | None = None  # [N], as in `frame_losses`
@@ -491,7 +491,7 @@ def ablations(variant: str) -> dict[str, dict]:
 
 
 def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None, distill: bool = True,
-                    **given: float | str) -> Schedule:
+                    **given: float | str) -> Stage2Schedule:
     """Stage 2's schedule. `options`: fields of it, where 0 counts. `distill=False`: the truth alone teaches.
     `ValueError` for an unknown word."""
     s = schedule_for(2, recipe, {**(options or {}), **({} if distill else {"lambda2": 0.0})}, **given)
@@ -519,7 +519,7 @@ def most_frames(sampling: Mapping) -> int:
     return sampling["frames"] if isinstance(sampling["frames"], int) else sampling["frames"][1]
 
 
-def train_stage2(student: EfficientSam3, teacher: Sam3, base: Path, recipe: Mapping, s: Schedule, folder: Path,
+def train_stage2(student: EfficientSam3, teacher: Sam3, base: Path, recipe: Mapping, s: Stage2Schedule, folder: Path,
                  seed: int, **options) -> dict[str, Any]:
     """The single-frame warm-up, where the schedule has one, and the rollouts, in place; the account of both. `options`
     of `fit`."""
@@ -547,7 +547,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "",
     """Run stage 2 (and stage 1 of a toy recipe when it is missing) and return its folder. A finished run is returned as
     it is.
 
-    `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
+    `options`: fields of `Stage2Schedule`, where 0 counts. `brief`: score nothing but the student's tracker."""
     recipe, options = with_sampling(load_recipe(recipe), sampling), {k: v for k,
         v in (("lambda_read", lambda_read), ("warmup_steps", warmup_steps)) if v >= 0} | dict(options or {})
     s = stage2_schedule(recipe, with_checkpoint(options, checkpoint), distill, schedule=schedule, steps=steps,
