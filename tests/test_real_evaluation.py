@@ -17,7 +17,7 @@ from PIL import Image
 
 from esam3.data.batches import load_recipe, open_dataset
 from esam3.data.samples import ClipSample, Phrase, RunMasks
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.evaluation import concept_scores, evaluate as module
 from esam3.evaluation.concept_scores import image_scores, lending, shown_instance
 from esam3.evaluation.evaluate import (

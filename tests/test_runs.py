@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from esam3.data.batches import RECIPES, load_recipe, open_dataset
 from esam3.data.readers import SaV
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.evaluation import evaluate
 from esam3.evaluation.evaluate import limits_of, run_scores
 from esam3.evaluation.protocols import clip_scores

@@ -25,9 +25,8 @@ from transformers.models.sam2_video.video_processing_sam2_video import Sam2Video
 
 from ..core import Spaces, atomically, nearest, open_run, runs_folder, seed_at
 from ..data.batches import teacher_pixels
-from esam3.data.toyworld import (
-    COLORS, PATTERNS, SHAPES, Instance, draw_clip, inside_shape, matches, sample_image, sample_phrase,
-    sample_scene)
+from ..data.toyworld import (
+    COLORS, PATTERNS, SHAPES, Instance, draw_clip, inside_shape, matches, sample_image, sample_phrase, sample_scene)
 from ..models.teacher import ASSETS, Detections, Features, Prompts, Sam3, load_teacher
 from esam3.models.tracker import (  # chapter 2's: a teacher that tracks is trained with the tracker that students use
     Track, track)

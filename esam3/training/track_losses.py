@@ -21,7 +21,7 @@ from ..data.batches import ClipBatch
 from ..models.student import EfficientSam3
 from ..models.teacher import Features, MaskSet, Memory, Sam3, gate
 from ..models.tracker import CERTAIN, History, first_prompts, see, track, unprompted
-from ..schedules import Schedule
+from ..schedules import MaskSchedule, Stage2Schedule, Stage3Schedule
 from .encode_once import Kept
 from .loop import recomputed
 from .losses import image_errors, mask_iou, mask_loss, over_count, score_loss, soft_target, task_terms
@@ -79,7 +79,7 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
                  truth: Tensor | None,                  # [N, T, 4g, 4g] coverage in 0…1; None: nothing is annotated
                  teacher_tracks: TeacherTracks | None,  # None: the truth alone teaches
                  lambda2: float, lambda_read: float = 1.0,      # of the teacher's terms; of the read-out among them
-                 focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `Schedule`
+                 focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `MaskSchedule`
                  whole: Mapping[str, float | Tensor] | None = None,  # `pair_counts` of the step; None: of this frame
                  weight: Tensor | None = None           # [N] of each track in the teacher's terms; None: 1
                  ) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ FADES: Mapping[str, Callable[[float], float]] = {  # fraction of training done, 
     "": lambda done: 1.0, "linear": lambda done: 1 - done, "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done))}
 
 
-def read_weight(schedule: Schedule, step: int) -> float:
+def read_weight(schedule: Stage2Schedule | Stage3Schedule, step: int) -> float:
     """Weight of the teacher's read-out at a step (§4.3): `lambda_read`, fading to 0 at the last step if `read_decay`
     says so."""
     return schedule.lambda_read * FADES[schedule.read_decay](min(1.0, step / max(1, schedule.steps - 1)))
@@ -116,7 +116,7 @@ def read_weight(schedule: Schedule, step: int) -> float:
 # %% ../../nbs/24_track_losses.ipynb #t021
 def track_losses(answers: Sequence[MaskSet],       # the student's, of all frames
                  batch: ClipBatch, frames: Sequence[int],  # which of them count
-                 truth: Tensor | None, teacher_tracks: TeacherTracks | None, schedule: Schedule, lambda_read: float,
+                 truth: Tensor | None, teacher_tracks: TeacherTracks | None, schedule: MaskSchedule, lambda_read: float,
                  whole: Mapping[str, float | Tensor] | None = None,  # as in `frame_losses`; None: these frames are all
                  checkpoint: bool = False,         # compute losses again in the backward pass
                  weight: Tensor | None = None      # [N], as in `frame_losses`
