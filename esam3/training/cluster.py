@@ -23,7 +23,7 @@ from ..core import pick_device, printable
 
 # %% ../../nbs/08_cluster.ipynb #c809s
 class Stopped(Exception):
-    "A run has written a checkpoint and ends, because it was asked to."
+    "A run has written a checkpoint and ends before its last step, on request."
 
 
 def stop_requested() -> bool:
