@@ -10,7 +10,7 @@ __all__ = ['VARIANTS', 'PRECISIONS', 'Variant', 'nearest', 'find_variant', 'onto
 
 # %% ../nbs/00_core.ipynb #c002
 import ast, contextlib, difflib, hashlib, importlib, json, os, platform, random, resource, shutil, sys, tempfile, typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -289,11 +289,13 @@ def check_parameters(declared: Mapping[str, tuple[type, object]],  # name → (t
                              f"{type(value).__name__} {value!r}")
 
 # %% ../nbs/00_core.ipynb #c030
-def guard(namespace: Mapping[str, object]  # the notebook's `globals()`; `In` holds the cells run so far
-          ) -> dict[str, object]:          # the parameters and their values
+def guard(namespace: MutableMapping[str, object],   # the notebook's `globals()`; `In` holds the cells run so far
+          test: Mapping[str, object] | None = None  # name → value under `nbdev_test`, set in the namespace too
+          ) -> dict[str, object]:                   # the parameters and their values
     """Check the values that a run notebook's parameters cell, and papermill after it, have set.
 
-    Raises `ValueError` naming the nearest valid parameter, or the right type."""
+    Raises `ValueError` naming the nearest valid parameter, or the right type; for the values of `test` at
+    all times."""
     cells = [c for c in namespace.get("In", []) if c.strip() and not c.startswith(("%", "!"))]
     source = next((c for c in reversed(cells) if _declares(c)), "")
     if source: declared = declared_in(source)
@@ -301,6 +303,8 @@ def guard(namespace: Mapping[str, object]  # the notebook's `globals()`; `In` ho
     injected = [n for c in cells if c.startswith("# Parameters") for n in ast.parse(c).body
                 if isinstance(n, ast.Assign)]
     names = [*declared, *(t.id for n in injected for t in n.targets)]
+    check_parameters(declared, test or {})
+    if os.environ.get("IN_TEST"): namespace.update(test or {})
     check_parameters(declared, {k: namespace[k] for k in names})
     return {k: float(namespace[k]) if declared[k][0] is float else namespace[k] for k in declared}
 

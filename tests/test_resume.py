@@ -25,7 +25,7 @@ from esam3.training.stage1 import run_stage1
 from logs import chance, content, rows
 
 STEPS = 8
-RUN = ("import sys, json; from esam3.training import loop, stage{0}; loop.in_ranks(stage{0}.run_stage{0}, {1}, "
+RUN = ("import sys, json; from esam3.training import in_ranks, stage{0}; in_ranks(stage{0}.run_stage{0}, {1}, "
        "**json.loads(sys.argv[1]))")
 
 

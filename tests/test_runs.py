@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from esam3.data.batches import RECIPES, load_recipe, open_dataset
 from esam3.data.readers import SaV
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.evaluation import evaluate
 from esam3.evaluation.evaluate import limits_of, run_scores
 from esam3.evaluation.protocols import clip_scores
@@ -113,7 +113,7 @@ def test_clips_of_different_lengths_are_scored(tmp_path, monkeypatch):
 def test_long_clips_do_not_fill_the_memory():
     "What the tracker keeps of a clip stops growing."
     from esam3.evaluation.heldout import opening
-    from esam3.evaluation.protocols import as_batch
+    from esam3.models.tracker import as_batch
     from esam3.data.samples import ImageSample
     from esam3.models.tracker import Follower
     model, clip = load_teacher("toy"), open_dataset("tiny", "held_out", "clips").read(0)
@@ -204,7 +204,8 @@ import sys, torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 from esam3.data.batches import open_dataset
-from esam3.evaluation.heldout import as_batch, look, opening
+from esam3.evaluation.heldout import opening
+from esam3.models.tracker import as_batch, look
 from esam3.models.student import EfficientSam3
 model = EfficientSam3.from_pretrained(sys.argv[1]).eval()
 batch = as_batch(model, [open_dataset("tiny", "held_out", "images").read(0)])
