@@ -220,10 +220,10 @@ def _rounded(value: float, digits: int) -> float | str:
 # %% ../../nbs/05_training.ipynb #c015s
 def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[object], step: int, seed: int,
           schedule: Schedule, together: Together,
-          stopping: bool = False  # this rank is asked to stop
+          stopping: bool = False  # this rank has been requested to stop
           ) -> tuple[dict[str, object], bool]:
-    """One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank was
-    asked to stop. Left out by all ranks where a loss or the gradient is not finite."""
+    """One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank has
+    to stop. Left out by all ranks where a loss or the gradient is not finite."""
     sums = _losses(accelerator, task, parts, step, seed, together)
     # then a gradient that is not finite is the scaler's business
     overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
@@ -338,7 +338,7 @@ def _follow(average: dict[str, Tensor], now: Mapping[str, Tensor], decay: float)
 # %% ../../nbs/05_training.ipynb #c014I
 @patch
 def learn(self: Training, step: int, parts: list, seed: int) -> bool:
-    """One step: the weights, their average, a line of the log; whether a rank was asked to stop. `FloatingPointError`
+    """One step: the weights, their average, a line of the log; whether a rank has to stop. `FloatingPointError`
     when `NOT_FINITE` steps in a row were left out."""
     logged, stopped = _step(self.accelerator, self.wrapped, self.optimizer, parts, step, seed, self.schedule,
                             self.together, self.stopping)
