@@ -17,7 +17,8 @@ from esam3.data.samples import ClipSample
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher
 from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, parameter_groups, tracks, train_mode
+from esam3.training import tracks
+from esam3.training.loop import TRAINS, parameter_groups, train_mode
 from esam3.training.runs import digests
 from esam3.training.stage1 import check_cache, image_source, run_stage1
 from esam3.training.stage2 import SingleFrameWarmup, Stage2, clip_source, give_memory, there_and_back
@@ -303,7 +304,7 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
 
 @pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])
 def test_stage_3_finds_tracks_where_nobody_has_marked_any(tmp_path, monkeypatch, part, count):
-    from esam3.training.loop import stage3
+    from esam3.training import stage3
     (tmp_path / "plain.yaml").write_text(f"extends: tiny\nsplits: {{train: {{clips: {part}}}}}\n")
     tasks, recipe, (teacher, student) = [], load_recipe(tmp_path / "plain.yaml"), networks()
     monkeypatch.setattr(stage3, "fit", lambda task, *rest, **options: tasks.append(task) or {})

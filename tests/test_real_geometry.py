@@ -217,7 +217,7 @@ def test_stage3_takes_what_a_recipe_has():
 
 def test_the_feature_warmup_takes_concept_images(monkeypatch):
     "saco has no plain images."
-    from esam3.training.loop import stage3
+    from esam3.training import stage3
     seen = {}
     monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_,
                         **__: seen.setdefault("batch", source[Part(0)]))
