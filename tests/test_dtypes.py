@@ -15,13 +15,13 @@ from torch import Tensor
 
 from esam3.data.batches import load_recipe, open_dataset
 from esam3.data.samples import ImageSample, boxes_of
-from esam3.evaluation.heldout import as_batch, look, opening, prompt_scores
+from esam3.evaluation.heldout import opening, prompt_scores
 from esam3.evaluation.protocols import answer_images, follow
 from esam3.models.concept_video import Exemplar, follow_concepts
 from esam3.models.perceiver import AveragePooling
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import HALF, PLACES, Bank, Features, Prompts, Sam3, gate, load_teacher
-from esam3.models.tracker import Follower
+from esam3.models.tracker import Follower, as_batch, look
 from esam3.training.concepts import PhraseEmbeddings
 
 ONE = torch.zeros(1, dtype=torch.long)
@@ -126,7 +126,7 @@ def clips(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"masks": torch.tensor(np.stack([frame[n] for frame in out for n in names]) > 0)}
 
 
-def prompted_pictures(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def prompted_images(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     out = answer_images(model(who, dtype), data().images, ("box", "point+2"))
     return {f"masks {k}": torch.tensor(np.concatenate([masks[k] for masks in out.values()])) for k in range(2)}
 
@@ -157,7 +157,7 @@ def concepts(who: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"scores": torch.tensor([f.score for f in found]), "masks": masks}
 
 
-CALLS = {f.__name__: f for f in (encode, detect_phrases, detect_exemplars, memory, tracker, clips, prompted_pictures,
+CALLS = {f.__name__: f for f in (encode, detect_phrases, detect_exemplars, memory, tracker, clips, prompted_images,
                                  prompt_miou, concepts)}
 CALLS |= {f"decode {start}": decode(start) for start in ("box", "point", "mask")}
 

@@ -21,8 +21,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from esam3.data.batches import load_recipe, open_dataset, readers, samples
-from esam3.data.toyworld import toyworld
+from esam3.data import readers, samples
+from esam3.data.batches import load_recipe, open_dataset
+from esam3.data.toyfiles import toyworld
 from esam3.models.teacher import load_teacher
 from esam3.show import survey
 from esam3.training.checkpoints import read_state

@@ -110,7 +110,7 @@ def test_feature_errors_by_hand():
     with pytest.raises(ValueError, match="map 1"): feature_errors([student, student[:, :1]], [teacher, teacher])
 
 
-def test_a_pictures_error_is_its_own():
+def test_an_images_error_is_its_own():
     "Images of different scales and paddings, alone or together; parts add up to the whole."
     g = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(3, 4, 6, 6, generator=g) * torch.tensor([1.0, 100, 0.01]).view(3, 1, 1, 1)

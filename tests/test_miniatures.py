@@ -11,7 +11,7 @@ from esam3.data.batches import open_dataset
 from esam3.data.miniatures import FRAMES, draw_video, miniatures, real_size, sa1b_sample
 from esam3.data.readers import SaCoImages
 from esam3.data.samples import ClipSample
-from esam3.data.toyworld import enlarged
+from esam3.data.toyfiles import enlarged
 
 Open = Callable[[str, str, str], object]
 
@@ -75,7 +75,7 @@ def test_a_clip_of_sav_is_the_drawing(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("split, size", [("train", {(720, 1280)}), ("held_out", {(900, 1200)})])
-def test_saco_pictures(opened: Open, split: str, size: set[tuple[int, int]]) -> None:
+def test_saco_images(opened: Open, split: str, size: set[tuple[int, int]]) -> None:
     part = opened("saco", split, "concept_images")
     assert len(part) == 3
     for k in range(3):

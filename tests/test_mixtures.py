@@ -17,7 +17,8 @@ from esam3.data.samples import ClipSample
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher
 from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, parameter_groups, tracks, train_mode
+from esam3.training import tracks
+from esam3.training.loop import TRAINS, parameter_groups, train_mode
 from esam3.training.runs import digests
 from esam3.training.stage1 import check_cache, image_source, run_stage1
 from esam3.training.stage2 import SingleFrameWarmup, Stage2, clip_source, give_memory, there_and_back
@@ -244,7 +245,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return place
 
 
-def test_stage_1_from_a_folder_of_pictures(folder, tmp_path):
+def test_stage_1_from_a_folder_of_images(folder, tmp_path):
     "Two steps with the toy teacher, which finds the instances; no held-out data, no scores."
     (tmp_path / "mine.yaml").write_text("extends: folder\nteacher: toy\nweights: null\nsplits: {train: {clips: "
                                         "null}}\nsampling: {tracks: null, frames: null}\naugment: {short: [96, 128], "
@@ -268,7 +269,7 @@ def test_stage_3_of_a_folder_is_refused(folder):
     with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)
 
 
-def test_pictures_without_a_thing_teach_features(folder, monkeypatch):
+def test_images_without_an_instance_teach_features(folder, monkeypatch):
     "An image in which the teacher sees nothing, or nothing of a pixel's size, costs no step."
     for f in folder.iterdir(): Image.fromarray(np.full((96, 128, 3), 127, np.uint8)).save(f)
     recipe = load_recipe("folder")
@@ -303,7 +304,7 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
 
 @pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])
 def test_stage_3_finds_tracks_where_nobody_has_marked_any(tmp_path, monkeypatch, part, count):
-    from esam3.training.loop import stage3
+    from esam3.training import stage3
     (tmp_path / "plain.yaml").write_text(f"extends: tiny\nsplits: {{train: {{clips: {part}}}}}\n")
     tasks, recipe, (teacher, student) = [], load_recipe(tmp_path / "plain.yaml"), networks()
     monkeypatch.setattr(stage3, "fit", lambda task, *rest, **options: tasks.append(task) or {})

@@ -99,7 +99,8 @@ def test_empty_phrase_is_refused(phrase, teacher, clip):
     assert nothing == visual
 
 
-@pytest.mark.parametrize("phrase", ["красная звезда", "עיגול אדום", "نجمة حمراء", "红色的星", "赤い星", "🌟", "👩‍👩‍👧‍👦",
+@pytest.mark.parametrize("phrase", ["красная звезда", "עיגול אדום", "نجمة حمراء", "红色的星", "赤い星", "🌟",
+                                    "👩‍👩‍👧‍👦",
                                     "e\u0301toile", "ÉTOILE", "İ", "\u200b", "\x00", "red\nstar", "\ud83d",
                                     "red star\ud83d",
                                     "x" * 10_000, "...", "<bos>", "'; --"])

@@ -14,7 +14,7 @@ from esam3.core import declared_in
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-RUNS = [p for p in NOTEBOOKS if re.match(r"[1-9]0_", p.name)]
+RUNS = [p for p in NOTEBOOKS if re.match(r"[1-7]0_", p.name)]
 
 
 def cells(path: Path) -> list[dict]:
@@ -93,7 +93,7 @@ def test_floors_lend_what_they_say(floor):
     assert package.__doc__ and package.__all__ and all(getattr(package, name) for name in package.__all__)
     modules = {p.stem for p in (ROOT / "esam3" / floor).glob("*.py")}
     assert not modules & set(package.__all__), "a name lent would hide a module"
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"): package.nothing
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"): getattr(package, "nothing")  # noqa: B009
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if tagged(p)], ids=lambda p: p.stem)
@@ -134,22 +134,6 @@ def test_notebooks_show_what_they_do(path):
     for o in outputs:
         for kind, data in o.get("data", {}).items():
             assert len("".join(data)) < 140_000, f"a {kind} of {len(''.join(data))} characters"
-
-
-def test_readme_holds_what_index_shows():
-    "The tables of README.md are those that nbs/index.ipynb keeps: `bash .ci/readme > README.md` after running it."
-    readme = (ROOT / "README.md").read_text()
-    tables = ["".join(o["data"]["text/markdown"]) for c in cells(ROOT / "nbs" / "index.ipynb") for o in c["outputs"]
-              if "text/markdown" in o.get("data", {})]
-    assert len(tables) == 11
-    for table in tables: assert re.sub(r"\]\((\d\w+\.ipynb)\)", r"](nbs/\1)", table).strip() in readme
-    for link in re.findall(r"\]\(([^)#:]+)\)", readme): assert (ROOT / link).exists(), f"README.md points to {link}"
-
-
-def test_readme_is_short():
-    "At most 1,500 words beside code, tables and what was measured where."
-    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
-    assert sum(len(line.split()) for line in text.splitlines() if not line.startswith(("|", "- "))) <= 1500
 
 
 def test_no_path_of_one_machine():

@@ -74,7 +74,7 @@ def test_corrective_points(seed, how):
     assert torch.equal(answered.points[:, :-1], prompts.points) and torch.equal(answered.labels[:, :-1], prompts.labels)
 
 
-def test_chance_is_a_pictures_own():
+def test_chance_is_an_images_own():
     "Whoever shares its batch, and however many instances are left of it; even, and never 1."
     seeds, counts = [5, 9, 5, 2], [3, 0, 4, 2]
     whole = chances(seeds, counts, 3)
@@ -188,7 +188,7 @@ def mask_scene(seed: int) -> ImageSample:
     return ImageSample(f"{seed}", np.zeros((100, 160, 3), np.uint8), masks)
 
 
-def test_at_most_16_instances_of_a_picture():
+def test_at_most_16_instances_of_an_image():
     samples = [mask_scene(0), mask_scene(1)]
     assert [len(s.masks) for s in samples] == [40, 40]
     pick = lambda seed: collate_images(samples, 144, 128, rngs=[np.random.default_rng((seed, k))

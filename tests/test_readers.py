@@ -20,7 +20,7 @@ from esam3.data.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort
 from esam3.data.samples import (
     BadSample, ClipSample, ImageSample, Phrase, Reported, RunMasks, Video, boxes_of, decode_rle, read_image,
     rle_area, video_frames)
-from esam3.data.toyworld import toyworld, write_mp4
+from esam3.data.toyfiles import toyworld, write_mp4
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.exists(), reason="needs the sample files in ../shared/data")
@@ -344,7 +344,7 @@ def test_random_run_lengths_never_get_past_the_door():
 
 # ---- samples without instances, and recipes
 
-def test_pictures_without_instances_go_through(tiny):
+def test_images_without_instances_go_through(tiny):
     from esam3.data.samples import ImageSample
     empty = ImageSample("empty", np.zeros((96, 128, 3), np.uint8), np.zeros((0, 96, 128), bool))
     batch = collate_images([augment(empty, rng_at(0, 0), short=(96, 128), crop=128), Sa1b(tiny / "images.tar").read(0)],
@@ -524,7 +524,7 @@ def test_whole_phrases_are_chosen_first(step):
     assert batch.phrases[0] in ([Phrase("a", (0, 1, 2))], [Phrase("b", (0, 1, 2))]) and len(batch.ids) == 3
 
 
-def test_pictures_with_phrases_keep_all_instances():
+def test_images_with_phrases_keep_all_instances():
     masks = clip_of(*["1"] * 5).masks[:, 0]
     talking, silent = (ImageSample(str(k), np.zeros((40, 56, 3), np.uint8), masks, ps) for k,
                        ps in enumerate((PHRASES, [])))
@@ -568,11 +568,11 @@ def test_batches_of_nothing_are_float32(tiny):
         assert {x.dtype for x in (b.boxes, b.points, b.teacher_pixels, b.student_pixels)} == {torch.float32}
         assert {m.dtype for m in b.masks} == {torch.bool}
         assert b.boxes.shape in ((0, 4), (0, 2, 4)) and b.points.shape == (0, 2)
-    assert clips.visible.shape == (0,
-                                   2) and clips.first.dtype == clips.clip.dtype == images.image_index.dtype == torch.int64
+    assert clips.visible.shape == (0, 2)
+    assert clips.first.dtype == clips.clip.dtype == images.image_index.dtype == torch.int64
     full = collate_images([Sa1b(tiny / "images.tar").read(0)], 144, 128)
-    assert (
-        full.boxes.dtype == full.points.dtype == full.student_pixels.dtype == full.teacher_pixels.dtype == torch.float32)
+    found = full.boxes, full.points, full.student_pixels, full.teacher_pixels
+    assert all(values.dtype == torch.float32 for values in found)
 
 
 def test_videos_without_annotation_are_augmented(tiny):

@@ -18,7 +18,7 @@ from esam3.data.batches import collate_clips, load_recipe, open_dataset
 from esam3.data.public_sets import Coco, SaVFolders, Vos, clip_stems
 from esam3.data.readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
 from esam3.data.samples import BadSample, RunMasks, read_image
-from esam3.data.toyworld import toyworld, write_mp4
+from esam3.data.toyfiles import toyworld, write_mp4
 
 H, W = 24, 36
 
@@ -102,7 +102,7 @@ def rle(m: np.ndarray) -> dict:
 
 # ---- 3: annotation and image in different frames
 
-def test_turned_pictures_annotated_as_stored(faults):
+def test_turned_images_annotated_as_stored(faults):
     turned, plain = (Coco(faults / "04_coco_turned" / f"{name}.json", faults / "04_coco_turned")
                      for name in ("exif", "plain"))
     for i in range(len(plain)):
@@ -138,7 +138,7 @@ def test_the_size_of_the_annotation_decides_a_turn(tmp_path, turn, form):
         assert (sample.masks[0] == bright).mean() > 0.95 and any("resized" in kind for kind, _ in sample.notes)
 
 
-def test_annotation_of_another_picture_is_refused(tmp_path):
+def test_annotation_of_another_image_is_refused(tmp_path):
     photo(tmp_path / "a.jpg")
     for segmentation in (box_polygon(A), rle(filled(A, (40, 40)))):
         path = coco_file(tmp_path / "a.json", [{"id": 1, "file_name": "a.jpg", "height": 40, "width": 40}],
@@ -151,7 +151,7 @@ def test_annotation_of_another_picture_is_refused(tmp_path):
              tmp_path).read(0)
 
 
-def test_turned_frames_and_pictures_of_every_layout(tmp_path):
+def test_turned_frames_and_images_of_every_layout(tmp_path):
     """Stored upright with a turn in EXIF, and annotated as stored: SA-1B, DAVIS, SA-V's folders, SA-Co's images and
     frames."""
     def check(sample: Any) -> None:
@@ -186,7 +186,7 @@ def test_turned_frames_and_pictures_of_every_layout(tmp_path):
 @pytest.mark.parametrize("name, values, top", [
     ("grey16.png", np.uint16, 65535), ("grey16.tif", np.uint16, 65535), ("float.tif", np.float32, 1.0),
     ("grey8.bmp", np.uint8, 255)])
-def test_pictures_of_any_depth(tmp_path, name, values, top):
+def test_images_of_any_depth(tmp_path, name, values, top):
     ramp = np.linspace(0, 1, W)[None].repeat(H, 0)
     Image.fromarray((ramp * top).astype(values)).save(tmp_path / name)
     seen = read_image(tmp_path / name)
@@ -194,7 +194,7 @@ def test_pictures_of_any_depth(tmp_path, name, values, top):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr"])
-def test_pictures_of_any_mode(tmp_path, mode):
+def test_images_of_any_mode(tmp_path, mode):
     name = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png")
     Image.new("RGB", (W, H), (255, 255, 255)).convert(mode).save(name)
     assert (read_image(name) >= 254).all() and read_image(name).shape == (H, W, 3)
@@ -208,7 +208,7 @@ def test_numbers_without_a_white_are_refused(tmp_path, values):
         read_image(tmp_path / "a.tif")
 
 
-def test_deep_pictures_of_the_faults(faults):
+def test_deep_images_of_the_faults(faults):
     deep = [read_image(f) for f in sorted((faults / "14_pictures").glob("*.*")) if f.suffix in (".png", ".tif")]
     assert len(deep) == 2 and all(d.min() == 0 and d.max() >= 254 and 100 < d.mean() < 200 for d in deep)
 
@@ -235,7 +235,7 @@ def test_every_reader_of_folders_counts_as_people_do(tmp_path, names, suffix):
     assert [f.stem for f in plain._images(plain.paths[0])] == names and len(plain.read(0).frames) == 3
 
 
-def test_masks_padded_otherwise_than_pictures(tmp_path):
+def test_masks_padded_otherwise_than_images(tmp_path):
     for t in range(11):
         photo(tmp_path / f"JPEGImages/c/{t}.jpg")
         mask(tmp_path / f"Annotations/c/{t:05d}.png", (1, (slice(t, t + 4), slice(0, 5))))

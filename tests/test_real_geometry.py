@@ -33,7 +33,8 @@ import json, sys
 from esam3.training.stage1 import run_stage1
 from esam3.training.stage2 import run_stage2
 from esam3.training.stage3 import run_stage3
-for stage, given in json.loads(sys.argv[1]): print({1: run_stage1, 2: run_stage2, 3: run_stage3}[stage](**given), flush=True)
+for stage, given in json.loads(sys.argv[1]):
+    print({1: run_stage1, 2: run_stage2, 3: run_stage3}[stage](**given), flush=True)
 """
 
 
@@ -216,7 +217,7 @@ def test_stage3_takes_what_a_recipe_has():
 
 def test_the_feature_warmup_takes_concept_images(monkeypatch):
     "saco has no plain images."
-    from esam3.training.loop import stage3
+    from esam3.training import stage3
     seen = {}
     monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_,
                         **__: seen.setdefault("batch", source[Part(0)]))

@@ -12,7 +12,7 @@ import yaml
 from esam3.data.batches import DEFAULTS, READERS, RECIPES, SAMPLING, data_digest, load_recipe, open_dataset
 from esam3.data.readers import Sa1b, SaV, Videos, places
 from esam3.data.recipes import KEYS
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 
 SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 CLIP = "root: x\nsplits: {train: {clips: {format: sav, path: y}}}\n"
@@ -423,7 +423,7 @@ def test_changed_data_are_others(copy, kind, change):
     assert [k for k, d in data_digest(copy[1], "held_out").items() if d != before[k]] == [kind]
 
 
-def test_loose_pictures_are_known_as_in_their_tar(copy):
+def test_loose_images_are_known_as_in_their_tar(copy):
     at, recipe = copy
     with tarfile.open(at / "images.tar") as tar: tar.extractall(at / "loose", filter="data")
     folder = next((at / "loose").rglob("*.json")).parent

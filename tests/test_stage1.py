@@ -13,12 +13,13 @@ from test_resume import STEPS, finish, kill_in_training, start
 
 from esam3.core import Part, seed_everything
 from esam3.data.batches import ImageBatch, collate_images, load_recipe, some_instances
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.models.prompts import refine
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher
 from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, fit, parameter_groups, stage1
+from esam3.training import runs, stage1
+from esam3.training.loop import TRAINS, fit, parameter_groups
 from esam3.training.losses import distill_loss, feature_errors, map_terms, task_terms
 from esam3.training.stage1 import (
     CachedSteps, Stage1, image_source, keep_features, prompt_both, prompt_chances, run_stage1, sample_prompts,
@@ -135,7 +136,7 @@ def test_whole_may_lie_on_the_device(batch):
     for k in said: torch.testing.assert_close(said[k], told[k])
 
 
-def test_chance_is_the_pictures_own(batch):
+def test_chance_is_the_images_own(batch):
     "An image is asked the same whoever is beside it, and whatever was drawn before; images without seeds are numbered."
     seed_everything(1)
     first, drawn = sample_prompts(batch, prompt_chances(batch)[:, 0]), torch.get_rng_state()
@@ -283,7 +284,7 @@ def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
     class Built(Exception): pass
     def build(*_, weights, **__): raise Built(weights)
     monkeypatch.setattr(stage1, "build_student", build)
-    monkeypatch.setattr(stage1, "open_stage", lambda *_, **__: (tmp_path, {}))  # without the data
+    monkeypatch.setattr(runs, "open_folder", lambda *_, **__: (tmp_path, {}))  # without the data
     with pytest.raises(Built) as e:
         run_stage1("es-ev-s", recipe, teacher="toy", steps=1, weights=given, runs=str(tmp_path))
     assert e.value.args == (used,)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from esam3.data.batches import READERS, load_recipe, open_dataset
 from esam3.data.recipes import reader_for
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.show import survey as module
 from esam3.show.survey import fault, main, sheet, survey
 
@@ -122,7 +122,7 @@ def test_every_format_is_surveyed(word, kind, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("word", ["davis", "vos", "sav_folders", "videos"])
-@pytest.mark.parametrize("what", ["picture", "broken", "whole"])
+@pytest.mark.parametrize("what", ["image", "broken", "whole"])
 def test_a_late_frame_of_another_size_is_found(word, what, tmp_path):
     "Or one that cannot be read: the heads of all frames are looked at, though one frame is opened."
     at = tmp_path / "data"
@@ -136,10 +136,10 @@ def test_a_late_frame_of_another_size_is_found(word, what, tmp_path):
         for p in at.rglob("b"): shutil.rmtree(p)
         if word == "davis": (at / "ImageSets/2017/val.txt").write_text("a\n")
         last = sorted(p for p in at.rglob("*.jpg"))[-1]
-    if what == "picture": image(last, (38, 60))
+    if what == "image": image(last, (38, 60))
     if what == "broken": last.write_bytes(b"broken")
     found = survey({**load_recipe("tiny"), "root": str(at), "splits": {"train": {"clips": part}}})
-    kind = {"picture": ["images of different sizes"], "broken": ["not a readable image"], "whole": []}[what]
+    kind = {"image": ["images of different sizes"], "broken": ["not a readable image"], "whole": []}[what]
     assert [*found.faults] == kind, found.faults
 
 

@@ -15,7 +15,8 @@ from esam3.models.student import build_student
 from esam3.models.teacher import load_teacher
 from esam3.schedules import Schedule
 from esam3.training.checkpoints import Tally, load_state, save_state
-from esam3.training.loop import TRAINS, Made, fit, loop as training, parameter_groups, train_mode
+from esam3.training import loop as training
+from esam3.training.loop import TRAINS, Made, fit, parameter_groups, train_mode
 from esam3.training.stage2 import give_memory, present
 
 

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from esam3.core import cache_dir
-from esam3.data.batches import samples
+from esam3.data import samples
 from esam3.data.samples import BadSample, Video, video_index
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 70
@@ -212,7 +212,7 @@ def test_clean_streams_are_read_as_decord_reads_them(made):
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
-def test_pictures_are_upright_in_every_codec(tmp_path, turn):
+def test_images_are_upright_in_every_codec(tmp_path, turn):
     clean = Video(write(tmp_path / "clean.mp4", "libx264", turn=turn))
     hevc = Video(write(tmp_path / "hevc.mp4", "libx265", turn=turn, x265_params=QUIET))
     assert clean.index.clean and not hevc.index.clean

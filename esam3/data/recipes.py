@@ -20,7 +20,7 @@ from .readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
 from .samples import Reported
 from .schema import (  # what this notebook and the one before share
     DEFAULTS, KEYS, RECIPES, SAMPLING, STARTS, TABLE, Said, _Tree, _check, _format, _given, _recipe_path)
-from .toyworld import held_out, toyworld
+from .toyfiles import held_out, toyworld
 
 # %% ../../nbs/01h_recipes.ipynb #c019
 READERS: Mapping[str, Sequence[type]] = {
