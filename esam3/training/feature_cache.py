@@ -109,7 +109,7 @@ def cache_settings(teacher: Sam3, images: Replays,
             "tokens": teacher.grid ** 2,
             "width": teacher.detector_model.vision_encoder.backbone.config.hidden_size,
             "preprocessing": preprocessing(teacher.image_size),
-            "pictures": len(images.reader), "names": blake2b(names.encode(), digest_size=8).hexdigest(),
+            "images": len(images.reader), "names": blake2b(names.encode(), digest_size=8).hexdigest(),
             "augment": changes, "seed": images.seed, "records": records}
 
 # %% ../../nbs/14_feature_cache.ipynb #c039
@@ -221,7 +221,7 @@ def _read(self: FeatureCache, items: Sequence[int]) -> Packed:
     out = {name: np.empty((len(items), *self.record[name].shape), self.record[name].base) for name in PARTS}
     for k, item in enumerate(items):
         path, row = self.place(item)
-        what = f"image {item % self.settings['pictures']} in replay {item // self.settings['pictures']}"
+        what = f"image {item % self.settings['images']} in replay {item // self.settings['images']}"
         if not self.holds(item):
             raise LookupError(f"{path} holds no features of {what}: call write_cache again, it writes them")
         record = self.open(path)[row:row + 1]
