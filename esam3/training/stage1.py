@@ -337,5 +337,5 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", *, refinements: in
                                                    **stage.fitting))
     student, trained = saved_student(folder, teacher.device)
     for who, model in (("teacher", teacher), ("student", student)): score(stage, who, model)
-    frames = {who: [m.image_size, m.grid] for who, m in (("teacher", teacher), ("student", student))}
-    return finish(stage, student, trained, frames=frames)
+    spaces = {who: [m.image_size, m.grid] for who, m in (("teacher", teacher), ("student", student))}
+    return finish(stage, student, trained, spaces=spaces)
