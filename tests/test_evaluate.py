@@ -15,7 +15,7 @@ from esam3.data.batches import load_recipe, open_dataset
 from esam3.data.mask_files import rle
 from esam3.data.public_sets import Coco, SaVFolders, Vos
 from esam3.data.samples import decode_rle
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.evaluation.evaluate import Task, append_rows, evaluate, predict, read_rows, score
 from esam3.evaluation.metrics import davis, pcs_image, pcs_video, prompt_miou, region_similarity
 from esam3.evaluation.predictions import (

@@ -19,7 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
 from esam3.data.samples import BadSample, rle_runs
-from esam3.data.toyworld import saco_pair, veval_file
+from esam3.data.toyfiles import saco_pair, veval_file
 from esam3.evaluation.metrics import (
     boundary_accuracy, davis, pcs_image, pcs_video, prompt_miou, region_similarity, ytvos)
 

@@ -11,7 +11,7 @@ from esam3.data.batches import open_dataset
 from esam3.data.miniatures import FRAMES, draw_video, miniatures, real_size, sa1b_sample
 from esam3.data.readers import SaCoImages
 from esam3.data.samples import ClipSample
-from esam3.data.toyworld import enlarged
+from esam3.data.toyfiles import enlarged
 
 Open = Callable[[str, str, str], object]
 

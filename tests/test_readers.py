@@ -20,7 +20,7 @@ from esam3.data.readers import Davis, Sa1b, SaCoImages, SaCoVideo, SaV, TooShort
 from esam3.data.samples import (
     BadSample, ClipSample, ImageSample, Phrase, Reported, RunMasks, Video, boxes_of, decode_rle, read_image,
     rle_area, video_frames)
-from esam3.data.toyworld import toyworld, write_mp4
+from esam3.data.toyfiles import toyworld, write_mp4
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 real = pytest.mark.skipif(not REAL.exists(), reason="needs the sample files in ../shared/data")

@@ -18,7 +18,7 @@ from esam3.data.batches import collate_clips, load_recipe, open_dataset
 from esam3.data.public_sets import Coco, SaVFolders, Vos, clip_stems
 from esam3.data.readers import NO_MEDIA, Davis, Sa1b, SaCoImages, SaCoVideo, SaV, Videos
 from esam3.data.samples import BadSample, RunMasks, read_image
-from esam3.data.toyworld import toyworld, write_mp4
+from esam3.data.toyfiles import toyworld, write_mp4
 
 H, W = 24, 36
 

@@ -12,7 +12,7 @@ import yaml
 from esam3.data.batches import DEFAULTS, READERS, RECIPES, SAMPLING, data_digest, load_recipe, open_dataset
 from esam3.data.readers import Sa1b, SaV, Videos, places
 from esam3.data.recipes import KEYS
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 
 SHIPPED = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 CLIP = "root: x\nsplits: {train: {clips: {format: sav, path: y}}}\n"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from esam3.data.batches import READERS, load_recipe, open_dataset
 from esam3.data.recipes import reader_for
-from esam3.data.toyworld import toyworld
+from esam3.data.toyfiles import toyworld
 from esam3.show import survey as module
 from esam3.show.survey import fault, main, sheet, survey
 

@@ -7,4 +7,4 @@ __all__, __getattr__ = lends(__name__, {
     "recipes": "load_recipe open_dataset with_sampling",
     "batches": "Steps ImageBatch ClipBatch collate_images collate_clips augment",
     "samples": "BadSample ImageSample ClipSample Phrase Video",
-    "toyworld": "held_out"})
+    "toyfiles": "held_out"})

@@ -16,18 +16,18 @@ import numpy as np
 from scipy import ndimage
 
 from ..core import atomically, cache_dir, seed_at, write_json
-from .toyworld import (
-    EVERY, VERSION, Scene, Split, draw_clip, enlarged, matches, sa1b_record, saco_pair, sample_image,
-    sample_phrase, sample_scene, sav_record, veval_file, write_mp4, _add, _image, _jpeg)
+from .toyfiles import (
+    EVERY, VERSION, Split, add_member, enlarged, jpeg_bytes, sa1b_record, saco_pair, sav_record, split_image,
+    veval_file, write_mp4)
+from .toyworld import Scene, draw_clip, matches, sample_image, sample_phrase, sample_scene
 
 # %% ../../nbs/01d_miniatures.ipynb #c005
-# short and long side, px
-SA1B, SAV, DRIVE, WEB, PLAIN = (1500, 2250), (1036, 1400), (720, 1280), (900, 1200), (480, 848)
+SA1B, SAV, DRIVE, WEB, PLAIN = (1500, 2250), (1036, 1400), (720, 1280), (900, 1200), (480, 848)  # sides, px
 DRAWN = Split(4, 0, 0, 0)  # the seed of all drawings
 FRAMES = (12, 24, 100)     # of SA-V's training clips, at 24 a second
 USUAL = {"x264-params": "cpu-independent=1"}  # x264's defaults, and the same bytes every time
 
-
+# %% ../../nbs/01d_miniatures.ipynb #c005s
 def real_size(drawn: np.ndarray,   # image uint8 [h, w, 3]
               sides: tuple[int, int]) -> tuple[int, int]:
     "Height and width of a drawing when it is as large as `sides`, the shorter one first."
@@ -35,6 +35,7 @@ def real_size(drawn: np.ndarray,   # image uint8 [h, w, 3]
 
 
 def _rng(part: str, number: int) -> np.random.Generator:
+    "The generator of one sample of a data set."
     return np.random.default_rng(seed_at(DRAWN.seed, number, sum(part.encode())))
 
 # %% ../../nbs/01d_miniatures.ipynb #c008
@@ -49,7 +50,7 @@ def crowd(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         masks[5 * k:5 * k + 5, y:y + h, x:x + w] = enlarged(seen, (h, w))
     return image, masks
 
-
+# %% ../../nbs/01d_miniatures.ipynb #c008s
 def sa1b_sample(number: int) -> tuple[np.ndarray, np.ndarray]:
     "Image uint8 [H, W, 3] and masks bool [N, H, W] of SA-1B's miniature; number 0 is the crowd."
     if number == 0: return crowd(_rng("images", number))
@@ -64,8 +65,8 @@ def write_sa1b(path: Path, numbers: Sequence[int]) -> None:
     with tarfile.open(path, "w") as tar:
         for k in numbers:
             image, masks = sa1b_sample(k)
-            _add(tar, f"sa_{k}.jpg", _jpeg(image))
-            _add(tar, f"sa_{k}.json", json.dumps(sa1b_record(k, image, masks)).encode())
+            add_member(tar, f"sa_{k}.jpg", jpeg_bytes(image))
+            add_member(tar, f"sa_{k}.json", json.dumps(sa1b_record(k, image, masks)).encode())
 
 # %% ../../nbs/01d_miniatures.ipynb #c012
 def draw_video(part: str, number: int, frames: int) -> tuple[Scene, np.ndarray, np.ndarray]:
@@ -76,7 +77,7 @@ def draw_video(part: str, number: int, frames: int) -> tuple[Scene, np.ndarray, 
     images, masks = draw_clip(scene, frames // EVERY, rng, EVERY)
     return scene, images, masks[:, ::EVERY]
 
-
+# %% ../../nbs/01d_miniatures.ipynb #c012w
 def write_sav(folder: Path, numbers: Sequence[int], frames: Sequence[int]) -> None:
     "SA-V clips: `sav_NNNNNN.mp4` and `sav_NNNNNN_manual.json`."
     folder.mkdir(parents=True)
@@ -92,35 +93,35 @@ def _as_seen(masks: np.ndarray, by: int) -> np.ndarray:
     change = (lambda m, *_, **__: m, ndimage.binary_erosion, ndimage.binary_dilation)[by]
     return change(masks, np.ones((1, 5, 5)))
 
-
+# %% ../../nbs/01d_miniatures.ipynb #c015w
 def write_saco(folder: Path, media: str, names: Sequence[str],  # of images
                sides: tuple[int, int], first: int, annotations: Sequence[str]  # a file for each annotator
                ) -> None:
     "SA-Co images with three phrases each, below `folder`/`media`, and `folder`/annotations/*.json."
-    said = [([], []) for _ in annotations]
+    files = [([], []) for _ in annotations]
     for k, name in enumerate(names):
-        drawn, _, _, phrases = _image(DRAWN, first + k)
+        drawn, _, _, phrases = split_image(DRAWN, first + k)
         size = real_size(drawn, sides)
         (folder / media / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / media / name).write_bytes(_jpeg(enlarged(drawn, size)))
+        (folder / media / name).write_bytes(jpeg_bytes(enlarged(drawn, size)))
         for kind, text, instances in phrases:
-            for by, (pairs, marks) in enumerate(said):
+            for by, (pairs, marks) in enumerate(files):
                 pair, found = saco_pair(len(pairs), name, text, kind, _as_seen(enlarged(instances, size), by),
                                         len(marks))
                 pairs.append(pair); marks += found
     (folder / "annotations").mkdir(exist_ok=True)
-    for name, (pairs, marks) in zip(annotations, said):
+    for name, (pairs, marks) in zip(annotations, files):
         record = {"images": pairs, "annotations": marks, "categories": [{"id": 1, "name": "object"}]}
         write_json(folder / "annotations" / name, {"info": {"description": "miniature"}, **record})
 
 # %% ../../nbs/01d_miniatures.ipynb #c017
 def _phrases(scene: Scene, rng: np.random.Generator) -> list[tuple[str, list[int]]]:
     "Phrases of a clip and the instances that each names; none for a negative."
-    texts = {sample_phrase(rng, scene.instances, kind) for kind in ("positive", "positive", "easy",
-        "hard-shape")} - {None}
+    kinds = ("positive", "positive", "easy", "hard-shape")
+    texts = {sample_phrase(rng, scene.instances, kind) for kind in kinds} - {None}
     return [(p, [i for i, instance in enumerate(scene.instances) if matches(instance, p)]) for p in sorted(texts)]
 
-
+# %% ../../nbs/01d_miniatures.ipynb #c017v
 def write_veval(folder: Path, name: str, numbers: Sequence[int], frames: Sequence[int]) -> None:
     "SA-Co/VEval clips: JPEGs of the annotated frames below `folder`/sav_frames, and `folder`/annotations/`name`."
     clips = []
@@ -128,7 +129,7 @@ def write_veval(folder: Path, name: str, numbers: Sequence[int], frames: Sequenc
         video, media, (scene, images, masks) = f"sav_{k:06d}", folder / "sav_frames", draw_video("veval", k, t * EVERY)
         size, files = real_size(images[0], SAV), [f"{video}/{i * EVERY:05d}.jpg" for i in range(t)]
         (media / video).mkdir(parents=True)
-        for f, image in zip(files, images[::EVERY]): (media / f).write_bytes(_jpeg(enlarged(image, size)))
+        for f, image in zip(files, images[::EVERY]): (media / f).write_bytes(jpeg_bytes(enlarged(image, size)))
         clips.append((video, enlarged(masks, size), _phrases(scene, _rng("phrases", k)), files))
     (folder / "annotations").mkdir(exist_ok=True)
     write_json(folder / "annotations" / name, veval_file(clips))
@@ -142,7 +143,7 @@ def write_videos(folder: Path, count: int) -> None:
         write_mp4(folder / f"day_{k % 2}" / f"video_{k}.mp4", drawn, rate=30, size=real_size(drawn[0], PLAIN),
                   options=USUAL)
 
-
+# %% ../../nbs/01d_miniatures.ipynb #c019w
 def _write(folder: Path, images: int, clips: int, concepts: int, videos: int) -> None:
     "All data sets, as `miniatures` describes them."
     saco, silver = folder / "saco", ["silver_bdd100k_merged_test.json"]
@@ -165,8 +166,7 @@ MADE = 1  # version of the miniatures: change it when a file changes
 def miniatures(images: int = 4,    # SA-1B's training images, the first with 100 masks; 2 more are held out
                clips: int = 3,     # SA-V's training clips, of 12, 24, 100, 12, … frames; one more is held out
                concepts: int = 3,  # SA-Co's images, of Silver and of Gold
-               # VEval's clips of 8 and 10 annotated frames in each of its two files, and plain videos
-               videos: int = 2
+               videos: int = 2     # VEval's clips of 8 and 10 annotated frames in each of two files; and plain videos
                ) -> Path:
     """The folder to set `$ESAM3_DATA` to for the recipes sa1b, sav, saco and videos, written first if it is not in the
     cache."""

@@ -22,7 +22,8 @@ from ..core import nearest, write_json
 from ..data.batches import ImageBatch
 from ..data.mask_files import rle  # and its form of masks
 from ..data.samples import ImageSample, boxes_of, rle_area
-from .heldout import as_batch, in_parts, look
+from .heldout import in_parts
+from ..models.tracker import as_batch, look
 from .metrics import pcs_image, pcs_video, region_similarity  # chapter 4's definitions,
 from ..models.concept_video import Kernels, follow_concepts, meaning
 from ..models.teacher import Concepts, Detections, Sam3, keep_concepts

@@ -35,7 +35,7 @@ from ..data.readers import Davis, SaCoImages, choose, masks_in
 from ..data.samples import BadSample, ClipSample, Reported, RunMasks, boxes_of
 from .concept_scores import answers, exemplars_of
 from .costs import costs, load_model, model_label
-from .heldout import as_batch, look
+from ..models.tracker import as_batch, look
 from .mask_metrics import (
     NEVER_SCORED, by_category, category_means, load_json, object_means, sequence_scores)
 from .metrics import pcs_image, pcs_video, prompt_miou

@@ -17,10 +17,10 @@ import torch
 
 from ..core import nearest
 from ..data.samples import ClipSample, ImageSample
-from .heldout import as_batch, clicking, in_parts, look, opening
+from .heldout import clicking, in_parts, opening
 from .mask_metrics import frame_scores
 from ..models.teacher import NO_OBJECT, Features, MaskSet, Prompts, Sam3, gate
-from ..models.tracker import Follower, use_multimask  # chapter 2's tracker, frame by frame
+from ..models.tracker import Follower, as_batch, look, use_multimask  # chapter 2's tracker, frame by frame
 
 # %% ../../nbs/44_protocols.ipynb #c005
 class Protocol(NamedTuple):

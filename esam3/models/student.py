@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COPIED', 'LEFT_BEHIND', 'NEW', 'PARTS', 'EfficientSam3Config', 'student_config', 'StudentVisionOutput',
            'StudentVision', 'LatentMemoryAttention', 'StudentTracker', 'EfficientSam3', 'copy_weights', 'build_student',
-           'with_memory', 'choose_layers', 'square', 'student_processor', 'count_parts']
+           'with_memory', 'square', 'student_processor', 'choose_layers', 'count_parts']
 
 # %% ../../nbs/15_student.ipynb #c003
 import re
@@ -17,17 +17,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Sam3ImageProcessor, Sam3VideoConfig, Sam3VideoProcessor
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
-from transformers.models.sam3.modeling_sam3 import Sam3PreTrainedModel, Sam3SinePositionEmbedding, Sam3VisionEncoderOutput
-from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoMemoryAttention, Sam3TrackerVideoModel
+from transformers.models.sam3.modeling_sam3 import (
+    Sam3PreTrainedModel, Sam3SinePositionEmbedding, Sam3VisionEncoderOutput)
+from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
+    Sam3TrackerVideoMemoryAttention, Sam3TrackerVideoModel)
 
 from ..core import find_variant
 from .backbones import Encoder, load_backbone
 from .perceiver import AveragePooling, SpatialPerceiver
-from .teacher import HALF, Features, Sam3, in_own_precision, match_layers, read_memory, without_dropout
+from .teacher import (
+    HALF, Features, Sam3, check_weights, in_own_precision, match_layers, read_memory, without_dropout)
 
 # %% ../../nbs/15_student.ipynb #c006
 @strict
@@ -36,7 +40,7 @@ class EfficientSam3Config(Sam3VideoConfig):
     model_type = "efficient_sam3"
     variant: str = "es-tv-s"
     widths: list | None = None      # of the neck's pyramid; None: `TinyFPN`'s
-    started_from: str | None = None # what its backbone was before training, as `load_backbone` tells it
+    started_from: str | None = None  # what its backbone was before training, as `load_backbone` returns it
     memory: str = "dense"           # or "perceiver", or "pooling"
     perceiver: dict | None = None   # options of `SpatialPerceiver`, or of `AveragePooling`
     image_mean: tuple | list = (0.485, 0.456, 0.406)  # ImageNet's, in 0…1
@@ -52,22 +56,20 @@ class EfficientSam3Config(Sam3VideoConfig):
                  "pooling": {"grid": None}}[self.memory]
         self.perceiver = usual and (self.perceiver or usual)
 
-
+# %% ../../nbs/15_student.ipynb #c006g
 def _on_grid(vision: dict, canvas: int) -> dict:
-    "A vision configuration on a canvas: strides 4, 8 and 16, and a ViT without layers."
+    "A vision configuration on a canvas of `canvas` px: strides 4, 8 and 16, and a ViT without layers."
     empty = dict(model_type="sam3_vit_model", hidden_size=32, intermediate_size=32, num_hidden_layers=0,
-                 num_attention_heads=1, image_size=canvas,
-                 patch_size=16, window_size=canvas // 16, global_attn_indexes=[], pretrain_image_size=canvas)
+                 num_attention_heads=1, image_size=canvas, patch_size=16, window_size=canvas // 16,
+                 global_attn_indexes=[], pretrain_image_size=canvas)
     return {**vision, "backbone_config": empty, "backbone_feature_sizes": [[canvas // s] * 2 for s in (4, 8, 16)]}
 
 # %% ../../nbs/15_student.ipynb #c008
 def student_config(variant: str, teacher: Sam3VideoConfig,
-                   memory: str = "dense",            # or "perceiver", or "pooling"
-                   # options of `SpatialPerceiver` (None: K by the canvas) or of `AveragePooling`
-                   perceiver: Mapping | None = None,
-                   # px; 0: 8/9 of the teacher's grid (72 → 64, 9 → 8) in patches of 16
-                   canvas: int = 0,
-                   widths: Sequence[int] | None = None  # of `TinyFPN`
+                   memory: str = "dense",                # or "perceiver", or "pooling"
+                   perceiver: Mapping | None = None,     # options of `SpatialPerceiver`, or of `AveragePooling`
+                   canvas: int = 0,                      # px; 0: 16 × 8/9 of the teacher's grid (72 → 64, 9 → 8)
+                   widths: Sequence[int] | None = None   # of `TinyFPN`
                    ) -> EfficientSam3Config:
     """Configuration of a student of a teacher, all dropout 0 but the Perceiver's. `ValueError` for an unknown variant
     or memory, or a canvas that is no multiple of 32."""
@@ -80,9 +82,9 @@ def student_config(variant: str, teacher: Sam3VideoConfig,
     for part in (detector, tracker): part["vision_config"] = _on_grid(part["vision_config"], canvas)
     tracker |= {"image_size": canvas, "memory_attention_rope_feat_sizes": [grid, grid],
                 "prompt_encoder_config": {**prompts, "image_size": canvas, "patch_size": 16}}
-    rest = {k: v for k, v in d.items() if k not in ("model_type", "architectures", "low_res_mask_size",
-                                                    "transformers_version", "dtype", "variant", "widths",
-                                                    "started_from", "memory", "perceiver")}
+    ours = ("model_type", "architectures", "low_res_mask_size", "transformers_version", "dtype", "variant", "widths",
+            "started_from", "memory", "perceiver")
+    rest = {k: v for k, v in d.items() if k not in ours}
     return EfficientSam3Config(**rest, low_res_mask_size=4 * grid, variant=variant,
                                widths=list(widths) if widths else None, memory=memory,
                                perceiver=dict(perceiver) if perceiver else None)
@@ -94,7 +96,7 @@ class StudentVisionOutput(Sam3VisionEncoderOutput):
     detector's."""
     tracker_hidden_states: tuple[Tensor, ...] | None = None
 
-
+# %% ../../nbs/15_student.ipynb #c012v
 class StudentVision(Sam3PreTrainedModel):
     "An `Encoder` in the place of the library's vision model."
     def __init__(self, config: EfficientSam3Config):
@@ -116,8 +118,7 @@ class StudentVision(Sam3PreTrainedModel):
 # %% ../../nbs/15_student.ipynb #c015
 class LatentMemoryAttention(Sam3TrackerVideoMemoryAttention):
     "The library's memory attention over latents that each have their own place."
-    # a tuple, so that the Perceiver is registered once, in the student
-    def __init__(self, config, memory: tuple[SpatialPerceiver | AveragePooling]):
+    def __init__(self, config, memory: tuple[SpatialPerceiver | AveragePooling]):  # a tuple: not registered twice
         super().__init__(config)
         self.memory = memory
 
@@ -135,7 +136,7 @@ class LatentMemoryAttention(Sam3TrackerVideoMemoryAttention):
         bias = F.pad(bias.repeat(frames), (0, num_object_pointer_tokens)) if bias.any() else None
         return read_memory(self, q, qp, m, mp, xy, bias=bias)[:, None]
 
-
+# %% ../../nbs/15_student.ipynb #c015t
 class StudentTracker(Sam3TrackerVideoModel):
     "The library's tracker without the teacher's `conv_s0`, `conv_s1`, and with latents when it is given a Perceiver."
     def __init__(self, config, perceiver: SpatialPerceiver | AveragePooling | None = None):
@@ -156,7 +157,7 @@ class StudentTracker(Sam3TrackerVideoModel):
 class EfficientSam3(Sam3):
     "A student: SAM3's decoders behind an `Encoder`, with dense or compressed memory (§3)."
     config_class = EfficientSam3Config
-    space = "student"  # the frame in which it sees images
+    space = "student"  # the coordinates in which it sees images
 
     def __init__(self, config: EfficientSam3Config):
         super().__init__(config)
@@ -179,35 +180,40 @@ class EfficientSam3(Sam3):
         flat = lambda m: m.flatten(2).permute(2, 0, 1)
         return [flat(m) for m in vision_embeds.tracker_hidden_states], [flat(vision_embeds.fpn_position_encoding[2])]
 
-    def compress(self, maps: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """A memory map and its positions [N, 64, g, g] → latents [N, K, 64] and theirs (eq. 5); every cell when memory
-        is dense."""
-        return super().compress(maps, pos) if self.perceiver is None else self.perceiver(maps, pos)
+# %% ../../nbs/15_student.ipynb #c019h
+@patch
+def compress(self: EfficientSam3, maps: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+    """A memory map and its positions [N, 64, g, g] → latents [N, K, 64] and theirs (eq. 5); every cell when memory is
+    dense."""
+    return Sam3.compress(self, maps, pos) if self.perceiver is None else self.perceiver(maps, pos)
 
-    def memory_xy(self) -> Tensor:
-        "[K, 2] place of each token on the query grid (x, y); NaN for a global latent."
-        dense = super().memory_xy()
-        if self.perceiver is None: return dense
-        return self.perceiver.latent_xy(self.grid, self.grid).to(dense, non_blocking=True)
-    def memory_bias(self) -> Tensor | None:
-        "[K] added to the logits of a memory's tokens; None but for pooled ones, which stand for several cells."
-        if self.config.memory != "pooling": return None
-        return self.perceiver.log_count(self.grid, self.grid).to(self.device, non_blocking=True)
+
+@patch
+def memory_xy(self: EfficientSam3) -> Tensor:
+    "[K, 2] place of each token on the query grid (x, y); NaN for a global latent."
+    dense = Sam3.memory_xy(self)
+    if self.perceiver is None: return dense
+    return self.perceiver.latent_xy(self.grid, self.grid).to(dense, non_blocking=True)
+
+# %% ../../nbs/15_student.ipynb #c019b
+@patch
+def memory_bias(self: EfficientSam3) -> Tensor | None:
+    "[K] added to the logits of a memory's tokens; None but for pooled ones, which stand for several cells."
+    if self.config.memory != "pooling": return None
+    return self.perceiver.log_count(self.grid, self.grid).to(self.device, non_blocking=True)
 
 # %% ../../nbs/15_student.ipynb #c021
-COPIED = (
-    r"detector_model\.(text_encoder|text_projection|geometry_encoder|detr_encoder|detr_decoder|mask_decoder|dot_product_scoring)\.",
+COPIED = (r"detector_model\.(text_encoder|text_projection|geometry_encoder)\.",
+          r"detector_model\.(detr_encoder|detr_decoder|mask_decoder|dot_product_scoring)\.",
           r"tracker_model\.(?!mask_decoder\.conv_s[01]\.)")
 LEFT_BEHIND = (r"detector_model\.vision_encoder\.", r"tracker_neck\.", r"tracker_model\.mask_decoder\.conv_s[01]\.")
 NEW = (r"detector_model\.vision_encoder\.encoder\.(backbone|fpn)\.", r"perceiver\.")
 
-
-def copy_weights(student: EfficientSam3, source: Sam3,
-                 # expressions for the start of a name
-                 left_behind: Sequence[str] = LEFT_BEHIND, new: Sequence[str] = NEW, copied: Sequence[str] = COPIED
-                 ) -> dict[str, list[str]]:
-    """Copy a teacher's weights into a student. Returns the names `copied`, `left behind` and `new`; `ValueError` for
-    any that no list foresees."""
+# %% ../../nbs/15_student.ipynb #c021c
+def copy_weights(student: EfficientSam3, source: Sam3, left_behind: Sequence[str] = LEFT_BEHIND,
+                 new: Sequence[str] = NEW, copied: Sequence[str] = COPIED) -> dict[str, list[str]]:
+    """Copy a teacher's weights into a student; the lists are expressions for the start of a name. Returns the names
+    `copied`, `left behind` and `new`; `ValueError` for any that no list foresees."""
     ours, theirs = student.state_dict(), source.state_dict()
     named = lambda names, lists: {n for n in names if any(re.match(e, n) for e in lists)}
     take, left, fresh = named(theirs, copied), named(theirs, left_behind), named(ours, new)
@@ -220,13 +226,12 @@ def copy_weights(student: EfficientSam3, source: Sam3,
 
 # %% ../../nbs/15_student.ipynb #c025
 def build_student(variant: str, teacher: Sam3,
-                  memory: str = "dense",             # or "perceiver", or "pooling"
-                  weights: str = "",                 # of the backbone: "" random, "imagenet", or a file
-                  # of `student_config`
+                  memory: str = "dense",  # or "perceiver", or "pooling"
+                  weights: str = "",      # of the backbone: "" random, "imagenet", or a file
                   perceiver: Mapping | None = None, canvas: int = 0, widths: Sequence[int] | None = None
                   ) -> EfficientSam3:
-    """A student of `teacher` in eval mode, every weight trainable. Its encoder is untrained: seed before calling. What
-    `load_backbone` raises."""
+    """A student of `teacher` in eval mode, every weight trainable; other options are `student_config`'s. Its encoder is
+    untrained: seed before calling. Raises what `load_backbone` raises."""
     student = EfficientSam3(student_config(variant, teacher.config, memory, perceiver, canvas, widths))
     copy_weights(student, teacher)
     student.config.started_from = load_backbone(student.detector_model.vision_encoder.encoder,
@@ -243,28 +248,16 @@ def with_memory(student: EfficientSam3, memory: str, perceiver: Mapping | None =
     new.tokenizer = student.tokenizer
     return new
 
-# %% ../../nbs/15_student.ipynb #c028e
-def choose_layers(student: EfficientSam3, layers: Sequence[int]) -> EfficientSam3:
-    """Let a student read its memory with some of its layers, in this order; changes it and returns it. `ValueError` for
-    layers that are not there, or twice."""
-    attention = student.tracker_model.memory_attention
-    if not layers or len(set(layers) & set(range(len(attention.layers)))) < len(layers):
-        raise ValueError(f"layers {list(layers)} of the memory attention: choose one or more of "
-                         f"{list(range(len(attention.layers)))}, each once")
-    attention.layers = nn.ModuleList(attention.layers[k] for k in layers)
-    student.config.tracker_config.memory_attention_num_layers = len(layers)
-    return student
-
 # %% ../../nbs/15_student.ipynb #c035
 def square(images: Tensor) -> Tensor:
     "uint8 [..., 3, H, W] → [..., 3, S, S], S = max(H, W), padded right and bottom with ImageNet's mean colour."
     h, w = images.shape[-2:]
-    out = torch.tensor([124, 116, 104], dtype=images.dtype, device=images.device).view(3, 1,
-        1).repeat(*images.shape[:-3], 1, max(h, w), max(h, w))
+    mean = torch.tensor([124, 116, 104], dtype=images.dtype, device=images.device).view(3, 1, 1)
+    out = mean.repeat(*images.shape[:-3], 1, max(h, w), max(h, w))
     out[..., :h, :w] = images
     return out
 
-
+# %% ../../nbs/15_student.ipynb #c035p
 def student_processor(student: EfficientSam3) -> Sam3VideoProcessor:
     "The library's processor with the student's canvas, mean, std and tokenizer; images go through `square` first."
     c, side = student.config, lambda s: {"height": s, "width": s}
@@ -273,16 +266,16 @@ def student_processor(student: EfficientSam3) -> Sam3VideoProcessor:
                               Sam2VideoVideoProcessor(**norm), student.tokenizer)
 
 # %% ../../nbs/15_student.ipynb #c039
-from .teacher import check_weights
-
-
-def _save(self: EfficientSam3, folder: str | Path, **options) -> None:
+@patch
+def save_pretrained(self: EfficientSam3, folder: str | Path, **options) -> None:
     "Write configuration, weights, and tokenizer and processor when there are any."
     Sam3.save_pretrained(self, folder, **options)
     if self.tokenizer is not None: student_processor(self).save_pretrained(folder)
 
-
-def _load(cls: type, folder: str | Path, *args, output_loading_info: bool = False, **options) -> EfficientSam3:
+# %% ../../nbs/15_student.ipynb #c039l
+@patch(cls_method=True)
+def from_pretrained(cls: EfficientSam3, folder: str | Path, *args, output_loading_info: bool = False,
+                    **options) -> EfficientSam3:
     """A student from a folder or the hub. `ValueError` where groups of weights are missing, unknown, there twice or
     misshapen."""
     model, info = super(EfficientSam3, cls).from_pretrained(folder, *args, output_loading_info=True, **options)
@@ -295,14 +288,25 @@ def _load(cls: type, folder: str | Path, *args, output_loading_info: bool = Fals
     return (model, info) if output_loading_info else model
 
 
-EfficientSam3.save_pretrained, EfficientSam3.from_pretrained = _save, classmethod(_load)
 AutoConfig.register(EfficientSam3Config.model_type, EfficientSam3Config)
 AutoModel.register(EfficientSam3Config, EfficientSam3)
 
+# %% ../../nbs/15_student.ipynb #c028e
+def choose_layers(student: EfficientSam3, layers: Sequence[int]) -> EfficientSam3:
+    """Let a student read its memory with some of its layers, in this order; changes it and returns it. `ValueError` for
+    layers that are not there, or twice."""
+    attention = student.tracker_model.memory_attention
+    if not layers or len(set(layers) & set(range(len(attention.layers)))) < len(layers):
+        raise ValueError(f"layers {list(layers)} of the memory attention: choose one or more of "
+                         f"{list(range(len(attention.layers)))}, each once")
+    attention.layers = nn.ModuleList(attention.layers[k] for k in layers)
+    student.config.tracker_config.memory_attention_num_layers = len(layers)
+    return student
+
 # %% ../../nbs/15_student.ipynb #c047
-PARTS = {"text": r"detector_model\.text_", "encoder": r"detector_model\.vision_encoder\.|tracker_neck\.",
-         # the first that matches
-         "memory": r"perceiver\.|tracker_model\.(memory|no_mem|temporal|occlusion)", "decoder": r""}
+PARTS = {  # a parameter is of the first that matches its name
+    "text": r"detector_model\.text_", "encoder": r"detector_model\.vision_encoder\.|tracker_neck\.",
+    "memory": r"perceiver\.|tracker_model\.(memory|no_mem|temporal|occlusion)", "decoder": r""}
 
 
 def count_parts(model: Sam3) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.perceiver import DenseMemory
-from ..models.teacher import Bank, Features, Prompts, Sam3, _rotate, _rotation
+from ..models.teacher import Bank, Features, Prompts, Sam3, rotate, rotation
 from ..models.tracker import History, see
 
 # %% ../../nbs/61_memory_attention.ipynb #c010
@@ -30,8 +30,8 @@ def attention_weights(model: Sam3, features: Features, image_index: Tensor, bank
     q, k = (torch.cat(caught[n::2]).unflatten(-1, (reader.num_attention_heads, -1)).transpose(1, 2) for n in (0, 1))
     places, bias = [model.memory_xy()] * len(bank.memories), model.memory_bias()
     xy = torch.cat([*places, places[0].new_full((k.shape[2] - sum(map(len, places)), 2), torch.nan)])
-    logits = _rotate(q, *_rotation(attention, attention.position_ids.float())) @ _rotate(k,
-        *_rotation(attention, xy)).mT * reader.scaling
+    logits = rotate(q, *rotation(attention, attention.position_ids.float())) @ rotate(k,
+        *rotation(attention, xy)).mT * reader.scaling
     if bias is not None: logits[..., :len(bias) * len(places)] += bias.repeat(len(places))
     return logits.softmax(-1).mean(1)
 
