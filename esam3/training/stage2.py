@@ -65,7 +65,7 @@ def there_and_back(sample: ClipSample) -> ClipSample:
     return replace(sample, frames=sample.frames[order], masks=sample.masks[:, order],
                    annotated=sample.annotated[:, order], numbers=[sample.numbers[t] for t in order])
 
-
+# %% ../../nbs/20_stage2.ipynb #c010b
 def clip_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
                samples: Sequence[ClipSample], rngs: Sequence[np.random.Generator],
                rng: np.random.Generator) -> ClipBatch:
@@ -75,7 +75,7 @@ def clip_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
     if rng.random() < schedule.back: samples = [*map(there_and_back, samples)]
     return collate_clips(samples, *sides, recipe["sampling"]["tracks"], rngs, recipe["sampling"]["late"])
 
-
+# %% ../../nbs/20_stage2.ipynb #c010s
 def clip_source(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int], seed: int,
                 kind: str = "clips",  # or "concept_clips": with their phrases
                 period: int = 0       # of `Steps`
@@ -267,6 +267,6 @@ def compare(teacher: Sam3, student: Sam3, batch: ClipBatch, kind: str = "mask") 
     out = {}
     for name, model in (("teacher", teacher), ("student", student)):
         index, _ = own_time(batch.frame_index, batch.first)
-        out[name] = clip_time(track(model, look(model, batch), index, first_prompts(model, batch, kind)).gated,
-                              batch.first, NO_OBJECT)
+        run = track(model, look(model, batch), index, first_prompts(model, batch, kind))
+        out[name] = clip_time(run.gated, batch.first, NO_OBJECT)
     return out
