@@ -381,7 +381,7 @@ def _phrases(phrases: Sequence[Phrase], most: int = 4) -> str:
     "The first phrases of a sample, a line each, with the numbers of what they mean."
     def line(p: Phrase) -> str:
         numbers = f": {', '.join(map(str, p.instances[:8]))}" if p.instances else " (none)"
-        return p.text[:COLUMN - len(numbers)] + numbers
+        return p.text[:COLUMN - len(numbers)].rstrip() + numbers
     lines = [line(p) for p in sorted(phrases, key=lambda p: not p.instances)]
     return "\n".join(lines[:most] + ([f"… {len(lines) - most} more"] if len(lines) > most else []))
 
