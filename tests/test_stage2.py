@@ -19,7 +19,7 @@ from esam3.models.perceiver import SpatialPerceiver, windows
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Bank, Features, Sam3, load_teacher
 from esam3.models.tracker import first_frame, look, see, track
-from esam3.schedules import Schedule
+from esam3.schedules import Stage2Schedule
 from esam3.training import stage2, track_losses as module
 from esam3.training.loop import TRAINS, parameter_groups, train_mode
 from esam3.training.stage2 import Stage2, give_memory, run_stage2, stage2_schedule
@@ -27,7 +27,7 @@ from esam3.training.track_losses import SingleFrameWarmup, read_weight, track_lo
 from esam3.training.tracks import propose, with_tracks
 
 SIDES = (144, 128)  # the toy's frames, px
-TINY = Schedule(steps=10, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
+TINY = Stage2Schedule(steps=10, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
 
 
 @lru_cache
@@ -38,7 +38,7 @@ def networks() -> tuple[Sam3, EfficientSam3]:
     return teacher, build_student("es-ev-s", teacher)
 
 
-def task_of(memory: str = "perceiver", schedule: Schedule = TINY, sampled: int = 0) -> Stage2:
+def task_of(memory: str = "perceiver", schedule: Stage2Schedule = TINY, sampled: int = 0) -> Stage2:
     "The task with a new student, always the same one, ready to be trained."
     teacher, dense = networks()
     torch.manual_seed(1)

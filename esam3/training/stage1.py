@@ -25,7 +25,7 @@ from ..data.samples import BadSample, ImageSample
 from ..models.prompts import chances, initial_prompts, refine, to_space
 from ..models.student import EfficientSam3, build_student
 from ..models.teacher import Features, MaskSet, Prompts, Sam3
-from ..schedules import Schedule, schedule_for
+from ..schedules import ImageSchedule, Schedule, Stage1Schedule, schedule_for
 from .cluster import ends_together
 from .feature_cache import (
     FeatureCache, ReplayedSample, Replays, cache_settings, encode_trunk, features_from_trunk, plan, write_cache)
@@ -179,7 +179,7 @@ def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
                  told: MaskSet,   # the teacher's answer
                  truth: Tensor,   # [n, 4g, 4g] coverage in 0…1
                  valid: Tensor,   # [n, 4g, 4g] bool
-                 schedule: Schedule,
+                 schedule: ImageSchedule,
                  instances: float | Tensor,  # that sums over instances are divided by
                  weight: Tensor   # [n] of each instance in them
                  ) -> tuple[dict[str, Tensor], Tensor]:
@@ -197,7 +197,7 @@ def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
 
 
 def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
-                  batch: ImageBatch, schedule: Schedule,
+                  batch: ImageBatch, schedule: ImageSchedule,
                   # `instances` of the whole step; None: these are all
                   whole: Mapping[str, float | Tensor] | None = None,
                   weight: Tensor | None = None  # [N] of each instance; None: 1
@@ -226,7 +226,7 @@ class Stage1(nn.Module):
     """Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the
     schedule asks for."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage1Schedule,
                  sampled: int = 0):  # instances to find in an image without annotation; 0: images bring their instances
         super().__init__()
         self.teacher, self.student, self.schedule, self.sampled = teacher, student, schedule, sampled
@@ -279,7 +279,7 @@ class Stage1(nn.Module):
 
 # %% ../../nbs/10_stage1.ipynb #c020s
 def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str, object] | None = None,
-                    **given: float | str) -> Schedule:
+                    **given: float | str) -> Stage1Schedule:
     """Stage 1's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or when there is
     nothing to learn from."""
     s = schedule_for(1, recipe, {**(options or {}), **({"refinements": refinements} if refinements >= 0 else {})},
@@ -295,7 +295,7 @@ def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str
     return s
 
 # %% ../../nbs/10_stage1.ipynb #c022
-def train_stage1(student: EfficientSam3, teacher: Sam3, recipe: Mapping, s: Schedule, folder: Path, seed: int,
+def train_stage1(student: EfficientSam3, teacher: Sam3, recipe: Mapping, s: Stage1Schedule, folder: Path, seed: int,
                  kept: tuple[Replays, FeatureCache, float] | None = None,  # of `keep_features`; None: no cache
                  **options) -> dict[str, Any]:
     "The encoder and the mask decoder, in place; the account of it. `options` of `fit`."

@@ -27,7 +27,7 @@ from ..models.perceiver import squarest
 from ..models.student import EfficientSam3, with_memory
 from ..models.teacher import ASSETS, NO_OBJECT, Features, Sam3
 from ..models.tracker import clip_time, first_prompts, look, own_time, track
-from ..schedules import Schedule, schedule_for
+from ..schedules import ClipSchedule, Stage2Schedule, Stage3Schedule, schedule_for
 from .cluster import ends_together
 from .encode_once import KEPT_MAPS, EncodeOnce, Shared, fits_in_memory
 from .loop import TRAINS, fit, parameter_groups
@@ -43,7 +43,7 @@ from .tracks import from_first, nothing_learned, propose, shared_out, sought, wi
 MEMORIES = ("perceiver", "dense", "pooling")
 
 
-def give_memory(student: EfficientSam3, memory: str, schedule: Schedule) -> EfficientSam3:
+def give_memory(student: EfficientSam3, memory: str, schedule: Stage2Schedule) -> EfficientSam3:
     """The student with an untrained Perceiver of the schedule's latents, with as many means of windows ("pooling"), or
     with dense memory; everything else keeps its weights.
 
@@ -66,7 +66,7 @@ def there_and_back(sample: ClipSample) -> ClipSample:
                    annotated=sample.annotated[:, order], numbers=[sample.numbers[t] for t in order])
 
 
-def clip_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
+def clip_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
                samples: Sequence[ClipSample], rngs: Sequence[np.random.Generator],
                rng: np.random.Generator) -> ClipBatch:
     """Clips of a step as a batch: one augmentation for all frames of a clip; all clips of a step there and back, or
@@ -76,7 +76,7 @@ def clip_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
     return collate_clips(samples, *sides, recipe["sampling"]["tracks"], rngs, recipe["sampling"]["late"])
 
 
-def clip_source(recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+def clip_source(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int], seed: int,
                 kind: str = "clips",  # or "concept_clips": with their phrases
                 period: int = 0       # of `Steps`
                 ) -> Steps:
@@ -111,7 +111,7 @@ class Stage2(nn.Module):
     """Losses of stage 2 (§4.3): masks and scores of the student's tracker against the teacher's and against the truth,
     at every frame."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage2Schedule | Stage3Schedule,
                  sampled: int = 0,               # instances to find in a clip of plain video; 0: clips bring tracks
                  keep: bool = True,              # maps of images that are not augmented
                  shared: Shared | None = None):  # where they are kept for other tasks too; None: for this one alone
@@ -184,7 +184,7 @@ def ablations(variant: str) -> dict[str, dict]:
 
 # %% ../../nbs/20_stage2.ipynb #c031s
 def stage2_schedule(recipe: Mapping, options: Mapping[str, object] | None = None, distill: bool = True,
-                    **given: float | str) -> Schedule:
+                    **given: float | str) -> Stage2Schedule:
     """Stage 2's schedule. `options`: fields of it, where 0 counts. `distill=False`: the truth alone teaches.
     `ValueError` for an unknown word."""
     s = schedule_for(2, recipe, {**(options or {}), **({} if distill else {"lambda2": 0.0})}, **given)
@@ -213,8 +213,8 @@ def most_frames(sampling: Mapping) -> int:
     return sampling["frames"] if isinstance(sampling["frames"], int) else sampling["frames"][1]
 
 
-def train_stage2(student: EfficientSam3, teacher: Sam3, base: Path, recipe: Mapping, s: Schedule, folder: Path,
-                 seed: int, shared: Shared | None = None, **options) -> dict[str, Any]:
+def train_stage2(student: EfficientSam3, teacher: Sam3, base: Path, recipe: Mapping, s: Stage2Schedule,
+                 folder: Path, seed: int, shared: Shared | None = None, **options) -> dict[str, Any]:
     """The single-frame warm-up, where the schedule has one, and the rollouts, in place; the account of both. `options`
     of `fit`."""
     videos, sampling = open_dataset(recipe, "train", "clips"), recipe["sampling"]

@@ -28,7 +28,7 @@ from ..data.readers import choose
 from ..data.samples import ImageSample
 from ..models.student import EfficientSam3
 from ..models.teacher import Features, Sam3
-from ..schedules import Schedule, schedule_for
+from ..schedules import ClipSchedule, ImageSchedule, MaskSchedule, Stage3Schedule, schedule_for
 from .cluster import ends_together
 from .concepts import (
     ConceptQueries, Confusables, PhraseEmbeddings, QuerySampling, concept_losses, concepts_of, match_all,
@@ -45,7 +45,7 @@ from .tracks import nothing_learned, sought
 
 # %% ../../nbs/30_stage3.ipynb #c008
 def stage3_schedule(recipe: Mapping, encoder_lr: float = -1.0, distill: bool = True,
-                    options: Mapping[str, object] | None = None, **given: float | str) -> Schedule:
+                    options: Mapping[str, object] | None = None, **given: float | str) -> Stage3Schedule:
     """Stage 3's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or where the
     recipe thaws what there is not."""
     s = schedule_for(3, recipe, {**(options or {}), **({} if encoder_lr < 0 else {"encoder_lr": encoder_lr}),
@@ -101,12 +101,12 @@ def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
                                                      masks=np.asarray(sample.masks)[..., ::-1].copy())
 
 # %% ../../nbs/30_stage3.ipynb #c011s
-def varied(sample: ImageSample, rng: np.random.Generator, recipe: Mapping, schedule: Schedule) -> ImageSample:
+def varied(sample: ImageSample, rng: np.random.Generator, recipe: Mapping, schedule: ClipSchedule) -> ImageSample:
     "The recipe's augmentation, or where the schedule has none a flip."
     return augment(sample, rng, **recipe["augment"]) if schedule.augment else flipped(sample, rng)
 
 
-def concept_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
+def concept_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
                   samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator],
                   rng: np.random.Generator) -> ImageBatch:
     "Images of a step with all their instances, each varied by its own generator."
@@ -116,7 +116,7 @@ def concept_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
 class ImageQueries(Steps):
     "Images with phrases, queries about them, and instances to point at."
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+    def __init__(self, recipe: Mapping, schedule: Stage3Schedule, sides: tuple[int, int], seed: int,
                  query_sampling: QuerySampling, teacher: Sam3 | None = None):
         reader, sampling = open_dataset(recipe, "train", "concept_images"), recipe["sampling"]
         super().__init__(reader, partial(concept_batch, recipe, schedule, sides), seed, schedule.batch_size,
@@ -138,7 +138,7 @@ class ClipQueries(Steps):
     """Clips of one kind, and where they have phrases one frame of each with queries about it. None where a part has no
     clip."""
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+    def __init__(self, recipe: Mapping, schedule: Stage3Schedule, sides: tuple[int, int], seed: int,
                  query_sampling: QuerySampling, kind: str, teacher: Sam3 | None = None):
         few = replace(schedule, batch_size=max(1, schedule.batch_size // IMAGES_PER_CLIP))
         self.__dict__ |= vars(clip_source(recipe, few, sides, seed, kind))
@@ -155,7 +155,7 @@ class ClipQueries(Steps):
         return Mixed(None, None, torch.zeros(0, dtype=torch.long), batch, clip_frames, queries)
 
 
-def check_concepts(recipe: Mapping, schedule: Schedule) -> None:
+def check_concepts(recipe: Mapping, schedule: Stage3Schedule) -> None:
     "`ValueError` where a recipe has nothing that stage 3 can learn from."
     parts = recipe["splits"].get("train", {})
     if "concept_images" in parts or "concept_clips" in parts and schedule.clip_every: return
@@ -170,7 +170,7 @@ class MixedSteps(Dataset):
     `teacher`: whose text embeddings say which phrases are easily confused. `ValueError` where the recipe has nothing
     that stage 3 can learn from."""
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+    def __init__(self, recipe: Mapping, schedule: Stage3Schedule, sides: tuple[int, int], seed: int,
                  query_sampling: QuerySampling, teacher: Sam3 | None = None):
         check_concepts(recipe, schedule)
         parts, given, self.schedule = recipe["splits"]["train"], (recipe, schedule, sides, seed,
@@ -211,7 +211,7 @@ def instance_losses(ours: Tensor, theirs: Tensor, temperature: float = 0.1) -> d
 MAPS = (0.05, 0.1, 0.5, 0.05, 0.1, 0.2)
 
 
-def map_losses(teacher_features: Features, student_features: Features, batch: ImageBatch, schedule: Schedule,
+def map_losses(teacher_features: Features, student_features: Features, batch: ImageBatch, schedule: ImageSchedule,
                whole: Mapping[str, float | Tensor] | None = None  # `images` of the whole step; none: of the batch
                ) -> dict[str, Tensor]:
     """What a thawed encoder is held to: eq. 3, a mean over images, and `thing_losses` on the detector's coarse map.
@@ -236,7 +236,7 @@ def map_losses(teacher_features: Features, student_features: Features, batch: Im
 # %% ../../nbs/30_stage3.ipynb #c024
 def concept_terms(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
                   batch: ImageBatch, queries: ConceptQueries,
-                  embeddings: PhraseEmbeddings, schedule: Schedule,
+                  embeddings: PhraseEmbeddings, schedule: MaskSchedule,
                   whole: Mapping[str, float | Tensor] | None = None  # `question_counts` of the step; none: of `asked`
                   ) -> dict[str, Tensor]:
     """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher
@@ -269,7 +269,7 @@ def concept_terms(teacher: Sam3, student: Sam3, teacher_features: Features, stud
     return out | {"distill read": s.lambda2 * over_count((errors * good).sum(), whole["queries"])}
 
 # %% ../../nbs/30_stage3.ipynb #c027
-def stage3_groups(student: EfficientSam3, schedule: Schedule) -> list[dict]:
+def stage3_groups(student: EfficientSam3, schedule: Stage3Schedule) -> list[dict]:
     """AdamW's groups: stage 3's own, what the schedule thaws, and the encoder with its own rate, but for its batch
     norms."""
     thawed = {k: THAW[k] for k in (*schedule.thaw, *(["encoder"] if schedule.encoder_lr else []))}
@@ -295,7 +295,7 @@ class Stage3(nn.Module):
     """Losses of stage 3 (§4.4): concepts and stage 1's prompts on images, stage 2's terms on clips and concepts on a
     frame of each, and what keeps a thawed encoder near the teacher's maps."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage3Schedule,
                  keep: bool = True,              # maps of images that are not augmented
                  shared: Shared | None = None):  # as of `Stage2`
         super().__init__()
@@ -374,7 +374,7 @@ class FeatureWarmup(nn.Module):
         return map_losses(self.teacher_features(batch), self.student_features(batch), batch, self.schedule, whole)
 
 
-def warmup_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
+def warmup_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
                  samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator],
                  rng: np.random.Generator) -> ImageBatch:
     "Images of a step without their phrases."
@@ -402,8 +402,8 @@ def count_images(recipe: Mapping) -> int:
     return sum(len(open_dataset(recipe, "train", k)) * (frames if "clips" in k else 2) for k in parts)
 
 # %% ../../nbs/30_stage3.ipynb #c035t
-def train_stage3(student: EfficientSam3, teacher: Sam3, recipe: Mapping, s: Schedule, query_sampling: QuerySampling,
-                 folder: Path, seed: int, shared: Shared | None = None, **options) -> dict[str, Any]:
+def train_stage3(student: EfficientSam3, teacher: Sam3, recipe: Mapping, s: Stage3Schedule,
+                 query_sampling: QuerySampling, folder: Path, seed: int, shared: Shared | None = None, **options) -> dict[str, Any]:
     """The feature warm-up, where the schedule has one and thaws the encoder, and the concepts, in place; the account of
     both. `options` of `fit`."""
     for_training(student, s)

@@ -21,7 +21,7 @@ from ..data.batches import ClipBatch
 from ..models.student import EfficientSam3
 from ..models.teacher import Features, MaskSet, Memory, Sam3, gate
 from ..models.tracker import CERTAIN, History, first_prompts, see, track, unprompted
-from ..schedules import Schedule
+from ..schedules import MaskSchedule, Stage2Schedule, Stage3Schedule
 from .encode_once import Kept
 from .loop import recomputed
 from .losses import image_errors, mask_iou, mask_loss, over_count, score_loss, soft_target, task_terms
@@ -79,7 +79,7 @@ def frame_losses(answer: MaskSet, t: int, batch: ClipBatch,
                  truth: Tensor | None,                  # [N, T, 4g, 4g] coverage in 0…1; None: nothing is annotated
                  teacher_tracks: TeacherTracks | None,  # None: the truth alone teaches
                  lambda2: float, lambda_read: float = 1.0,      # of the teacher's terms; of the read-out among them
-                 focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `Schedule`
+                 focal: float = 1.0, temperature: float = 0.0,  # of the masks, as in a `MaskSchedule`
                  whole: Mapping[str, float | Tensor] | None = None,  # `pair_counts` of the step; None: of this frame
                  weight: Tensor | None = None           # [N] of each track in the teacher's terms; None: 1
                  ) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ FADES: Mapping[str, Callable[[float], float]] = {  # fraction of training done, 
     "": lambda done: 1.0, "linear": lambda done: 1 - done, "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done))}
 
 
-def read_weight(schedule: Schedule, step: int) -> float:
+def read_weight(schedule: Stage2Schedule | Stage3Schedule, step: int) -> float:
     """Weight of the teacher's read-out at a step (§4.3): `lambda_read`, fading to 0 at the last step if `read_decay`
     says so."""
     return schedule.lambda_read * FADES[schedule.read_decay](min(1.0, step / max(1, schedule.steps - 1)))
@@ -116,7 +116,7 @@ def read_weight(schedule: Schedule, step: int) -> float:
 # %% ../../nbs/24_track_losses.ipynb #t021
 def track_losses(answers: Sequence[MaskSet],       # the student's, of all frames
                  batch: ClipBatch, frames: Sequence[int],  # which of them count
-                 truth: Tensor | None, teacher_tracks: TeacherTracks | None, schedule: Schedule, lambda_read: float,
+                 truth: Tensor | None, teacher_tracks: TeacherTracks | None, schedule: MaskSchedule, lambda_read: float,
                  whole: Mapping[str, float | Tensor] | None = None,  # as in `frame_losses`; None: these frames are all
                  checkpoint: bool = False,         # compute losses again in the backward pass
                  weight: Tensor | None = None      # [N], as in `frame_losses`
@@ -190,6 +190,42 @@ class SingleFrameWarmup(nn.Module):
         "As `Stage2.counts`, of the warm-up's frames."
         return pair_counts(batch, self.frames(batch), self.stage.found(batch))
 
+# %% ../../nbs/24_track_losses.ipynb #t034
+@patch
+def _prepared(self: SingleFrameWarmup, batch: ClipBatch) -> tuple[TeacherForcedClip, TeacherTracks | None]:
+    "The forced memory of a batch and what the teacher says of it, made once."
+    content = self.stage.schedule.augment or not batch.numbers
+    key = (blake2b(b"".join(image.tobytes() for image in batch.images)).digest() if content
+           else (*batch.names, *batch.numbers), *batch.ids)
+    if key not in self.kept:
+        teacher_tracks = self.stage.teach(batch, "mask")
+        forced = force_memory(self.dense, self.stage.student_features(batch), batch,
+                              *to_remember(teacher_tracks, batch, 4 * self.dense.grid))
+        tensors = [*vars(forced).values(), *(vars(teacher_tracks).values() if teacher_tracks else ())]
+        self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in tensors)
+    tensors = [x.to(batch.frame_index.device, non_blocking=True) for x in self.kept[key]]
+    return TeacherForcedClip(*tensors[:4]), TeacherTracks(*tensors[4:]) if tensors[4:] else None
+
+# %% ../../nbs/24_track_losses.ipynb #t032a
+@patch
+def _answer(self: SingleFrameWarmup, seen: Features, image_index: Tensor, memories: list[Memory]) -> MaskSet:
+    "The student's masks on images `image_index` [N], given the memories of all frames before."
+    student, history = self.stage.student, History(self.dense.tracker_model.config)
+    for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
+    return student.decode(seen, unprompted(student, seen, image_index),
+                          student.recall(seen, image_index, history.bank(len(memories))))
+
+# %% ../../nbs/24_track_losses.ipynb #t032
+@patch
+def _losses(self: SingleFrameWarmup, image_index: Tensor, t: int, seen: Features, batch: ClipBatch,
+            memories: list[Memory], read: Tensor, truth: Tensor | None, teacher_tracks: TeacherTracks | None,
+            whole: Mapping[str, float | Tensor], weight: Tensor) -> dict[str, Tensor]:
+    "Losses of the answer to frame `t`, on images `image_index` [N], given the memories of all frames before."
+    s, answer = self.stage.schedule, self._answer(seen, image_index, memories)
+    off = over_count((read_errors(answer, read, batch, image_index) * weight).sum(), whole["pairs"])
+    return ({"read-out": s.lambda_read * off} if s.lambda_read else {}) | frame_losses(
+        answer, t, batch, truth, teacher_tracks, s.lambda2, s.lambda_read, s.focal, s.temperature, whole, weight)
+
 # %% ../../nbs/24_track_losses.ipynb #t031
 @patch
 def forward(self: SingleFrameWarmup, batch: ClipBatch,
@@ -214,39 +250,3 @@ def forward(self: SingleFrameWarmup, batch: ClipBatch,
                                                 truth, teacher_tracks, whole, weight)
         for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
     return out
-
-# %% ../../nbs/24_track_losses.ipynb #t032
-@patch
-def _losses(self: SingleFrameWarmup, image_index: Tensor, t: int, seen: Features, batch: ClipBatch,
-            memories: list[Memory], read: Tensor, truth: Tensor | None, teacher_tracks: TeacherTracks | None,
-            whole: Mapping[str, float | Tensor], weight: Tensor) -> dict[str, Tensor]:
-    "Losses of the answer to frame `t`, on images `image_index` [N], given the memories of all frames before."
-    s, answer = self.stage.schedule, self._answer(seen, image_index, memories)
-    off = over_count((read_errors(answer, read, batch, image_index) * weight).sum(), whole["pairs"])
-    return ({"read-out": s.lambda_read * off} if s.lambda_read else {}) | frame_losses(
-        answer, t, batch, truth, teacher_tracks, s.lambda2, s.lambda_read, s.focal, s.temperature, whole, weight)
-
-
-@patch
-def _answer(self: SingleFrameWarmup, seen: Features, image_index: Tensor, memories: list[Memory]) -> MaskSet:
-    "The student's masks on images `image_index` [N], given the memories of all frames before."
-    student, history = self.stage.student, History(self.dense.tracker_model.config)
-    for k, memory in enumerate(memories): history.add(k, memory, prompted=k == 0)
-    return student.decode(seen, unprompted(student, seen, image_index),
-                          student.recall(seen, image_index, history.bank(len(memories))))
-
-# %% ../../nbs/24_track_losses.ipynb #t034
-@patch
-def _prepared(self: SingleFrameWarmup, batch: ClipBatch) -> tuple[TeacherForcedClip, TeacherTracks | None]:
-    "The forced memory of a batch and what the teacher says of it, made once."
-    content = self.stage.schedule.augment or not batch.numbers
-    key = (blake2b(b"".join(image.tobytes() for image in batch.images)).digest() if content
-           else (*batch.names, *batch.numbers), *batch.ids)
-    if key not in self.kept:
-        teacher_tracks = self.stage.teach(batch, "mask")
-        forced = force_memory(self.dense, self.stage.student_features(batch), batch,
-                              *to_remember(teacher_tracks, batch, 4 * self.dense.grid))
-        tensors = [*vars(forced).values(), *(vars(teacher_tracks).values() if teacher_tracks else ())]
-        self.kept[key] = tuple(x.float().cpu() if x.is_floating_point() else x.cpu() for x in tensors)
-    tensors = [x.to(batch.frame_index.device, non_blocking=True) for x in self.kept[key]]
-    return TeacherForcedClip(*tensors[:4]), TeacherTracks(*tensors[4:]) if tensors[4:] else None
