@@ -385,15 +385,15 @@ def test_parts_of_a_step_add_up(reader, teacher, student):
     """Four images and their queries, in one part and in two of 1 and 3: truth, teacher's answers, read-out, maps.
     Recomputed it is the same."""
     from esam3.training.stage3 import concept_terms, map_losses
-    from esam3.schedules import Schedule
-    s, embeddings = Schedule(temperature=1.0, checkpoint=0), PhraseEmbeddings(teacher)
+    from esam3.schedules import Stage3Schedule
+    s, embeddings = Stage3Schedule(temperature=1.0, checkpoint=0), PhraseEmbeddings(teacher)
     sides = teacher.image_size, student.image_size
     collated = lambda some: collate_images([reader.read(i) for i in some], *sides, max_instances=0)
     batch = collated(range(4))
     queries = sample_queries(batch, chance(batch, 0), QuerySampling(), Confusables(vocabulary(reader), teacher))
     assert 0 < queries.known.sum() < len(queries.known)
     whole = query_counts(queries) | {"images": 4.0}
-    def terms(images: range, s: Schedule = s) -> dict[str, Tensor]:
+    def terms(images: range, s: Stage3Schedule = s) -> dict[str, Tensor]:
         own = collated(images)
         with torch.no_grad(): teacher_features = teacher.encode(own.teacher_pixels)
         student_features = student.encode(own.student_pixels)
@@ -436,10 +436,10 @@ class Looks(TorchDispatchMode):
 def test_nobody_looks(batch, reader, teacher, student):
     "Queries are asked, matched and judged without a look at values on the way; the library's own call does look."
     from esam3.training.stage3 import concept_terms
-    from esam3.schedules import Schedule
+    from esam3.schedules import Stage3Schedule
     queries = sample_queries(batch, chance(batch), QuerySampling(exemplar=1.0),
                              Confusables(vocabulary(reader), teacher))
-    whole, embeddings, s = query_counts(queries), PhraseEmbeddings(teacher), Schedule(temperature=1.0)
+    whole, embeddings, s = query_counts(queries), PhraseEmbeddings(teacher), Stage3Schedule(temperature=1.0)
     embeddings(queries.phrases)  # a phrase is encoded once
     assert (queries.labels == 1).any() and (queries.labels[:, 0] == -10).any()
     with torch.no_grad():

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from esam3.data.batches import load_recipe, open_dataset
 from esam3.data.samples import ImageSample, boxes_of
-from esam3.evaluation.heldout import as_batch, look, opening, prompt_scores
+from esam3.evaluation.heldout import opening, prompt_scores
 from esam3.evaluation.protocols import answer_images, follow
 from esam3.models.concept_video import Exemplar, follow_concepts
 from esam3.models.perceiver import AveragePooling
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import HALF, PLACES, Bank, Features, Prompts, Sam3, gate, load_teacher
-from esam3.models.tracker import Follower
+from esam3.models.tracker import Follower, as_batch, look
 from esam3.training.concepts import PhraseEmbeddings
 
 ONE = torch.zeros(1, dtype=torch.long)

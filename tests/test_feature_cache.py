@@ -15,7 +15,7 @@ import torch
 from esam3.data.batches import load_recipe, open_dataset
 from esam3.models.teacher import Sam3, load_teacher
 from esam3.training.feature_cache import HEADER, FeatureCache, Replays, cache_settings, write_cache
-from esam3.training.loop import feature_cache, packing
+from esam3.training import feature_cache, packing
 from esam3.training.packing import record_type
 
 SIZE = record_type(81, 192, "int8").itemsize  # the toy teacher's

@@ -18,7 +18,7 @@ import torch
 from elsewhere import elsewhere
 
 from esam3.core import nearest
-from esam3.training.loop import loop as training
+from esam3.training import loop as training
 
 
 @pytest.fixture(scope="module")

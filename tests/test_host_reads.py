@@ -38,7 +38,7 @@ def stage3(steps: int) -> tuple:
                                              "concept_clips": RECIPE["splits"]["held_out"]["concept_clips"]}}}
     s = stage3_schedule(recipe, 1e-4, options={"clip_every": 1, "alternate": False, "back": 0.5}, steps=steps, **COMMON)
     teacher = load_teacher("toy")
-    student = give_memory(build_student("es-ev-s", teacher), "perceiver", s)
+    student = give_memory(build_student("es-ev-s", teacher), "perceiver", schedule_for(2, RECIPE))
     return s, MixedSteps(recipe, s, SIDES, 7, QuerySampling(4), teacher), lambda: (Stage3(teacher, student, s),
         stage3_groups(student, s)), (teacher, student)
 

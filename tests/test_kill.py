@@ -21,7 +21,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from esam3.data.batches import load_recipe, open_dataset, readers, samples
+from esam3.data import readers, samples
+from esam3.data.batches import load_recipe, open_dataset
 from esam3.data.toyfiles import toyworld
 from esam3.models.teacher import load_teacher
 from esam3.show import survey
@@ -133,11 +134,11 @@ def perceiver(tmp_path_factory) -> Path:
     "A student with a Perceiver, untrained."
     from esam3.training.stage2 import give_memory
     from esam3.models.student import build_student
-    from esam3.schedules import Schedule
+    from esam3.schedules import Stage2Schedule
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("perceiver") / "student"
     give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver",
-                Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
+                Stage2Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
     return folder
 
 

@@ -11,7 +11,7 @@ from esam3.core import Part
 from esam3.data.batches import load_recipe
 from esam3.data.readers import Sa1b
 from esam3.data.samples import BadSample
-from esam3.schedules import Schedule
+from esam3.schedules import Schedule, Stage2Schedule, Stage3Schedule
 from esam3.training.checkpoints import tensors_in
 from esam3.training.concepts import QuerySampling
 from esam3.training.loop import Clock, Made, Parts, loader, pick_workers
@@ -23,8 +23,8 @@ from logs import rows
 SIDES, RECIPE = (144, 128), load_recipe("tiny")
 SOURCES = {
     "stage 1": lambda: image_source(RECIPE, Schedule(batch_size=4), SIDES, 7),
-    "stage 2": lambda: clip_source(RECIPE, Schedule(batch_size=2, augment=True, back=0.5), SIDES, 7),
-    "stage 3": lambda: MixedSteps(RECIPE, Schedule(batch_size=8, clip_every=2, alternate=False), SIDES, 7,
+    "stage 2": lambda: clip_source(RECIPE, Stage2Schedule(batch_size=2, augment=True, back=0.5), SIDES, 7),
+    "stage 3": lambda: MixedSteps(RECIPE, Stage3Schedule(batch_size=8, clip_every=2, alternate=False), SIDES, 7,
                                   QuerySampling(2))}
 
 
@@ -84,7 +84,7 @@ def test_what_is_pinned(stage, monkeypatch):
     again = batch.pin_memory()
     assert same(content(batch), content(again))
     inside = [b for b in (batch.images, batch.clips, batch.clip_frames) if b] if stage == "stage 3" else [batch]
-    assert sum(pinned) == sum(t.numel() for b in inside for k, t in tensors_in(b).items() if not k.startswith("frames"))
+    assert sum(pinned) == sum(t.numel() for b in inside for k, t in tensors_in(b).items() if not k.startswith("spaces"))
 
 
 def test_chance_is_not_touched():

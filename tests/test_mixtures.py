@@ -16,14 +16,15 @@ from esam3.data.mixtures import Mixture, Stills, turn
 from esam3.data.samples import ClipSample
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher
-from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, parameter_groups, tracks, train_mode
+from esam3.schedules import Schedule, Stage1Schedule, Stage2Schedule, Stage3Schedule
+from esam3.training import tracks
+from esam3.training.loop import TRAINS, parameter_groups, train_mode
 from esam3.training.runs import digests
 from esam3.training.stage1 import check_cache, image_source, run_stage1
 from esam3.training.stage2 import SingleFrameWarmup, Stage2, clip_source, give_memory, there_and_back
 
 SIDES = (144, 128)  # the toy's frames, px
-TINY = Schedule(steps=4, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
+TINY = Stage2Schedule(steps=4, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
 MIXED = ("extends: tiny\nsplits: {train: {clips: {format: mixture, parts: [{share: %s, format: sav, path: clip}, "
          "{share: 3, recipe: tiny, kind: images}]}}}\n")
 
@@ -198,7 +199,7 @@ def task_of(sampled: int = 0) -> Stage2:
 
 def test_images_come_as_batches_of_clips_of_one_frame(mixed):
     "All of a batch, whatever its clips were to be; augmented as they are; and played back they stay one frame."
-    source, reader = clip_source(mixed, Schedule(batch_size=2, back=1.0), SIDES, 42), open_dataset(mixed, "train",
+    source, reader = clip_source(mixed, Stage2Schedule(batch_size=2, back=1.0), SIDES, 42), open_dataset(mixed, "train",
         "clips")
     lengths = [source[Part(step)].frame_index.shape[1] for step in range(10)]
     still = [reader.part_at(42, step)[0] > 0 for step in range(10)]
@@ -263,7 +264,7 @@ def test_stage_3_of_a_folder_is_refused(folder):
     from esam3.training.stage3 import MixedSteps, run_stage3
     said = "folder: stage 3 learns from concept_images or concept_clips, and its training split holds images, clips"
     with pytest.raises(ValueError, match=said):
-        MixedSteps(load_recipe("folder"), Schedule(batch_size=4), SIDES, 0, QuerySampling())
+        MixedSteps(load_recipe("folder"), Stage3Schedule(batch_size=4), SIDES, 0, QuerySampling())
     # before it asks for a student of stage 2
     with pytest.raises(ValueError, match=said): run_stage3("es-ev-s", "folder", steps=1, batch_size=2)
 
@@ -275,7 +276,7 @@ def test_images_without_an_instance_teach_features(folder, monkeypatch):
     batch = image_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)[Part(0)]
     assert len(batch.image_index) == 0
     from esam3.training.stage1 import Stage1
-    terms = Stage1(*networks(), TINY, sampled=4)(batch)
+    terms = Stage1(*networks(), Stage1Schedule(lambda2=0.5), sampled=4)(batch)
     assert all(v.isfinite() for v in terms.values()) and terms["features"] > 0
     bare = collate_images([Stills(open_dataset("folder", "train", "images")).reader.read(0)], *SIDES)
     monkeypatch.setattr(tracks, "choose_masks", lambda masks, *rest: torch.tensor([0, 1]))
@@ -294,7 +295,7 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
                                         "concept_clips: {format: mixture, parts: ["
         "{share: 1, format: saco_video, annotations: long/veval.json, media: long}, {share: 1, recipe: tiny, kind: "
         "images}]}}}\nstages: {2: null}\n")
-    source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Schedule(batch_size=8, clip_every=1), SIDES, 0,
+    source = MixedSteps(load_recipe(tmp_path / "talk.yaml"), Stage3Schedule(batch_size=8, clip_every=1), SIDES, 0,
                         QuerySampling())
     batches = [source[Part(step)] for step in range(4)]
     assert {b.clips.frame_index.shape[1] == 1 for b in batches} == {True,
@@ -303,7 +304,7 @@ def test_stage_3_takes_images_among_its_clips(tmp_path):
 
 @pytest.mark.parametrize("part, count", [("{format: videos, path: clip}", 8), ("{format: sav, path: clip}", 0)])
 def test_stage_3_finds_tracks_where_nobody_has_marked_any(tmp_path, monkeypatch, part, count):
-    from esam3.training.loop import stage3
+    from esam3.training import stage3
     (tmp_path / "plain.yaml").write_text(f"extends: tiny\nsplits: {{train: {{clips: {part}}}}}\n")
     tasks, recipe, (teacher, student) = [], load_recipe(tmp_path / "plain.yaml"), networks()
     monkeypatch.setattr(stage3, "fit", lambda task, *rest, **options: tasks.append(task) or {})

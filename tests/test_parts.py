@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from esam3.models.perceiver import SpatialPerceiver
-from esam3.training.loop import in_ranks, loop as training
+from esam3.training import loop as training
+from esam3.training.loop import in_ranks
 from esam3.training.stage1 import run_stage1
 from esam3.training.stage2 import run_stage2
 from esam3.training.stage3 import run_stage3

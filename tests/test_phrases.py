@@ -16,7 +16,7 @@ from esam3.data.samples import Phrase, Reported, RunMasks, boxes_of
 from esam3.models.concept_video import ConceptSession, Exemplar, distinct, follow_concepts
 from esam3.models.student import build_student
 from esam3.models.teacher import Features, Sam3, load_teacher
-from esam3.schedules import Schedule
+from esam3.schedules import Stage3Schedule
 from esam3.training.concepts import Confusables, PhraseEmbeddings, QuerySampling, sample_queries, token_bags
 from esam3.training.stage3 import MixedSteps
 
@@ -130,7 +130,8 @@ def test_a_run_counts_cut_phrases(teacher, tmp_path, monkeypatch):
     phrases = ["red star", LONG, None, LONG]
     monkeypatch.setattr("esam3.training.stage3.sample_queries", lambda batch,
                         *rest: replace(sample_queries(batch, *rest), phrases=phrases))
-    schedule, sides = Schedule(steps=4, batch_size=2, lr=1e-4, clip_every=1, alternate=False), (teacher.image_size, 128)
+    schedule = Stage3Schedule(steps=4, batch_size=2, lr=1e-4, clip_every=1, alternate=False)
+    sides = teacher.image_size, 128
     recipe = load_recipe("tiny")
     recipe["splits"]["train"]["concept_clips"] = recipe["splits"]["held_out"]["concept_clips"]
     source, asked = MixedSteps(recipe, schedule, sides, 0, QuerySampling(), teacher), 0

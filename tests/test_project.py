@@ -118,7 +118,7 @@ def test_run_notebooks_take_parameters_and_check_them():
         assert {k: declared[k][1] for k in own} == own, path.name
         sources = ["".join(c["source"]) for c in cells(path)]
         after = sources[sources.index(tagged(path)[0]) + 1]
-        assert "guard(globals())" in after, f"{path.name}: the cell after the parameters checks them"
+        assert "guard(globals()" in after, f"{path.name}: the cell after the parameters checks them"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -22,7 +22,7 @@ from esam3.evaluation import concept_scores, evaluate as module
 from esam3.evaluation.concept_scores import image_scores, lending, shown_instance
 from esam3.evaluation.evaluate import (
     Task, by_count, cases, evaluate, limits_of, of_clip, of_concept_clip, predict, read_rows, run_scores, score)
-from esam3.evaluation.heldout import as_batch
+from esam3.models.tracker import as_batch
 from esam3.evaluation.mask_metrics import davis, ytvos
 from esam3.evaluation.predictions import link_sequences, read_clip
 from esam3.evaluation.protocols import FrameScores, clip_scores, follow

@@ -19,7 +19,7 @@ from esam3.core import Part, declared_in
 from esam3.data.batches import RECIPES, load_recipe, open_dataset, with_sampling
 from esam3.data.miniatures import miniatures
 from esam3.evaluation.predictions import instances, write_labels, write_objects
-from esam3.schedules import Schedule
+from esam3.schedules import Schedule, Stage2Schedule, Stage3Schedule
 from esam3.training.concepts import ConceptQueries, QuerySampling
 from esam3.training.stage1 import image_source
 from esam3.training.stage2 import clip_source
@@ -179,9 +179,10 @@ def test_every_recipe_is_opened_by_the_source_of_its_stage(everything, name, mon
         {}), set()
     if "images" in train: opened.add(len(image_source(recipe, Schedule(batch_size=1), sides, 0)[Part(0)].names))
     for kind in ("clips", "concept_clips"):
-        if kind in train: opened.add(len(clip_source(recipe, Schedule(batch_size=1), sides, 0, kind)[Part(0)].names))
+        if kind in train:
+            opened.add(len(clip_source(recipe, Stage2Schedule(batch_size=1), sides, 0, kind)[Part(0)].names))
     if {"concept_images", "concept_clips"} & {*train}:
-        batches = [MixedSteps(recipe, Schedule(batch_size=1, clip_every=1, alternate=a), sides, 0, QuerySampling(
+        batches = [MixedSteps(recipe, Stage3Schedule(batch_size=1, clip_every=1, alternate=a), sides, 0, QuerySampling(
             2))[Part(0)] for a in (True, False)]
         assert all(b.clips for b in batches) and batches[0].images is None and batches[1].images is not None
     for split, parts in recipe["splits"].items():
@@ -198,8 +199,8 @@ def without(recipe: dict, *kinds: str) -> dict:
 
 
 def test_stage3_takes_what_a_recipe_has():
-    saco, plain = with_sampling(load_recipe("saco"), SMALL), Schedule(batch_size=1, clip_every=1)
-    still = MixedSteps(saco, Schedule(batch_size=1, clip_every=0), SIDES, 0, QuerySampling(2))[Part(0)]
+    saco, plain = with_sampling(load_recipe("saco"), SMALL), Stage3Schedule(batch_size=1, clip_every=1)
+    still = MixedSteps(saco, Stage3Schedule(batch_size=1, clip_every=0), SIDES, 0, QuerySampling(2))[Part(0)]
     assert still.images and still.clips is None and isinstance(still.queries, ConceptQueries)
     moving = MixedSteps(without(saco, "concept_images"), plain, SIDES, 0, QuerySampling(2))[Part(1)]
     assert (moving.images is None and moving.clip_frames and {*moving.clip_queries.phrases} - {None}
@@ -217,7 +218,7 @@ def test_stage3_takes_what_a_recipe_has():
 
 def test_the_feature_warmup_takes_concept_images(monkeypatch):
     "saco has no plain images."
-    from esam3.training.loop import stage3
+    from esam3.training import stage3
     seen = {}
     monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_,
                         **__: seen.setdefault("batch", source[Part(0)]))
@@ -234,7 +235,7 @@ def test_the_feature_warmup_takes_concept_images(monkeypatch):
 @pytest.mark.parametrize("kind, name", [("clips", "sav"), ("concept_clips", "saco")])
 def test_clips_are_augmented_as_the_recipe_says(kind, name):
     recipe = with_sampling(load_recipe(name), SMALL)
-    batches = {a: clip_source(recipe, Schedule(batch_size=1, augment=a), SIDES, 3, kind)[Part(0)]
+    batches = {a: clip_source(recipe, Stage2Schedule(batch_size=1, augment=a), SIDES, 3, kind)[Part(0)]
                for a in (True, False)}
     sizes = {open_dataset(recipe, "train", kind).read(i, most=4).frames.shape[1:3] for i in range(2)}
     assert {i.shape[:2] for i in batches[False].images} <= sizes, "as they are"

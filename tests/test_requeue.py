@@ -122,7 +122,7 @@ def test_a_failure_is_not_queued_again(cluster, tmp_path):
 
 def test_cache_array_writes_what_stage_1_reads(cluster, tmp_path, monkeypatch, capsys):
     "Two jobs of an array, two files of records; then nothing is left to write."
-    from esam3.training.loop import stage1
+    from esam3.training import stage1
     from esam3.data.batches import load_recipe
     from esam3.models.teacher import load_teacher
     monkeypatch.setenv("ESAM3_CACHE", str(tmp_path / "cache"))

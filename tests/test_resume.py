@@ -19,12 +19,13 @@ from torch import nn
 from esam3.schedules import Schedule
 from esam3.training.checkpoints import read_state, save_state
 from esam3.training.cluster import hold
-from esam3.training.loop import Made, checkpoints, fit, runs
+from esam3.training import checkpoints, runs
+from esam3.training.loop import Made, fit
 from esam3.training.stage1 import run_stage1
 from logs import chance, content, rows
 
 STEPS = 8
-RUN = ("import sys, json; from esam3 import stage{0}, training; training.in_ranks(stage{0}.run_stage{0}, {1}, "
+RUN = ("import sys, json; from esam3.training import in_ranks, stage{0}; in_ranks(stage{0}.run_stage{0}, {1}, "
        "**json.loads(sys.argv[1]))")
 
 

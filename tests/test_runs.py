@@ -21,7 +21,7 @@ from esam3.evaluation.protocols import clip_scores
 from esam3.models import backbones
 from esam3.models.student import EfficientSam3
 from esam3.models.teacher import load_teacher
-from esam3.training.loop import stage1, stage2
+from esam3.training import stage1, stage2
 from esam3.training.runs import digests
 from esam3.training.stage1 import run_stage1
 from esam3.training.stage2 import run_stage2
@@ -113,7 +113,7 @@ def test_clips_of_different_lengths_are_scored(tmp_path, monkeypatch):
 def test_long_clips_do_not_fill_the_memory():
     "What the tracker keeps of a clip stops growing."
     from esam3.evaluation.heldout import opening
-    from esam3.evaluation.protocols import as_batch
+    from esam3.models.tracker import as_batch
     from esam3.data.samples import ImageSample
     from esam3.models.tracker import Follower
     model, clip = load_teacher("toy"), open_dataset("tiny", "held_out", "clips").read(0)
@@ -188,7 +188,7 @@ def test_a_moved_data_folder_is_the_same_run(tmp_path):
 
 def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     "A batch that ranks do not divide."
-    from esam3.training.loop import runs
+    from esam3.training import runs
 
     class Six: num_processes, process_index, is_main_process = 6, 0, True
     monkeypatch.setattr(runs, "ranks", Six)
@@ -204,7 +204,8 @@ import sys, torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 from esam3.data.batches import open_dataset
-from esam3.evaluation.heldout import as_batch, look, opening
+from esam3.evaluation.heldout import opening
+from esam3.models.tracker import as_batch, look
 from esam3.models.student import EfficientSam3
 model = EfficientSam3.from_pretrained(sys.argv[1]).eval()
 batch = as_batch(model, [open_dataset("tiny", "held_out", "images").read(0)])

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 
 from esam3.data.batches import RECIPES, SCHEDULES as NAMES, load_recipe
-from esam3.schedules import PAPER, PROVEN, RECIPE, SCHEDULES, STAGES_OF, Schedule, schedule_for
+from esam3.schedules import (
+    PAPER, PROVEN, RECIPE, SCHEDULES, STAGES, STAGES_OF, Schedule, Stage2Schedule, Stage3Schedule, schedule_for)
 
 ROWS = [(row, stage) for row in RECIPE for stage in row.stages]
 
@@ -22,24 +23,39 @@ def test_paper_is_the_papers(row, stage):
 
 
 def test_every_difference_is_in_the_table():
-    """A field in which the schedules differ, from one another or from what a `Schedule` is without being told, has a
-    row."""
-    told = {(row.what, stage) for row, stage in ROWS}
-    for stage in (1, 2, 3):
-        for f in fields(Schedule):
-            if stage not in STAGES_OF[f.name]: continue
-            paper, proven, plain = (getattr(s, f.name) for s in (PAPER[stage], PROVEN[stage], Schedule()))
+    "A field in which the schedules differ, from one another or from their class's default, has a row."
+    rows = {(row.what, stage) for row, stage in ROWS}
+    for stage, kind in STAGES.items():
+        for f in fields(kind):
+            paper, proven, plain = (getattr(s, f.name) for s in (PAPER[stage], PROVEN[stage], kind()))
             if not paper == proven == plain:
-                assert (f.name, stage) in told, f"{f.name} of stage {stage}: paper {paper}, proven {proven}"
+                assert (f.name, stage) in rows, f"{f.name} of stage {stage}: paper {paper}, proven {proven}"
+
+
+def test_optimisation_is_every_stages_and_nothing_else():
+    "What `fit` reads is all that a plain `Schedule` has; terms of stages are in their classes."
+    shared = {f.name for f in fields(Schedule)}
+    assert shared == {"steps", "batch_size", "micro_batch", "lr", "linear_warmup", "max_norm", "ema", "betas", "floor",
+                      "inherited", "checkpoint"}
+    assert all(STAGES_OF[name] == (1, 2, 3) for name in shared)
+    for stage, kind in STAGES.items():
+        assert type(PAPER[stage]) is type(PROVEN[stage]) is kind
+        assert {f.name for f in fields(kind)} == {name for name, stages in STAGES_OF.items() if stage in stages}
+
+
+def test_what_stage_3_needs_of_stage_2_and_nobody_sets():
+    from esam3.training.stage2 import read_weight
+    assert "read_decay" not in {f.name for f in fields(Stage3Schedule)}
+    for step in (0, 9): assert read_weight(Stage3Schedule(10, lambda_read=2.0), step) == 2.0
+    assert read_weight(Stage2Schedule(10, lambda_read=2.0, read_decay="linear"), 9) == 0.0
 
 
 def test_steps_of_an_aid_are_bounded():
     """No warm-up is as long as an epoch of SA-1B or SA-V: it has a number of steps, and stage 2's goes round a bounded
     number of batches."""
     from esam3.training.stage2 import WARMUP_BATCHES
-    assert all(PROVEN[s].warmup_steps <= 1000 for s in (2,
-                                                        3)) and PAPER[2].warmup_steps == PAPER[
-                                                            3].warmup_steps == 0 and WARMUP_BATCHES <= 1000
+    assert all(PAPER[s].warmup_steps == 0 and PROVEN[s].warmup_steps <= 1000 for s in (2, 3))
+    assert WARMUP_BATCHES <= 1000
 
 
 def test_recipes_name_their_schedule():
@@ -58,6 +74,7 @@ def test_settings_of_other_stages_are_refused(name, stage):
         schedule_for(stage, {"name": "x", "stages": {stage: {"steps": 1, name: 0}}})
     with pytest.raises(ValueError, match=f"'{name}' is a setting of stage"):
         schedule_for(stage, {"name": "x"}, {name: 0}, steps=1)
+    with pytest.raises(TypeError, match=name): STAGES[stage](**{name: 0})
 
 
 def test_whose_word_counts():

@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import esam3.evaluation.evaluate
 import esam3.training.loop
 from esam3.schedules import Schedule
+from esam3.training import stage2, stage3
 from esam3.training.loop import Made, fit
 from esam3.training.stage1 import run_stage1
-from esam3.training.stage2 import EncodeOnce, run_stage2
+from esam3.training.stage2 import run_stage2
 from esam3.training.stage3 import run_stage3
 from logs import chance, content, rows
 
@@ -59,7 +60,7 @@ def places(tensors: list[Tensor]) -> set[torch.device]:
 def fresh(patch: pytest.MonkeyPatch, folder: Path) -> None:
     "As in a new process and with an empty cache: a teacher's scores are asked for, and no encoder's maps are known."
     patch.setattr(esam3.evaluation.evaluate, "cache_dir", lambda: folder / "cache")
-    patch.setattr(EncodeOnce, "shared", {})
+    for module in (stage2, stage3): patch.setattr(module, "KEPT_MAPS", {})
 
 
 def run(stage: int, runs: Path, after: Path | None = None, **more) -> Path:

@@ -17,8 +17,9 @@ from esam3.data.toyfiles import toyworld
 from esam3.models.prompts import refine
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher
-from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, fit, parameter_groups, stage1
+from esam3.schedules import Schedule, Stage1Schedule
+from esam3.training import runs, stage1
+from esam3.training.loop import TRAINS, fit, parameter_groups
 from esam3.training.losses import distill_loss, feature_errors, map_terms, task_terms
 from esam3.training.stage1 import (
     CachedSteps, Stage1, image_source, keep_features, prompt_both, prompt_chances, run_stage1, sample_prompts,
@@ -41,12 +42,12 @@ def batch():
     return image_source(load_recipe("tiny"), Schedule(batch_size=4), SIDES, 42)[Part(0)]
 
 
-def losses(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
+def losses(batch, schedule: Stage1Schedule) -> dict[str, torch.Tensor]:
     "Losses of the untrained student; the chance is the batch's own."
     with torch.no_grad(): return Stage1(*networks(), schedule)(batch)
 
 
-def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
+def by_hand(batch, schedule: Stage1Schedule) -> dict[str, torch.Tensor]:
     "The same, written down once more: eq. 3, eq. 4 and L_task with weights alone, no options."
     teacher, student = networks()
     with torch.no_grad():
@@ -71,16 +72,18 @@ def by_hand(batch, schedule: Schedule) -> dict[str, torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("schedule", [Schedule(),
-                                      Schedule(lambda1=4.0, lambda2=0.5, refinements=2, temperature=1.0, focal=20.0),
-                                      Schedule(checkpoint=1)], ids=["default", "other weights", "recomputed"])
+OTHER = Stage1Schedule(lambda1=4.0, lambda2=0.5, refinements=2, temperature=1.0, focal=20.0)
+
+
+@pytest.mark.parametrize("schedule", [Stage1Schedule(), OTHER, Stage1Schedule(checkpoint=1)],
+                         ids=["default", "other weights", "recomputed"])
 def test_default_losses_are_the_method_alone(batch, schedule):
     found, expected = losses(batch, schedule), by_hand(batch, schedule)
     assert list(found) == list(expected) == ["features", "distill", "task mask", "task iou", "task score"]
     for k in expected: torch.testing.assert_close(found[k], expected[k], rtol=1e-5, atol=1e-7, msg=k)
 
 
-def gradients(schedule: Schedule, batch: ImageBatch, whole: dict
+def gradients(schedule: Stage1Schedule, batch: ImageBatch, whole: dict
               | None = None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     "Losses of a step or a part of it, and gradients, with the batch norms at rest."
     teacher, student = networks()
@@ -109,7 +112,7 @@ def part_of(batch: ImageBatch, recipe: Schedule, part: Part) -> ImageBatch:
 @pytest.mark.parametrize("case", OPTIONS)
 def test_parts_add_up_to_the_step(batch, case):
     "A step of four images as one, two and four parts: the same prompts, losses and gradients."
-    schedule = Schedule(batch_size=4, **OPTIONS[case])
+    schedule = Stage1Schedule(batch_size=4, **OPTIONS[case])
     task = Stage1(*networks(), schedule)
     whole, (losses, grads) = task.counts(batch), gradients(schedule, batch)
     assert whole == {"images": 4, "instances": len(batch.image_index)}
@@ -127,7 +130,7 @@ def test_parts_add_up_to_the_step(batch, case):
 
 
 def test_whole_may_lie_on_the_device(batch):
-    task = Stage1(*networks(), Schedule())
+    task = Stage1(*networks(), Stage1Schedule())
     with torch.no_grad():
         said, told = task(batch, task.counts(batch)), task(batch,
                                                            {k: torch.tensor(float(v)) for k,
@@ -142,19 +145,19 @@ def test_chance_is_the_images_own(batch):
     seed_everything(2)
     again = sample_prompts(batch, prompt_chances(batch)[:, 0])
     for (a, p), (b, q) in zip(first, again, strict=True): assert torch.equal(a, b) and torch.equal(p.points, q.points)
-    losses(batch, Schedule())
+    losses(batch, Stage1Schedule())
     seed_everything(1)
-    losses(batch, Schedule())
+    losses(batch, Stage1Schedule())
     assert torch.equal(torch.get_rng_state(), drawn), "nothing is drawn from the process's generator"
     bare = replace(batch, seeds=[])
     assert torch.equal(prompt_chances(bare, 2), prompt_chances(replace(batch, seeds=[0, 1, 2, 3]), 2))
     assert not torch.equal(prompt_chances(bare), prompt_chances(batch)) and losses(bare,
-        Schedule()).keys() == losses(batch, Schedule()).keys()
+        Stage1Schedule()).keys() == losses(batch, Stage1Schedule()).keys()
 
 
 def test_checkpointing_changes_nothing(batch):
     "Losses to the bit, gradients nearly; and a round keeps next to nothing."
-    def kept(schedule: Schedule) -> int:
+    def kept(schedule: Stage1Schedule) -> int:
         "Bytes that the forward pass keeps for the backward pass, the encoder's and parameters apart."
         teacher, student = networks()
         with torch.no_grad():
@@ -169,7 +172,7 @@ def test_checkpointing_changes_nothing(batch):
             terms = stage1.prompt_losses(teacher, student, teacher_features, student_features, batch, schedule)
         assert terms
         return sum(storage.nbytes() for at, storage in saved.items() if at not in owned)
-    plain, again = Schedule(refinements=2, checkpoint=0), Schedule(refinements=2, checkpoint=1)
+    plain, again = Stage1Schedule(refinements=2, checkpoint=0), Stage1Schedule(refinements=2, checkpoint=1)
     (a, ga), (b, gb) = gradients(plain, batch), gradients(again, batch)
     assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], rtol=1e-6, atol=0)
                                         for k in a) and ga.keys() == gb.keys()
@@ -182,7 +185,7 @@ def test_no_host_reads(batch, case):
     "Neither forward nor backward waits for the device; with sizes of images, instances and prompts of all kinds."
     teacher, student = load_teacher("toy"), build_student("es-ev-s", networks()[0])
     with elsewhere() as device:
-        task = Stage1(teacher.to(device), student.to(device), Schedule(checkpoint=1, **OPTIONS[case]))
+        task = Stage1(teacher.to(device), student.to(device), Stage1Schedule(checkpoint=1, **OPTIONS[case]))
         whole = task.counts(batch)
         with reads() as found, uploads() as copied: sum(task(batch, whole).values()).backward()
         assert not found + copied, "\n".join(found + copied)
@@ -192,13 +195,13 @@ def test_unmarked_instances_share_their_image(batch):
     """What the teacher finds does not change what losses are divided by, and the image counts as one whatever is found
     in it: losses keep their size."""
     bare = some_instances(batch, torch.zeros(0, dtype=torch.long))
-    task = Stage1(*networks(), Schedule(), sampled=5)
+    task = Stage1(*networks(), Stage1Schedule(), sampled=5)
     assert task.counts(bare) == {"images": 4,
                                  "instances": 4} and task.counts(batch)["instances"] == len(batch.image_index)
     with torch.no_grad():
         few, many = task(bare), task(bare, {"images": 4, "instances": 8})
         found = task.settle(bare, task.look(bare))
-        marked = Stage1(task.teacher, task.student, Schedule())(found)
+        marked = Stage1(task.teacher, task.student, Stage1Schedule())(found)
     assert torch.allclose(few["distill"], 2 * many["distill"])
     assert len({len(m) for m in found.masks}) > 1 and few["distill"] == pytest.approx(float(marked["distill"]),
         rel=0.5), "a mean over images, not over instances"
@@ -208,7 +211,7 @@ def test_unmarked_instances_share_their_image(batch):
 
 def test_nothing_to_ask_teaches_nothing(batch):
     "And all that is trained has a gradient, as other ranks have one."
-    task = Stage1(*networks(), Schedule(lambda1=0.0))
+    task = Stage1(*networks(), Stage1Schedule(lambda1=0.0))
     parameter_groups(task.student, TRAINS[1], 1e-3)
     task.student.zero_grad()
     terms = task(some_instances(batch, torch.zeros(0, dtype=torch.long)), {"images": 8, "instances": 31})
@@ -229,28 +232,29 @@ SWITCHES = {  # options → the losses that are left
 @pytest.mark.parametrize("case", SWITCHES)
 def test_switches_take_losses_away_and_add_them(batch, case):
     options, names = SWITCHES[case]
-    found, whole = losses(batch, replace(Schedule(), **options)), losses(batch, Schedule())
+    found, whole = losses(batch, replace(Stage1Schedule(), **options)), losses(batch, Stage1Schedule())
     assert found.keys() == names
     for k in found.keys() & whole.keys(): assert torch.equal(found[k], whole[k]), f"{k} is what it is with all losses"
 
 
 def test_weights_and_ways(batch):
     "Every other option changes what it should, and nothing else."
-    whole = losses(batch, Schedule())
-    changed = lambda **options: {k for k, v in losses(batch, Schedule(**options)).items() if not torch.equal(v,
+    whole = losses(batch, Stage1Schedule())
+    changed = lambda **options: {k for k, v in losses(batch, Stage1Schedule(**options)).items() if not torch.equal(v,
         whole[k])}
     assert changed(temperature=2.0) == {"distill"} and changed(map_weights=(1, 0, 0, 0, 0, 0)) == {"features"}
     assert changed(map_weights=(1 / 6,) * 6) <= {"features"} and torch.allclose(losses(batch,
-        Schedule(map_weights=(1 / 6,) * 6))["features"], whole["features"])
+        Stage1Schedule(map_weights=(1 / 6,) * 6))["features"], whole["features"])
     assert changed(corrective="deepest") == {"distill"} | TASK and changed(lambda_maps=3.0) == set()
-    half = losses(batch, Schedule(task=0.5))
+    half = losses(batch, Stage1Schedule(task=0.5))
     for k in TASK: assert torch.allclose(half[k], whole[k] / 2)
     teacher, student = networks()
     with torch.no_grad():
         teacher_features, student_features = teacher.encode(batch.teacher_pixels), student.encode(batch.student_pixels)
     attention = map_terms(["attention"], (*student_features.detector, *student_features.tracker),
                           *warp_features(teacher_features, batch, student_features))["attention"]
-    assert torch.equal(losses(batch, Schedule(map_terms=("attention",), lambda_maps=3.0))["attention"], 3 * attention)
+    found = losses(batch, Stage1Schedule(map_terms=("attention",), lambda_maps=3.0))
+    assert torch.equal(found["attention"], 3 * attention)
 
 
 WRONG = {"lamda1": ({"lamda1": 0.0}, "unknown field of the schedule 'lamda1': did you mean 'lambda1'?"),
@@ -283,7 +287,7 @@ def test_where_the_backbone_starts(given, recipe, used, tmp_path, monkeypatch):
     class Built(Exception): pass
     def build(*_, weights, **__): raise Built(weights)
     monkeypatch.setattr(stage1, "build_student", build)
-    monkeypatch.setattr(stage1, "open_stage", lambda *_, **__: (tmp_path, {}))  # without the data
+    monkeypatch.setattr(runs, "open_folder", lambda *_, **__: (tmp_path, {}))  # without the data
     with pytest.raises(Built) as e:
         run_stage1("es-ev-s", recipe, teacher="toy", steps=1, weights=given, runs=str(tmp_path))
     assert e.value.args == (used,)

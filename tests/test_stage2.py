@@ -15,19 +15,19 @@ from esam3.data.batches import ClipBatch, collate_clips, load_recipe, open_datas
 from esam3.data.readers import Videos
 from esam3.data.samples import ClipSample
 from esam3.data.toyfiles import toyworld
-from esam3.evaluation.heldout import first_frame, look
 from esam3.models.perceiver import SpatialPerceiver, windows
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Bank, Features, Sam3, load_teacher
-from esam3.models.tracker import see, track
-from esam3.schedules import Schedule
-from esam3.training.loop import TRAINS, parameter_groups, stage2, train_mode
-from esam3.training.stage2 import (
-    SingleFrameWarmup, Stage2, give_memory, read_weight, run_stage2, stage2_schedule, track_losses)
+from esam3.models.tracker import first_frame, look, see, track
+from esam3.schedules import Stage2Schedule
+from esam3.training import stage2, track_losses as module
+from esam3.training.loop import TRAINS, parameter_groups, train_mode
+from esam3.training.stage2 import Stage2, give_memory, run_stage2, stage2_schedule
+from esam3.training.track_losses import SingleFrameWarmup, read_weight, track_losses
 from esam3.training.tracks import propose, with_tracks
 
 SIDES = (144, 128)  # the toy's frames, px
-TINY = Schedule(steps=10, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
+TINY = Stage2Schedule(steps=10, batch_size=2, global_latents=4, local_latents=4, lambda2=0.5)
 
 
 @lru_cache
@@ -38,7 +38,7 @@ def networks() -> tuple[Sam3, EfficientSam3]:
     return teacher, build_student("es-ev-s", teacher)
 
 
-def task_of(memory: str = "perceiver", schedule: Schedule = TINY, sampled: int = 0) -> Stage2:
+def task_of(memory: str = "perceiver", schedule: Stage2Schedule = TINY, sampled: int = 0) -> Stage2:
     "The task with a new student, always the same one, ready to be trained."
     teacher, dense = networks()
     torch.manual_seed(1)
@@ -188,7 +188,7 @@ def test_hidden_and_ended_tracks_teach_their_absence_only(batch):
     gone.masks[0][0, 2:], gone.visible[0, 2:] = False, False
     seen, prompts = task.student_features(gone), first_frame(task.student, gone)[0]
     with torch.no_grad(): ours = track(task.student.eval(), seen, gone.frame_index, prompts)
-    one = lambda t, logits: stage2.frame_losses(replace(ours.sets[t], masks=logits), t, gone,
+    one = lambda t, logits: module.frame_losses(replace(ours.sets[t], masks=logits), t, gone,
                                                 gone.coverage("student", 32), None, 0.0)
     assert task.counts(gone)["there"] == int(gone.visible[:, task.frames(gone)[0]:].sum())
     for t in (2, 3):
@@ -198,14 +198,14 @@ def test_hidden_and_ended_tracks_teach_their_absence_only(batch):
     assert not torch.equal(one(1, noise)["task mask"], one(1,
                                                            ours.sets[1].masks)["task mask"]), ("it counts while it is "
                                                                "there")
-    scored = [float(stage2.frame_losses(replace(ours.sets[2],
+    scored = [float(module.frame_losses(replace(ours.sets[2],
                                                 object_logits=torch.full_like(ours.sets[2].object_logits, s)), 2, gone,
                                         gone.coverage("student", 32), None, 0.0)["task score"]) for s in (-9.0, 9.0)]
     absent = float((~gone.visible[:, 2]).float().mean())
     assert absent > 0 and scored == pytest.approx([9 * (1 - absent), 9 * absent],
                                                   abs=0.01), ("the score is to be low where a track is absent, high "
                                                               "elsewhere")
-    masks, scores = stage2.to_remember(None, gone, 32)
+    masks, scores = module.to_remember(None, gone, 32)
     assert scores[0].tolist() == [10, 10, -10, -10] and masks[0, 2].max() < 0
 
 
@@ -273,7 +273,7 @@ def test_counts_are_those_of_the_settled_batch():
         task = task_of()
         counted, own = task.counts(batch), task.settle(batch)
         assert batch.first.any() and not own.first.any()
-        assert counted == stage2.judged(own,
+        assert counted == module.pair_counts(own,
                                         task.frames(batch)) and counted["pairs"] == len(own.first) * len(
                                             task.frames(batch))
 
@@ -318,8 +318,8 @@ def test_kind_and_frames_are_the_steps(batch):
 
 def test_memory_is_forced_once(batch, monkeypatch):
     "Without augmentation by the names of clips, frames and tracks; with it, or without numbers, by what is seen."
-    force_memory, made = stage2.force_memory, []
-    monkeypatch.setattr(stage2, "force_memory", lambda *given: made.append(given) or force_memory(*given))
+    force_memory, made = module.force_memory, []
+    monkeypatch.setattr(module, "force_memory", lambda *given: made.append(given) or force_memory(*given))
     mirrored = replace(batch, images=[np.flip(i, 1) for i in batch.images])
     for augment, times in ((False, 1), (True, 2)):
         warmup = SingleFrameWarmup(task_of(schedule=replace(TINY, augment=augment)), networks()[1])

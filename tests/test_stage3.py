@@ -35,11 +35,11 @@ def base(tmp_path_factory) -> Path:
     from esam3.training.stage2 import give_memory
     from esam3.models.student import build_student
     from esam3.models.teacher import load_teacher
-    from esam3.schedules import Schedule
+    from esam3.schedules import Stage2Schedule
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("base") / "student"
     give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver",
-                Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
+                Stage2Schedule(global_latents=4, local_latents=4)).save_pretrained(folder)
     return folder
 
 

@@ -13,9 +13,10 @@ from esam3.data.samples import BadSample
 from esam3.models.backbones import Encoder
 from esam3.models.student import build_student
 from esam3.models.teacher import load_teacher
-from esam3.schedules import Schedule
+from esam3.schedules import Schedule, Stage2Schedule
 from esam3.training.checkpoints import Tally, load_state, save_state
-from esam3.training.loop import TRAINS, Made, fit, loop as training, parameter_groups, train_mode
+from esam3.training import loop as training
+from esam3.training.loop import TRAINS, Made, fit, parameter_groups, train_mode
 from esam3.training.stage2 import give_memory, present
 
 
@@ -72,7 +73,7 @@ def test_accumulated_micro_batches_are_one_step(tmp_path):
 def test_perceivers_dropout_trains_with_it():
     torch.manual_seed(0)
     student = give_memory(build_student("es-ev-s", load_teacher("toy")), "perceiver",
-                          Schedule(global_latents=4, local_latents=4))
+                          Stage2Schedule(global_latents=4, local_latents=4))
     parameter_groups(student, present(TRAINS[2], student), 1e-3)
     train_mode(student)
     drops = [m for m in student.perceiver.modules() if isinstance(m, nn.Dropout)]

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from esam3.core import cache_dir
-from esam3.data.batches import samples
+from esam3.data import samples
 from esam3.data.samples import BadSample, Video, video_index
 
 HEIGHT, WIDTH, FRAMES = 96, 160, 70

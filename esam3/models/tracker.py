@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CERTAIN', 'own_time', 'clip_time', 'use_multimask', 'mask_as_output', 'unprompted', 'see', 'History', 'Track',
-           'collect', 'track', 'Follower', 'follow']
+           'collect', 'track', 'look', 'as_batch', 'first_frame', 'first_prompts', 'Follower', 'follow']
 
 # %% ../../nbs/22_tracker.ipynb #c002
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Sam3TrackerVideoConfig
 
+from ..data.batches import ClipBatch, ImageBatch, collate_images
+from ..data.samples import ImageSample
 from .teacher import Bank, Features, MaskSet, Memory, Prompts, Sam3, gate
 
 # %% ../../nbs/22_tracker.ipynb #c005
@@ -170,6 +172,45 @@ def track(model: Sam3,
         sets[t], seen = run(model, features, frame_index[:, t], prompts.get(t), bank)
         history.add(t, seen, prompted=t in prompts)
     return collect([sets[t] for t in range(frame_index.shape[1])])
+
+# %% ../../nbs/22_tracker.ipynb #c048b
+def look(model: Sam3, batch: ImageBatch | ClipBatch) -> Features:
+    "Encode a batch's images in the model's own space."
+    return model.encode(batch.pixels(model.space))
+
+
+def as_batch(model: Sam3, samples: Sequence[ImageSample]) -> ImageBatch:
+    "Images and all their instances, preprocessed for one model and on its device."
+    sides = (model.image_size, 128) if model.space == "teacher" else (128, model.image_size)  # only its own is used
+    return collate_images(samples, *sides, max_instances=0).to(model.device)
+
+# %% ../../nbs/22_tracker.ipynb #c048d
+def first_frame(model: Sam3, batch: ClipBatch) -> tuple[Prompts, Tensor]:
+    "Mask prompts for every track at the frame where it begins, and their boxes [N, 4] in px, in the model's own space."
+    rows, begin = torch.arange(len(batch.first), device=batch.first.device), batch.first.split(
+        [len(m) for m in batch.masks])
+    image_index, f = batch.frame_index[rows, batch.first], batch.spaces
+    # the images of a clip are of one size
+    clips = f.pick(range(0, len(batch.images), len(batch.images) // len(batch.names)))
+    given = [m[torch.arange(len(m), device=m.device), t] for m, t in zip(batch.masks, begin)]
+    masks = clips.rasterise(given, model.space, model.image_size)
+    none = torch.zeros(len(image_index), 0, dtype=torch.int32, device=image_index.device)
+    prompts = Prompts(image_index, torch.zeros(len(image_index), 0, 2, device=image_index.device), none,
+                      (masks > 0.5).float()[:, None])
+    return prompts, f.boxes(batch.boxes[rows, batch.first], image_index, "source", model.space)
+
+# %% ../../nbs/22_tracker.ipynb #c048f
+def first_prompts(model: Sam3, batch: ClipBatch, kind: str  # "mask", "box" or "point"
+                  ) -> Prompts:
+    "Prompts of one kind for every track, at the frame where it begins, in the model's own space."
+    masks, boxes = first_frame(model, batch)
+    n, device = len(boxes), boxes.device
+    labels = lambda *of: torch.tensor([of], dtype=torch.int32).to(device, non_blocking=True).expand(n, -1)
+    if kind == "box": return Prompts(masks.image_index, boxes.view(n, 2, 2), labels(2, 3), multimask=False)
+    if kind == "point":
+        return Prompts(masks.image_index, batch.spaces.points(batch.points, masks.image_index, "source",
+                                                              model.space)[:, None], labels(1))
+    return masks
 
 # %% ../../nbs/22_tracker.ipynb #c050
 class Follower:

@@ -4,5 +4,6 @@
 from esam3.core import lends
 
 __all__, __getattr__ = lends(__name__, {
-    "views": "show_image outline clip_strip prompt_loop curves table",
+    "figures": "figure markdown table",
+    "views": "show_image outline clip_strip prompt_loop curves bars",
     "memory_attention": "attention_weights"})

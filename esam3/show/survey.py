@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..core import atomically, cache_dir, fingerprint
-from ..data.batches import folder, load_recipe, open_dataset, public_sets, readers, rng_at, samples
+from ..data import folder, public_sets, readers, samples
+from ..data.batches import load_recipe, open_dataset, rng_at
 from ..data.mixtures import Mixture, Stills, sample_names
 from ..data.public_sets import Coco, SaVFolders, frame_files
 from ..data.readers import (  # where a video's frames lie; whose masks a file holds

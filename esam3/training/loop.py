@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINS', 'THAW', 'NEW_GROUPS', 'NOT_FINITE', 'select_trainable', 'train_mode', 'parameter_groups', 'Parts', 'Made',
-           'loader', 'pick_workers', 'Clock', 'fit', 'Together', 'added', 'recomputed', 'with_checkpoint',
+           'loader', 'pick_workers', 'Clock', 'Together', 'added', 'Training', 'fit', 'recomputed', 'with_checkpoint',
            'for_training', 'in_ranks']
 
 # %% ../../nbs/05_training.ipynb #c003
@@ -21,6 +21,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
+from fastcore.basics import patch
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..core import Part, peak_memory, pick_device, pick_precision, seed_everything
-from ..schedules import Schedule
+from ..schedules import ImageSchedule, Schedule
 from .checkpoints import (  # the next notebook: what a run keeps
     Tally, keep_batch, load_state, restore, save_state, trained)
 from .cluster import Stopped, stop_requested
@@ -37,9 +38,9 @@ from .cluster import Stopped, stop_requested
 TRAINS: Mapping[int, Mapping[str, tuple[str, float]]] = {  # stage → group → (expression, weight decay); paper §4.2–4.4
     1: {"encoder": (r"^detector_model\.vision_encoder\.", 0.05), "decoder": (r"^tracker_model\.mask_decoder\.", 0.01)},
     2: {"perceiver": (r"^perceiver\.", 0.01),
-        "tracking head": (
-            r"^tracker_model\.(memory_attention|memory_encoder|mask_decoder|object_pointer_proj|memory_temporal_positional_encoding"
-                          r"|temporal_positional_encoding_projection_layer|no_object_pointer|occlusion_spatial_embedding_parameter)", 0.01)},
+        "tracking head": (r"^tracker_model\.(memory_attention|memory_encoder|mask_decoder|object_pointer_proj"
+                          r"|memory_temporal_positional_encoding|temporal_positional_encoding_projection_layer"
+                          r"|no_object_pointer|occlusion_spatial_embedding_parameter)", 0.01)},
     3: {"perceiver": (r"^perceiver\.", 0.01), "mask decoders": (r"^(detector|tracker)_model\.mask_decoder\.", 0.01),
         "presence and scoring": (r"^detector_model\.(dot_product_scoring|detr_decoder\.presence)", 0.01)},
 }
@@ -49,7 +50,7 @@ THAW: Mapping[str, tuple[str, float]] = {  # what stage 3 may train beside its o
     "tracking": (TRAINS[2]["tracking head"][0].replace("|mask_decoder", ""), 0.01),
 }
 
-
+# %% ../../nbs/05_training.ipynb #c005s
 def select_trainable(model: nn.Module, groups: Mapping[str, tuple[str, float]]) -> dict[str, list[nn.Parameter]]:
     """Freeze a model but for the groups' parameters, and return these by group. `ValueError` where a group names
     nothing."""
@@ -61,32 +62,33 @@ def select_trainable(model: nn.Module, groups: Mapping[str, tuple[str, float]]) 
         for p in ps: p.requires_grad_(True)
     return out
 
-
+# %% ../../nbs/05_training.ipynb #c005t
 def train_mode(task: nn.Module, parent: bool = True) -> None:
     """Training mode for modules that hold a trainable parameter, eval mode for those whose parameters are all frozen.
 
     A module without parameters (a dropout, an activation) does as its parent does."""
-    own = [p.requires_grad for p in task.parameters()]
-    task.training = any(own) if own else parent
+    trains = [p.requires_grad for p in task.parameters()]
+    task.training = any(trains) if trains else parent
     for child in task.children(): train_mode(child, task.training)
 
-
+# %% ../../nbs/05_training.ipynb #c005g
 NEW_GROUPS = ("encoder", "perceiver")  # what does not start from the teacher's weights
 
 
 def parameter_groups(model: nn.Module, groups: Mapping[str, tuple[str, float]],
                      lr: float,              # of the new groups
-                     inherited: float = 1.0  # part of it for the others
+                     inherited: float = 1.0  # fraction of it for the others
                      ) -> list[dict]:
-    "AdamW's parameter groups; biases and norms are not decayed."
-    chosen = select_trainable(model, groups)
-    return [{"name": f"{g}{' (no decay)' if flat else ''}", "params": [p for p in ps if (
-        p.ndim < 2) == flat], "lr": lr * (1.0 if g in NEW_GROUPS else inherited),
-             "weight_decay": 0.0 if flat else groups[g][1]} for g, ps in chosen.items() for flat in (False, True)]
+    "AdamW's parameter groups; biases and norms are not decayed. All else is frozen (`select_trainable`)."
+    def group(name: str, params: list[nn.Parameter], flat: bool) -> dict:
+        return {"name": f"{name}{' (no decay)' if flat else ''}", "params": [p for p in params if (p.ndim < 2) == flat],
+                "lr": lr * (1.0 if name in NEW_GROUPS else inherited), "weight_decay": 0.0 if flat else groups[name][1]}
+    return [group(name, params, flat) for name, params in select_trainable(model, groups).items()
+            for flat in (False, True)]
 
 # %% ../../nbs/05_training.ipynb #c013l
 class Parts(Sequence):
-    "The parts of some steps that one rank works off, in order: what a `DataLoader` samples."
+    "The parts of some steps that one rank computes, in order: what a `DataLoader` samples."
 
     def __init__(self, steps: range, rank: int = 0, ranks: int = 1,
                  micro: int = 1):  # micro-batches of a rank in a step
@@ -98,7 +100,7 @@ class Parts(Sequence):
         if not 0 <= k < len(self): raise IndexError(k)
         return Part(self.steps[k // self.micro], self.rank * self.micro + k % self.micro, self.ranks * self.micro)
 
-
+# %% ../../nbs/05_training.ipynb #c013d
 class Made(Dataset):
     "Item `part` is what a function makes of it: for batches that come from no data set."
 
@@ -106,10 +108,10 @@ class Made(Dataset):
 
     def __getitem__(self, part: Part) -> Any: return self.make(part)
 
-
+# %% ../../nbs/05_training.ipynb #c013f
 def _as_it_is(batch: object) -> object: return batch
 
-
+# %% ../../nbs/05_training.ipynb #c013g
 def loader(source: Dataset,        # item `part` is its batch, such as `Steps` of 02_data
            parts: Sequence[Part],  # which are wanted
            workers: int = 0,       # processes that read ahead; 0: here, when a batch is wanted
@@ -124,7 +126,7 @@ def loader(source: Dataset,        # item `part` is its batch, such as `Steps` o
     return DataLoader(source, batch_size=None, sampler=parts, num_workers=workers, collate_fn=_as_it_is,
                       pin_memory=pinned, generator=torch.Generator(), **more)
 
-
+# %% ../../nbs/05_training.ipynb #c013w
 def pick_workers(device: torch.device, wanted: int = -1) -> int:
     """How many processes read ahead: `wanted`, or where it is −1 a rank's share of the cores, at most 8, beside a GPU,
     and none on a CPU, which has enough to do."""
@@ -140,7 +142,9 @@ class Clock:
         self.steps, self.samples, self.waited, self.before, self.took = steps, samples, 0.0, 0.0, []
 
     @property
-    def share(self) -> float: return self.waited / max(1e-9, time.perf_counter() - self.began)
+    def share(self) -> float:
+        "Fraction of the time so far that was waiting, 0 … 1."
+        return self.waited / max(1e-9, time.perf_counter() - self.began)
 
     def waiting(self, batches: Iterator) -> Iterator:
         "The same batches; the time that each takes to come is added up."
@@ -151,101 +155,23 @@ class Clock:
             if batch is None: return
             yield batch
 
-    def step(self) -> dict[str, float]:
-        """A step is done: its `seconds`, the share of them that was `waits`, samples `per_second`, `memory_gb` held at
-        most so far, the seconds `left`."""
-        now = time.perf_counter()
-        seconds, waited = now - self.last, self.waited - self.before
-        self.last, self.before, self.steps = now, self.waited, self.steps - 1
-        self.took = [*self.took[-99:], seconds]
-        told = {"seconds": seconds, "waits": waited / max(1e-9, seconds),
-                "per_second": self.samples / max(1e-9, seconds),
-                "memory_gb": peak_memory() / 1e9, "left": self.steps * statistics.mean(self.took)}
-        return {k: round(v, 4) for k, v in told.items()}
-
-# %% ../../nbs/05_training.ipynb #c014
-NOT_FINITE = 10  # steps in a row that end a run
-
-
-# `forward(batch)` → named, weighted losses; where it lies is where it is trained
-def fit(task: nn.Module,
-        source: Dataset,                            # item `Part(step, …)` → the batch of a part of a step
-        groups: list[dict],                         # AdamW's parameter groups
-        schedule: Schedule, folder: str | Path,     # where state/ and metrics.jsonl go
-        seed: int = 42, every: int = 200,           # steps between checkpoints
-        watch: Callable[[int], None] | None = None, # called by rank 0 after each checkpoint
-        precision: str = "auto",                    # or `no`, `bf16`, `fp16`
-        bad: float = 0.01,                          # share of unreadable samples that ends the run
-        workers: int = -1,                          # processes of each rank that read ahead; −1: as `pick_workers`
-        # one of accelerate's trackers beside metrics.jsonl, such as tensorboard
-        log_to: str = "",
-        stop: int | None = None                     # stop here though the schedule goes on (tests, sessions)
-        ) -> dict[str, object]:
-    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one. A task
-    that has a `step` is told it; one that has `counts(batch)` is called `forward(batch, whole)` with their sums over
-    the step, and its losses then add up over the parts of a step. One that says it is `steady` uses all its
-    trainable parameters in every batch.
-
-    Returns seconds and steps of this call, the seconds `waited` for batches, `per_second` (samples), and `samples`, the
-    account of what was drawn and skipped. Raises `BadSample` when too much cannot be read, `FloatingPointError` after
-    `NOT_FINITE` steps in a row whose loss or gradient was not finite, `Stopped` after a checkpoint where `$ESAM3_STOP`
-    names a file that is there, `ValueError` for a tracker that is not there."""
-    folder, device = Path(folder), next(task.parameters()).device
-    AcceleratorState._reset_state()  # a process may train again in another precision
-    accelerator = Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
-                              log_with=_tracker(log_to), project_dir=folder,
-                              kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not getattr(task,
-                                  "steady", False))])
-    rank, ranks, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    if ranks > 1 and device.type == "cuda": task = convert_sync_batchnorm(task)
-    train_mode(task)
-    optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=True)
-    wrapped, optimizer = accelerator.prepare(task, optimizer, device_placement=[False, False])
-    first, average, kept = load_state(folder, task, optimizer, accelerator.scaler, main)
-    accelerator.wait_for_everyone()  # all have read the checkpoint before a next one is written
-    last, row, micro = min(schedule.steps, stop or schedule.steps), 0, schedule.micro_batches(ranks)
-    tally, clock, together = Tally(folder, bad, kept), Clock(last - first, schedule.batch_size), Together(accelerator)
-    ahead = loader(source, Parts(range(first, last), rank, ranks, micro), pick_workers(device, workers),
-                   device.type == "cuda")
-    batches = clock.waiting(iter(ahead))
-    bar = tqdm(range(first, last), initial=first, total=last, desc=f"{folder.name}", disable=not main, mininterval=2)
-    average = average or ({n: t.clone() for n, t in trained(task).items()} if schedule.ema else None)
-    log = open(folder / "metrics.jsonl", "a", buffering=1) if main else None  # a line is there when its step is done
-    if log_to:
-        accelerator.init_trackers("", init_kwargs={log_to: {"purge_step": first}} if log_to == "tensorboard" else {})
-    for step in bar:
-        for g in optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * schedule.factor(step)
-        if hasattr(task, "step"): task.step = step
-        stopping = main and stop_requested()
-        parts = [next(batches) for _ in range(micro)]
-        for batch in parts: tally.add(step, batch, rank)
-        logged, stopped = _step(accelerator, wrapped, optimizer, parts, step, seed, schedule, together, stopping)
-        row = row + 1 if "not_finite" in logged else 0
-        if average and not row: _follow(average, trained(task), min(schedule.ema, (step + 1) / (step + 20)))
-        if main: _tell(log, bar, {"step": step, "lr": optimizer.param_groups[0]["lr"], **logged}, clock)
-        if log_to: accelerator.log({k: v for k, v in logged.items() if isinstance(v, float)}, step=step)
-        if row == NOT_FINITE: _give_up(log, folder, step, parts[-1], logged)
-        if (step + 1) % every == 0 or step + 1 == last or stopped:
-            tally.gather(main)
-            if main:
-                log.flush(); save_state(folder, task, optimizer, average, step + 1, accelerator.scaler, tally.state())
-            if main and watch: watch(step + 1)
-        if stopped:
-            if log: log.close()
-            accelerator.wait_for_everyone()  # the checkpoint is written before any rank ends
-            kept = f"{step + 1} of {schedule.steps} steps are in {folder / 'state'}"
-            raise Stopped(f"stopped as asked: {kept}, and the same command goes on from there")
-    if log: log.close()
-    if log_to: accelerator.end_training()
-    accelerator.wait_for_everyone()
-    if average and last == schedule.steps: restore(task, average)
-    seconds = time.perf_counter() - clock.began
-    return {"seconds": seconds, "steps": last - first, "waited": clock.waited,
-            "per_second": (last - first) * schedule.batch_size / max(1e-9, seconds), "samples": tally.state()}
+# %% ../../nbs/05_training.ipynb #c013y
+@patch
+def step(self: Clock) -> dict[str, float]:
+    """A step is done: its `seconds`, the fraction of them that was `waits`, samples `per_second`, `memory_gb` held at
+    most so far, the seconds `left`."""
+    now = time.perf_counter()
+    seconds, waited = now - self.last, self.waited - self.before
+    self.last, self.before, self.steps = now, self.waited, self.steps - 1
+    self.took = [*self.took[-99:], seconds]
+    timing = {"seconds": seconds, "waits": waited / max(1e-9, seconds),
+              "per_second": self.samples / max(1e-9, seconds),
+              "memory_gb": peak_memory() / 1e9, "left": self.steps * statistics.mean(self.took)}
+    return {k: round(v, 4) for k, v in timing.items()}
 
 # %% ../../nbs/05_training.ipynb #c015
 class Together:
-    "What the ranks tell one another on the host, without a device: few numbers, in each step."
+    "What the ranks exchange on the host, without a device: few numbers, in each step."
 
     def __init__(self, accelerator: Accelerator):
         alone = accelerator.num_processes == 1
@@ -260,7 +186,7 @@ class Together:
         torch.distributed.all_gather_object(everybody, mine, group=self.group)
         return everybody
 
-
+# %% ../../nbs/05_training.ipynb #c015a
 def added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     "Sums by name."
     out: dict[str, float] = {}
@@ -268,13 +194,10 @@ def added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
         for k, v in part.items(): out[k] = out.get(k, 0.0) + v
     return out
 
-
-def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[object], step: int, seed: int,
-          schedule: Schedule, together: Together,
-          stopping: bool = False  # to stop
-          ) -> tuple[dict[str, object], bool]:
-    """One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank was
-    asked to stop. Left out by all ranks where a loss or the gradient is not finite."""
+# %% ../../nbs/05_training.ipynb #c015l
+def _losses(accelerator: Accelerator, task: nn.Module, parts: Sequence[object], step: int, seed: int,
+            together: Together) -> dict[str, Tensor]:
+    "Losses by name, `loss` their sum, of the parts of this rank, without gradient; gradients are added up in the task."
     own, ranks, sums = accelerator.unwrap_model(task), accelerator.num_processes, {}
     counts = getattr(own, "counts", None)
     whole = added(together.all(added([counts(batch) for batch in parts]))) if counts else None
@@ -287,27 +210,36 @@ def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[
             accelerator.backward(loss * ranks)  # gradients are averaged over ranks
         for name, v in {"loss": loss, **{n: v * share for n, v in losses.items()}}.items():
             sums[name] = sums.get(name, 0.0) + v.detach()
-    # then a gradient that is not finite is the scaler's business
-    overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
-    norm = accelerator.clip_grad_norm_(task.parameters(), schedule.max_norm or math.inf)
-    *mine, norm = torch.stack([v.float() for v in (*sums.values(), torch.as_tensor(
-        norm, device=accelerator.device))]).tolist()
-    odd = [k for k, v in zip(sums,
-                             mine) if not math.isfinite(v)] + (["gradient"] if not (overflow or math.isfinite(norm))
-                                                               else [])
-    told, stops, faults = zip(*together.all((dict(zip(sums, mine)), stopping, odd)))
-    if not any(faults): optimizer.step()  # fp16: the scaler itself leaves an overflow out
-    elif accelerator.scaler is not None: accelerator.scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    logged = {**{k: _rounded(v, 5) for k, v in added(told).items()}, "gradient": _rounded(norm, 4)}
-    return logged | ({"not_finite": odd or ["another rank"]} if any(faults) else {}), any(stops)
+    return sums
 
-
+# %% ../../nbs/05_training.ipynb #c015r
 def _rounded(value: float, digits: int) -> float | str:
     "A number as JSON has it; what is not finite as a word."
     return round(value, digits) if math.isfinite(value) else str(value)
 
+# %% ../../nbs/05_training.ipynb #c015s
+def _step(accelerator: Accelerator, task: nn.Module, optimizer, parts: Sequence[object], step: int, seed: int,
+          schedule: Schedule, together: Together,
+          stopping: bool = False  # this rank has been requested to stop
+          ) -> tuple[dict[str, object], bool]:
+    """One optimiser step over the parts of this rank: losses and the gradient's norm by name, and whether any rank has
+    to stop. Left out by all ranks where a loss or the gradient is not finite."""
+    sums = _losses(accelerator, task, parts, step, seed, together)
+    # then a gradient that is not finite is the scaler's business
+    overflow = accelerator.scaler is not None and accelerator.scaler.get_scale() > 1
+    norm = accelerator.clip_grad_norm_(task.parameters(), schedule.max_norm or math.inf)
+    values = [*sums.values(), torch.as_tensor(norm, device=accelerator.device)]
+    *mine, norm = torch.stack([v.float() for v in values]).tolist()
+    odd = [k for k, v in zip(sums, mine) if not math.isfinite(v)]
+    if not (overflow or math.isfinite(norm)): odd.append("gradient")
+    everybody, stops, faults = zip(*together.all((dict(zip(sums, mine)), stopping, odd)))
+    if not any(faults): optimizer.step()  # fp16: the scaler itself leaves an overflow out
+    elif accelerator.scaler is not None: accelerator.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    logged = {**{k: _rounded(v, 5) for k, v in added(everybody).items()}, "gradient": _rounded(norm, 4)}
+    return logged | ({"not_finite": odd or ["another rank"]} if any(faults) else {}), any(stops)
 
+# %% ../../nbs/05_training.ipynb #c014a
 def _tracker(name: str) -> str | None:
     "One of accelerate's trackers. `ValueError` for one that is unknown, or whose package is not there."
     there = [str(t) for t in get_available_trackers()]
@@ -316,41 +248,179 @@ def _tracker(name: str) -> str | None:
                          f"used); TensorBoard's is pip install tensorboard")
     return name or None
 
+# %% ../../nbs/05_training.ipynb #c014A
+def _accelerator(task: nn.Module, folder: Path, precision: str, log_to: str) -> Accelerator:
+    "Ranks, precision and trackers of a task, where it lies."
+    device, steady = next(task.parameters()).device, getattr(task, "steady", False)
+    AcceleratorState._reset_state()  # a process may train again in another precision
+    return Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
+                       log_with=_tracker(log_to), project_dir=folder,
+                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not steady)])
 
-def _tell(log, bar, line: Mapping[str, object], clock: Clock) -> None:
+# %% ../../nbs/05_training.ipynb #c014c
+class Training:
+    "What `fit` holds while a task trains."
+
+    def __init__(self, task: nn.Module, groups: list[dict], schedule: Schedule, folder: Path, precision: str = "auto",
+                 bad: float = 0.01, log_to: str = "", stop: int | None = None):
+        accelerator = _accelerator(task, folder, precision, log_to)
+        self.schedule, self.folder, self.accelerator, self.log_to = schedule, folder, accelerator, log_to
+        self.device = next(task.parameters()).device
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.main = accelerator.is_main_process  # it writes
+        if self.ranks > 1 and self.device.type == "cuda": task = convert_sync_batchnorm(task)
+        train_mode(task)
+        optimizer = torch.optim.AdamW(groups, betas=schedule.betas, fused=True)
+        self.task = task
+        self.wrapped, self.optimizer = accelerator.prepare(task, optimizer, device_placement=[False, False])
+        self.first, average, kept = load_state(folder, task, self.optimizer, accelerator.scaler, self.main)
+        accelerator.wait_for_everyone()  # all have read the checkpoint before a next one is written
+        self.last, self.micro = min(schedule.steps, stop or schedule.steps), schedule.micro_batches(self.ranks)
+        self.left_out = 0  # steps in a row that were not finite
+        self.tally, self.together = Tally(folder, bad, kept), Together(accelerator)
+        self.clock = Clock(self.last - self.first, schedule.batch_size)
+        if schedule.ema and not average: average = {n: t.clone() for n, t in trained(task).items()}
+        self.average = average
+
+# %% ../../nbs/05_training.ipynb #c014f
+@patch
+def open_logs(self: Training) -> None:
+    "The bar, `metrics.jsonl`, in which a line is there when its step is done, and accelerate's tracker."
+    self.bar = tqdm(range(self.first, self.last), initial=self.first, total=self.last, desc=self.folder.name,
+                    disable=not self.main, mininterval=2)
+    self.log = open(self.folder / "metrics.jsonl", "a", buffering=1) if self.main else None
+    options = {self.log_to: {"purge_step": self.first}} if self.log_to == "tensorboard" else {}
+    if self.log_to: self.accelerator.init_trackers("", init_kwargs=options)
+
+# %% ../../nbs/05_training.ipynb #c014F
+@patch
+def steps(self: Training, source: Dataset, workers: int = -1) -> Iterator[tuple[int, list]]:
+    "Each step that is still to do, with the batches of this rank's parts."
+    parts = Parts(range(self.first, self.last), self.rank, self.ranks, self.micro)
+    ahead = loader(source, parts, pick_workers(self.device, workers), self.device.type == "cuda")
+    batches = self.clock.waiting(iter(ahead))
+    self.open_logs()
+    for step in self.bar:
+        for g in self.optimizer.param_groups: g["lr"] = g.setdefault("peak", g["lr"]) * self.schedule.factor(step)
+        if hasattr(self.task, "step"): self.task.step = step
+        self.stopping = self.main and stop_requested()
+        own = [next(batches) for _ in range(self.micro)]
+        for batch in own: self.tally.add(step, batch, self.rank)
+        yield step, own
+
+# %% ../../nbs/05_training.ipynb #c014k
+@patch
+def write(self: Training, line: Mapping[str, object]) -> None:
     "A line of metrics.jsonl, with its `timing`; the bar's end."
-    timing = clock.step()
-    log.write(json.dumps({**line, "timing": timing}) + "\n")
-    bar.set_postfix(loss=f"{line['loss']}", waits=f"{clock.share:.0%}", per_second=f"{timing['per_second']:.3g}",
-                    memory=f"{timing['memory_gb']:.1f} GB")
+    timing = self.clock.step()
+    self.log.write(json.dumps({**line, "timing": timing}) + "\n")
+    self.bar.set_postfix(loss=f"{line['loss']}", waits=f"{self.clock.share:.0%}",
+                         per_second=f"{timing['per_second']:.3g}", memory=f"{timing['memory_gb']:.1f} GB")
+
+# %% ../../nbs/05_training.ipynb #c014K
+NOT_FINITE = 10  # steps in a row that end a run
 
 
-def _give_up(log, folder: Path, step: int, batch: object, logged: Mapping[str, object]) -> None:
+@patch
+def give_up(self: Training, step: int, batch: object, faults: Sequence[str]) -> None:
     "Keep the batch and stop."
-    if log: log.flush()
-    place = keep_batch(folder / "inspect" / f"step-{step}-rank-{PartialState().process_index}.safetensors", batch)
-    raise FloatingPointError(f"{NOT_FINITE} steps in a row were not finite, the last is {step} "
-                             f"({', '.join(logged['not_finite'])}): its batch is in {place}; "
-                             "look at it, or try a smaller lr, clip=1.0 or precision no")
+    if self.log: self.log.flush()
+    name = f"step-{step}-rank-{PartialState().process_index}.safetensors"
+    place = keep_batch(self.folder / "inspect" / name, batch)
+    raise FloatingPointError(f"{NOT_FINITE} steps in a row were not finite, the last is {step} ({', '.join(faults)}): "
+                             f"its batch is in {place}; look at it, or try a smaller lr, max_norm=1.0 or precision no")
 
-
+# %% ../../nbs/05_training.ipynb #c014i
 def _follow(average: dict[str, Tensor], now: Mapping[str, Tensor], decay: float) -> None:
     "Exponential moving average of the weights; counters are copied."
     for n, a in average.items(): a.lerp_(now[n], 1 - decay) if a.is_floating_point() else a.copy_(now[n])
+
+# %% ../../nbs/05_training.ipynb #c014I
+@patch
+def learn(self: Training, step: int, parts: list, seed: int) -> bool:
+    """One step: the weights, their average, a line of the log; whether a rank has to stop. `FloatingPointError`
+    when `NOT_FINITE` steps in a row were left out."""
+    logged, stopped = _step(self.accelerator, self.wrapped, self.optimizer, parts, step, seed, self.schedule,
+                            self.together, self.stopping)
+    self.left_out = self.left_out + 1 if "not_finite" in logged else 0
+    if self.average and not self.left_out:
+        _follow(self.average, trained(self.task), min(self.schedule.ema, (step + 1) / (step + 20)))
+    if self.main: self.write({"step": step, "lr": self.optimizer.param_groups[0]["lr"], **logged})
+    if self.log_to: self.accelerator.log({k: v for k, v in logged.items() if isinstance(v, float)}, step=step)
+    if self.left_out == NOT_FINITE: self.give_up(step, parts[-1], logged["not_finite"])
+    return stopped
+
+# %% ../../nbs/05_training.ipynb #c014o
+@patch
+def save(self: Training, step: int, watch: Callable[[int], None] | None = None) -> None:
+    "A checkpoint before `step`, and the account of all ranks."
+    self.tally.gather(self.main)
+    if self.main:
+        self.log.flush()
+        save_state(self.folder, self.task, self.optimizer, self.average, step, self.accelerator.scaler,
+                   self.tally.state())
+    if self.main and watch: watch(step)
+
+# %% ../../nbs/05_training.ipynb #c014O
+@patch
+def stop(self: Training, step: int) -> None:
+    "End before `step`."
+    if self.log: self.log.close()
+    self.accelerator.wait_for_everyone()  # the checkpoint is written before any rank ends
+    kept = f"{step} of {self.schedule.steps} steps are in {self.folder / 'state'}"
+    raise Stopped(f"stopped as asked: {kept}, and the same command goes on from there")
+
+# %% ../../nbs/05_training.ipynb #c014p
+@patch
+def end(self: Training) -> dict[str, object]:
+    "All steps are done, or those of this session: the account."
+    if self.log: self.log.close()
+    if self.log_to: self.accelerator.end_training()
+    self.accelerator.wait_for_everyone()
+    if self.average and self.last == self.schedule.steps: restore(self.task, self.average)
+    seconds, steps = time.perf_counter() - self.clock.began, self.last - self.first
+    return {"seconds": seconds, "steps": steps, "waited": self.clock.waited,
+            "per_second": steps * self.schedule.batch_size / max(1e-9, seconds), "samples": self.tally.state()}
+
+# %% ../../nbs/05_training.ipynb #c014
+def fit(task: nn.Module,                            # `forward(batch)` → named, weighted losses; trained where it lies
+        source: Dataset,                            # item `Part(step, …)` → the batch of a part of a step
+        groups: list[dict],                         # AdamW's parameter groups
+        schedule: Schedule, folder: str | Path,     # where state/ and metrics.jsonl go
+        seed: int = 42, every: int = 200,           # steps between checkpoints
+        watch: Callable[[int], None] | None = None, # called by rank 0 after each checkpoint
+        precision: str = "auto",                    # or `no`, `bf16`, `fp16`
+        bad: float = 0.01,                          # fraction of unreadable samples that ends the run
+        workers: int = -1,                          # processes of each rank that read ahead; −1: as `pick_workers`
+        log_to: str = "",                           # a tracker of accelerate beside metrics.jsonl, as tensorboard
+        stop: int | None = None                     # stop here though the schedule goes on (tests, sessions)
+        ) -> dict[str, object]:
+    """Train; continue from `folder/state` when it is there. The weights end as their average when there is one.
+
+    Returns `seconds` and `steps` of this call, the seconds `waited` for batches, `per_second` (samples), and `samples`,
+    the account of what was drawn and skipped. Raises `BadSample` when too much cannot be read, `FloatingPointError`
+    after `NOT_FINITE` steps in a row whose loss or gradient was not finite, `Stopped` after a checkpoint where
+    `$ESAM3_STOP` names a file that is there, `ValueError` for a tracker that is not there."""
+    training = Training(task, groups, schedule, Path(folder), precision, bad, log_to, stop)
+    for step, parts in training.steps(source, workers):
+        stopped = training.learn(step, parts, seed)
+        if (step + 1) % every == 0 or step + 1 == training.last or stopped: training.save(step + 1, watch)
+        if stopped: training.stop(step + 1)
+    return training.end()
 
 # %% ../../nbs/05_training.ipynb #c017s
 def recomputed(call: Callable, on: bool) -> Callable:
     "`call`, its inner values computed again in the backward pass instead of kept (gradient checkpointing) if `on`."
     return partial(checkpoint, call, use_reentrant=False) if on and torch.is_grad_enabled() else call
 
-
+# %% ../../nbs/05_training.ipynb #c017S
 def with_checkpoint(options: Mapping[str, object] | None, checkpoint: int  # a run's parameter; -1: not given
                     ) -> dict[str, object]:
     "Options of a schedule with a run's `checkpoint`."
     return {**({"checkpoint": checkpoint} if checkpoint >= 0 else {}), **(options or {})}
 
-
-def for_training(student: nn.Module, schedule: Schedule) -> None:
+# %% ../../nbs/05_training.ipynb #c017e
+def for_training(student: nn.Module, schedule: ImageSchedule) -> None:
     """Lay a student's encoder out channels last, which depthwise convolutions want, and let its backbone be computed
     again in the backward pass if the schedule says so (statistics of batch norms that are live then follow twice as
     fast)."""
@@ -380,7 +450,7 @@ def in_ranks(run: Callable, count: int, **given) -> object:
         for p in started.processes: p.terminate()
     return answer.get()
 
-
+# %% ../../nbs/05_training.ipynb #c019r
 def _rank(rank: int, count: int, port: int, threads: int, call: bytes, answer) -> None:
     "One process of `in_ranks`: the variables that torchrun would set, then the call. Only the first one prints."
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),

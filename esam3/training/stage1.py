@@ -5,38 +5,38 @@
 # %% auto #0
 __all__ = ['check_cache', 'image_batch', 'image_source', 'encode_rate', 'decode_rate', 'together_rate', 'open_features',
            'keep_features', 'CachedSteps', 'warp_features', 'prompt_teacher', 'prompt_both', 'prompt_chances',
-           'sample_prompts', 'round_losses', 'prompt_losses', 'nothing_learned', 'shared_out', 'Stage1',
-           'stage1_schedule', 'run_stage1']
+           'sample_prompts', 'round_losses', 'prompt_losses', 'Stage1', 'stage1_schedule', 'train_stage1', 'run_stage1']
 
 # %% ../../nbs/10_stage1.ipynb #c005
 import contextlib, time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import (
-    Part, autocast, cache_dir, find_variant, fingerprint, nearest, pick_device, pick_precision, printable)
-from ..data.batches import (
-    ImageBatch, Steps, changed, collate_images, load_recipe, open_dataset, teacher_pixels, with_sampling)
+from ..core import Part, autocast, cache_dir, fingerprint, nearest
+from ..data.batches import ImageBatch, Steps, changed, collate_images, open_dataset, teacher_pixels
 from ..data.samples import BadSample, ImageSample
-from ..evaluation.evaluate import limits_of, run_scores, teacher_scores
 from ..models.prompts import chances, initial_prompts, refine, to_space
-from ..models.student import build_student
-from ..models.teacher import Features, MaskSet, Prompts, Sam3, load_teacher
-from ..schedules import Schedule, schedule_for
+from ..models.student import EfficientSam3, build_student
+from ..models.teacher import Features, MaskSet, Prompts, Sam3
+from ..schedules import ImageSchedule, Schedule, Stage1Schedule, schedule_for
 from .cluster import ends_together
 from .feature_cache import (
     FeatureCache, ReplayedSample, Replays, cache_settings, encode_trunk, features_from_trunk, plan, write_cache)
-from .loop import TRAINS, fit, for_training, parameter_groups, pick_workers, recomputed, with_checkpoint
+from .loop import TRAINS, fit, for_training, parameter_groups, pick_workers, recomputed
 from .losses import MAP_LOSSES, distill_loss, feature_loss, map_terms, over_count, task_terms
 from .packing import CODES
-from .runs import WANTED, finish, is_saved, open_stage, print_groups, ranks, save_student, saved_student
-from .tracks import propose, sought, with_instances  # finds what nobody has annotated
+from .runs import (
+    announce, as_run, changes, finish, is_saved, lengths, open_stage, print_groups, ranks, recipe_of, save_student,
+    saved_student, score)
+from .tracks import (  # finds what nobody has annotated
+    nothing_learned, propose, shared_out, sought, with_instances)
 
 # %% ../../nbs/10_stage1.ipynb #c006c
 def check_cache(cache: str, replays: int,
@@ -179,7 +179,7 @@ def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
                  told: MaskSet,   # the teacher's answer
                  truth: Tensor,   # [n, 4g, 4g] coverage in 0…1
                  valid: Tensor,   # [n, 4g, 4g] bool
-                 schedule: Schedule,
+                 schedule: ImageSchedule,
                  instances: float | Tensor,  # that sums over instances are divided by
                  weight: Tensor   # [n] of each instance in them
                  ) -> tuple[dict[str, Tensor], Tensor]:
@@ -197,7 +197,7 @@ def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
 
 
 def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
-                  batch: ImageBatch, schedule: Schedule,
+                  batch: ImageBatch, schedule: ImageSchedule,
                   # `instances` of the whole step; None: these are all
                   whole: Mapping[str, float | Tensor] | None = None,
                   weight: Tensor | None = None  # [N] of each instance; None: 1
@@ -222,24 +222,11 @@ def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, stud
     return out
 
 # %% ../../nbs/10_stage1.ipynb #c018
-def nothing_learned(student: Sam3) -> dict[str, Tensor]:
-    "The loss of a batch that asks nothing: 0, with gradients that are 0."
-    return {"distill": sum((0.0 * p.sum() for p in student.parameters() if p.requires_grad), torch.zeros(
-        (), device=student.device))}
-
-
-def shared_out(masks: Sequence[Tensor],  # for each image or clip [n, …]
-               device: torch.device) -> Tensor:
-    "[N] weights of the instances that were found: those of an image share its one."
-    counts = torch.tensor([len(m) for m in masks])
-    return (1.0 / counts.clamp(min=1)).repeat_interleave(counts).to(device, non_blocking=True)
-
-
 class Stage1(nn.Module):
     """Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the
     schedule asks for."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage1Schedule,
                  sampled: int = 0):  # instances to find in an image without annotation; 0: images bring their instances
         super().__init__()
         self.teacher, self.student, self.schedule, self.sampled = teacher, student, schedule, sampled
@@ -292,7 +279,7 @@ class Stage1(nn.Module):
 
 # %% ../../nbs/10_stage1.ipynb #c020s
 def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str, object] | None = None,
-                    **given: float | str) -> Schedule:
+                    **given: float | str) -> Stage1Schedule:
     """Stage 1's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or when there is
     nothing to learn from."""
     s = schedule_for(1, recipe, {**(options or {}), **({"refinements": refinements} if refinements >= 0 else {})},
@@ -308,59 +295,47 @@ def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str
     return s
 
 # %% ../../nbs/10_stage1.ipynb #c022
+def train_stage1(student: EfficientSam3, teacher: Sam3, recipe: Mapping, s: Stage1Schedule, folder: Path, seed: int,
+                 kept: tuple[Replays, FeatureCache, float] | None = None,  # of `keep_features`; None: no cache
+                 **options) -> dict[str, Any]:
+    "The encoder and the mask decoder, in place; the account of it. `options` of `fit`."
+    for_training(student, s)
+    groups, sides = parameter_groups(student, TRAINS[1], s.lr, s.inherited), (teacher.image_size, student.image_size)
+    print_groups(groups)
+    source = CachedSteps(recipe, s, *kept[:2], sides, seed) if kept else image_source(recipe, s, sides, seed)
+    sampling = recipe["sampling"]
+    task = Stage1(teacher, student, s, sought(open_dataset(recipe, "train", "images"), sampling["instances"]))
+    options |= {"bad": sampling["bad"]} | ({"workers": 0} if kept else {})
+    trained = fit(task, source, groups, s, folder, seed, **options)
+    return trained | ({"cache_written": kept[2], "cache_waited": kept[1].waited} if kept else {})
+
+# %% ../../nbs/10_stage1.ipynb #c022r
 @ends_together
-def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0,
-               micro_batch: int = 0, lr: float = 0.0,
-               schedule: str = "", precision: str = "auto", refinements: int = -1, weights: str = "", cache: str = "",
-               replays: int = 4,
-               eval_images: int = -1, eval_instances: int = -1, sampling: str = "", seed: int = 42, runs: str = "runs",
-               resume: bool = True, every: int = 50, workers: int = -1, checkpoint: int = -1, log_to: str = "",
-               widths: Sequence[int] | None = None, options: Mapping[str, object] | None = None) -> Path:
+def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", *, refinements: int = -1, weights: str = "",
+               cache: str = "", replays: int = 4, widths: Sequence[int] | None = None, **common) -> Path:
     """Run stage 1 and return its folder, with `student/`, `metrics.jsonl` and `report.json`. A finished run is returned
     as it is.
 
-    `widths`: of the neck's pyramid (`TinyFPN`'s). `options`: fields of `Schedule`, where 0 counts. Raises `OSError`
-    where the recipe's ImageNet weights cannot be had."""
-    recipe = with_sampling(load_recipe(recipe), sampling)
-    s = stage1_schedule(recipe, refinements, with_checkpoint(options, checkpoint), schedule=schedule, steps=steps,
-                        batch_size=batch_size, micro_batch=micro_batch, lr=lr)
+    `widths`: of the neck's pyramid (`TinyFPN`'s). `common`: fields of `Run`. Raises `OSError` where the recipe's
+    ImageNet weights cannot be had."""
+    run = as_run(1, run_stage1, variant=variant, recipe=recipe, **common)
+    recipe = recipe_of(run)
+    s = stage1_schedule(recipe, refinements, changes(run), **lengths(run))
     check_cache(cache, replays, recipe["splits"].get("train", {}).get("images", {}))
-    name, weights, device = teacher or recipe["teacher"], weights or recipe["weights"], pick_device()
-    precision, limits = pick_precision(device, precision), limits_of(recipe, images=eval_images,
-        instances=eval_instances)
-    teacher_model = load_teacher(name).to(device)
-    # random weights have seen nothing
-    wanted = WANTED[1] if "held_out" in recipe["splits"] and name != "random-sam3" else {}
-    folder, settings = open_stage(1, recipe, find_variant(variant).name, name, s, seed, runs, resume,
-                                  {"train": ["images"], "held_out": [*wanted]},
-                                  precision=precision, weights=weights, cache=cache, replays=replays if cache else 0,
-                                  widths=list(widths) if widths else None,
-                                  evaluation=asdict(limits))
-    if (folder / "report.json").exists(): return folder
+    weights = weights or recipe["weights"]
+    stage = open_stage(1, run, recipe, s, ["images"], weights=weights, cache=cache, replays=replays if cache else 0,
+                       widths=list(widths) if widths else None)
+    teacher, folder = stage.teacher, stage.folder
+    if stage.finished: return folder
     if not is_saved(folder):
-        print(f"stage 1 of {variant}: {s.steps} steps of {s.batch_size} images; writing to {printable(folder)}")
-        images, kept, written = keep_features(recipe, teacher_model, cache, replays, precision,
-                                              workers) if cache else (None, None, 0.0)
-        torch.manual_seed(seed)
-        student_model = build_student(variant, teacher_model, memory="dense",
-                                      weights="" if weights == "random" else weights, widths=widths).to(device)
-        for_training(student_model, s)
-        groups, sides = parameter_groups(student_model, TRAINS[1], s.lr, s.inherited), (teacher_model.image_size,
-            student_model.image_size)
-        print_groups(groups)
-        source = CachedSteps(recipe, s, images, kept, sides, seed) if cache else image_source(recipe, s, sides, seed)
-        task = Stage1(teacher_model, student_model, s, sought(open_dataset(recipe, "train", "images"),
-                                                              recipe["sampling"]["instances"]))
-        trained = fit(task, source, groups, s, folder, seed, every=every, precision=precision,
-                      bad=recipe["sampling"]["bad"], workers=0 if cache else workers, log_to=log_to)
-        save_student(folder, student_model, trained | ({"cache_written": written, "cache_waited": kept.waited} if cache
-                                                       else {}))
-    student_model, trained = saved_student(folder, device)
-    start = time.perf_counter()
-    scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision),
-              "student": run_scores(student_model, recipe, folder / "evaluation" / "student", wanted, limits,
-                                    precision)} if wanted else {}
-    finish(folder, settings, student_model, teacher_model, trained, limits, scores, time.perf_counter() - start,
-           frames={"teacher": [teacher_model.image_size, teacher_model.grid],
-                   "student": [student_model.image_size, student_model.grid]})
-    return folder
+        announce(stage, "images")
+        kept = keep_features(recipe, teacher, cache, replays, stage.precision, run.workers) if cache else None
+        torch.manual_seed(run.seed)
+        student = build_student(variant, teacher, memory="dense", weights="" if weights == "random" else weights,
+                                widths=widths).to(teacher.device)
+        save_student(folder, student, train_stage1(student, teacher, recipe, s, folder, run.seed, kept,
+                                                   **stage.fitting))
+    student, trained = saved_student(folder, teacher.device)
+    for who, model in (("teacher", teacher), ("student", student)): score(stage, who, model)
+    spaces = {who: [m.image_size, m.grid] for who, m in (("teacher", teacher), ("student", student))}
+    return finish(stage, student, trained, spaces=spaces)

@@ -9,7 +9,6 @@ __all__ = ['IMAGES_PER_CLIP', 'MAPS', 'NO_TRACKS', 'stage3_schedule', 'Mixed', '
            'run_feature_warmup', 'count_images', 'train_stage3', 'run_stage3']
 
 # %% ../../nbs/30_stage3.ipynb #c005
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -22,31 +21,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..core import Part, find_variant, onto, pick_device, pick_precision, printable
-from esam3.data.batches import (
-    ClipBatch, ImageBatch, Steps, augment, collate_images, frame_batch, load_recipe, open_dataset, some_instances,
-    with_sampling)
+from ..core import Part, onto
+from ..data.batches import (
+    ClipBatch, ImageBatch, Steps, augment, collate_images, frame_batch, open_dataset, some_instances)
 from ..data.readers import choose
 from ..data.samples import ImageSample
-from ..evaluation.evaluate import limits_of, run_scores, teacher_scores
 from ..models.student import EfficientSam3
-from ..models.teacher import Features, Sam3, load_teacher
-from ..schedules import Schedule, schedule_for
+from ..models.teacher import Features, Sam3
+from ..schedules import ClipSchedule, ImageSchedule, MaskSchedule, Stage3Schedule, schedule_for
 from .cluster import ends_together
 from .concepts import (
     ConceptQueries, Confusables, PhraseEmbeddings, QuerySampling, concept_losses, concepts_of, match_all,
     query_counts, sample_queries, taught_targets, true_targets, vocabulary, worth_imitating)
-from .loop import THAW, TRAINS, fit, for_training, parameter_groups, recomputed, with_checkpoint
+from .encode_once import KEPT_MAPS, EncodeOnce, Shared, encode_distinct, fits_in_memory
+from .loop import THAW, TRAINS, fit, for_training, parameter_groups, recomputed
 from .losses import image_errors, over_count
 from .runs import (
-    WANTED, earlier_student, file_digest, finish, is_saved, open_stage, print_groups, save_student, saved_student)
-from .stage1 import nothing_learned, prompt_losses
-from .stage2 import EncodeOnce, Stage2, clip_source, encode_distinct, most_frames, present, run_stage2
-from .tracks import sought
+    announce, as_run, changes, finish, is_saved, lengths, open_stage, present, print_groups, recipe_of,
+    save_student, saved_student, score)
+from .stage1 import prompt_losses
+from .stage2 import Stage2, clip_source, most_frames, run_stage2
+from .tracks import nothing_learned, sought
 
 # %% ../../nbs/30_stage3.ipynb #c008
 def stage3_schedule(recipe: Mapping, encoder_lr: float = -1.0, distill: bool = True,
-                    options: Mapping[str, object] | None = None, **given: float | str) -> Schedule:
+                    options: Mapping[str, object] | None = None, **given: float | str) -> Stage3Schedule:
     """Stage 3's schedule. `options`: fields of it, where 0 counts. `ValueError` for an unknown word, or where the
     recipe thaws what there is not."""
     s = schedule_for(3, recipe, {**(options or {}), **({} if encoder_lr < 0 else {"encoder_lr": encoder_lr}),
@@ -102,12 +101,12 @@ def flipped(sample: ImageSample, rng: np.random.Generator) -> ImageSample:
                                                      masks=np.asarray(sample.masks)[..., ::-1].copy())
 
 # %% ../../nbs/30_stage3.ipynb #c011s
-def varied(sample: ImageSample, rng: np.random.Generator, recipe: Mapping, schedule: Schedule) -> ImageSample:
+def varied(sample: ImageSample, rng: np.random.Generator, recipe: Mapping, schedule: ClipSchedule) -> ImageSample:
     "The recipe's augmentation, or where the schedule has none a flip."
     return augment(sample, rng, **recipe["augment"]) if schedule.augment else flipped(sample, rng)
 
 
-def concept_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
+def concept_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
                   samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator],
                   rng: np.random.Generator) -> ImageBatch:
     "Images of a step with all their instances, each varied by its own generator."
@@ -117,7 +116,7 @@ def concept_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
 class ImageQueries(Steps):
     "Images with phrases, queries about them, and instances to point at."
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+    def __init__(self, recipe: Mapping, schedule: Stage3Schedule, sides: tuple[int, int], seed: int,
                  query_sampling: QuerySampling, teacher: Sam3 | None = None):
         reader, sampling = open_dataset(recipe, "train", "concept_images"), recipe["sampling"]
         super().__init__(reader, partial(concept_batch, recipe, schedule, sides), seed, schedule.batch_size,
@@ -139,7 +138,7 @@ class ClipQueries(Steps):
     """Clips of one kind, and where they have phrases one frame of each with queries about it. None where a part has no
     clip."""
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+    def __init__(self, recipe: Mapping, schedule: Stage3Schedule, sides: tuple[int, int], seed: int,
                  query_sampling: QuerySampling, kind: str, teacher: Sam3 | None = None):
         few = replace(schedule, batch_size=max(1, schedule.batch_size // IMAGES_PER_CLIP))
         self.__dict__ |= vars(clip_source(recipe, few, sides, seed, kind))
@@ -156,7 +155,7 @@ class ClipQueries(Steps):
         return Mixed(None, None, torch.zeros(0, dtype=torch.long), batch, clip_frames, queries)
 
 
-def check_concepts(recipe: Mapping, schedule: Schedule) -> None:
+def check_concepts(recipe: Mapping, schedule: Stage3Schedule) -> None:
     "`ValueError` where a recipe has nothing that stage 3 can learn from."
     parts = recipe["splits"].get("train", {})
     if "concept_images" in parts or "concept_clips" in parts and schedule.clip_every: return
@@ -171,7 +170,7 @@ class MixedSteps(Dataset):
     `teacher`: whose text embeddings say which phrases are easily confused. `ValueError` where the recipe has nothing
     that stage 3 can learn from."""
 
-    def __init__(self, recipe: Mapping, schedule: Schedule, sides: tuple[int, int], seed: int,
+    def __init__(self, recipe: Mapping, schedule: Stage3Schedule, sides: tuple[int, int], seed: int,
                  query_sampling: QuerySampling, teacher: Sam3 | None = None):
         check_concepts(recipe, schedule)
         parts, given, self.schedule = recipe["splits"]["train"], (recipe, schedule, sides, seed,
@@ -212,7 +211,7 @@ def instance_losses(ours: Tensor, theirs: Tensor, temperature: float = 0.1) -> d
 MAPS = (0.05, 0.1, 0.5, 0.05, 0.1, 0.2)
 
 
-def map_losses(teacher_features: Features, student_features: Features, batch: ImageBatch, schedule: Schedule,
+def map_losses(teacher_features: Features, student_features: Features, batch: ImageBatch, schedule: ImageSchedule,
                whole: Mapping[str, float | Tensor] | None = None  # `images` of the whole step; none: of the batch
                ) -> dict[str, Tensor]:
     """What a thawed encoder is held to: eq. 3, a mean over images, and `thing_losses` on the detector's coarse map.
@@ -237,7 +236,7 @@ def map_losses(teacher_features: Features, student_features: Features, batch: Im
 # %% ../../nbs/30_stage3.ipynb #c024
 def concept_terms(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
                   batch: ImageBatch, queries: ConceptQueries,
-                  embeddings: PhraseEmbeddings, schedule: Schedule,
+                  embeddings: PhraseEmbeddings, schedule: MaskSchedule,
                   whole: Mapping[str, float | Tensor] | None = None  # `question_counts` of the step; none: of `asked`
                   ) -> dict[str, Tensor]:
     """Losses of the student's answers: `task …` against the truth where it is known, `distill …` against the teacher
@@ -270,7 +269,7 @@ def concept_terms(teacher: Sam3, student: Sam3, teacher_features: Features, stud
     return out | {"distill read": s.lambda2 * over_count((errors * good).sum(), whole["queries"])}
 
 # %% ../../nbs/30_stage3.ipynb #c027
-def stage3_groups(student: EfficientSam3, schedule: Schedule) -> list[dict]:
+def stage3_groups(student: EfficientSam3, schedule: Stage3Schedule) -> list[dict]:
     """AdamW's groups: stage 3's own, what the schedule thaws, and the encoder with its own rate, but for its batch
     norms."""
     thawed = {k: THAW[k] for k in (*schedule.thaw, *(["encoder"] if schedule.encoder_lr else []))}
@@ -296,15 +295,16 @@ class Stage3(nn.Module):
     """Losses of stage 3 (§4.4): concepts and stage 1's prompts on images, stage 2's terms on clips and concepts on a
     frame of each, and what keeps a thawed encoder near the teacher's maps."""
 
-    def __init__(self, teacher: Sam3, student: Sam3, schedule: Schedule,
-                 keep: bool = True):  # maps of images that are not augmented
+    def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage3Schedule,
+                 keep: bool = True,              # maps of images that are not augmented
+                 shared: Shared | None = None):  # as of `Stage2`
         super().__init__()
-        self.teacher, self.student, self.schedule, self.embeddings = (teacher, student, schedule,
-            PhraseEmbeddings(teacher))
-        self.tracking, self.teacher_features = Stage2(teacher, student, schedule, keep=keep), EncodeOnce(teacher,
-            detector=True, keep=keep and not schedule.augment)
-        self.student_features = self.live if schedule.encoder_lr else EncodeOnce(student, detector=True,
-            keep=keep and not schedule.augment)
+        self.teacher, self.student, self.schedule = teacher, student, schedule
+        self.embeddings = PhraseEmbeddings(teacher)
+        self.tracking = Stage2(teacher, student, schedule, keep=keep, shared=shared)
+        seen = partial(EncodeOnce, detector=True, keep=keep and not schedule.augment, shared=shared)
+        self.teacher_features = seen(teacher)
+        self.student_features = self.live if schedule.encoder_lr else seen(student)
         self.tracking.student_features = self.student_features
 
     def live(self, batch: ImageBatch | ClipBatch) -> Features:
@@ -374,7 +374,7 @@ class FeatureWarmup(nn.Module):
         return map_losses(self.teacher_features(batch), self.student_features(batch), batch, self.schedule, whole)
 
 
-def warmup_batch(recipe: Mapping, schedule: Schedule, sides: tuple[int, int],
+def warmup_batch(recipe: Mapping, schedule: ClipSchedule, sides: tuple[int, int],
                  samples: Sequence[ImageSample], rngs: Sequence[np.random.Generator],
                  rng: np.random.Generator) -> ImageBatch:
     "Images of a step without their phrases."
@@ -401,76 +401,47 @@ def count_images(recipe: Mapping) -> int:
     parts, frames = recipe["splits"]["train"], most_frames(recipe["sampling"])
     return sum(len(open_dataset(recipe, "train", k)) * (frames if "clips" in k else 2) for k in parts)
 
-
-def train_stage3(student_model: EfficientSam3, teacher_model: Sam3, recipe: Mapping, s: Schedule,
-                 query_sampling: QuerySampling, folder: Path, seed: int, **options) -> dict[str, Any]:
+# %% ../../nbs/30_stage3.ipynb #c035t
+def train_stage3(student: EfficientSam3, teacher: Sam3, recipe: Mapping, s: Stage3Schedule,
+                 query_sampling: QuerySampling, folder: Path, seed: int, shared: Shared | None = None, **options) -> dict[str, Any]:
     """The feature warm-up, where the schedule has one and thaws the encoder, and the concepts, in place; the account of
     both. `options` of `fit`."""
-    for_training(student_model, s)
-    task, sides, options = Stage3(teacher_model, student_model, s,
-                                  EncodeOnce.fits(teacher_model, count_images(recipe),
-                                                  True)), (teacher_model.image_size,
-                                                           student_model.image_size), {"bad": recipe["sampling"]["bad"],
-                                                               **options}
+    for_training(student, s)
+    sides, sampling = (teacher.image_size, student.image_size), recipe["sampling"]
+    options = {"bad": sampling["bad"], **options}
+    task = Stage3(teacher, student, s, fits_in_memory(teacher, count_images(recipe), True), shared)
     if "clips" in recipe["splits"]["train"]:
-        task.tracking.sampled = sought(open_dataset(recipe, "train", "clips"), recipe["sampling"]["tracks"])
-    source = MixedSteps(recipe, s, sides, seed, query_sampling, teacher_model)
-    warmup = run_feature_warmup(task, recipe, sides, folder, seed,
-                                **options) if s.encoder_lr and s.warmup_steps and s.lambda2 else {"seconds": 0.0}
-    groups = stage3_groups(student_model, s)
+        task.tracking.sampled = sought(open_dataset(recipe, "train", "clips"), sampling["tracks"])
+    source, warmup = MixedSteps(recipe, s, sides, seed, query_sampling, teacher), {"seconds": 0.0}
+    if s.encoder_lr and s.warmup_steps and s.lambda2:
+        warmup = run_feature_warmup(task, recipe, sides, folder, seed, **options)
+    groups = stage3_groups(student, s)
     print_groups(groups)
     return fit(task, source, groups, s, folder, seed, **options) | {"warmup": warmup["seconds"]}
 
-
+# %% ../../nbs/30_stage3.ipynb #c035r
 @ends_together
-def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", teacher: str = "", steps: int = 0, batch_size: int = 0,
-               micro_batch: int = 0, lr: float = 0.0,
-               schedule: str = "", precision: str = "auto", encoder_lr: float = -1.0, student: str = "", each: int = 4,
-               easy: float = 0.15, hard: float = 0.3,
-               exemplar: float = 0.35, distill: bool = True, warmup_steps: int = -1, sampling: str = "",
-               eval_images: int = -1, eval_instances: int = -1, eval_clips: int = -1, eval_frames: int = -1,
-               seed: int = 42, runs: str = "runs", resume: bool = True, every: int = 50, workers: int = -1,
-               checkpoint: int = -1, log_to: str = "", options: Mapping[str, object] | None = None,
-               brief: bool = False) -> Path:
+def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", *, encoder_lr: float = -1.0, each: int = 4,
+               easy: float = 0.15, hard: float = 0.3, exemplar: float = 0.35, distill: bool = True,
+               warmup_steps: int = -1, **common) -> Path:
     """Run stage 3 (and the stages before it of a toy recipe when they are missing) and return its folder. A finished
-    run is returned as it is.
-
-    `options`: fields of `Schedule`, where 0 counts. `brief`: score nothing but the student on images."""
-    recipe, query_sampling = with_sampling(load_recipe(recipe), sampling), QuerySampling(each, easy, hard=hard,
-        exemplar=exemplar)
-    options = ({"warmup_steps": warmup_steps} if warmup_steps >= 0 else {}) | dict(options or {})
-    s = stage3_schedule(recipe, encoder_lr, distill, with_checkpoint(options, checkpoint), schedule=schedule,
-                        steps=steps, batch_size=batch_size, micro_batch=micro_batch, lr=lr)
+    run is returned as it is. `common`: fields of `Run`."""
+    run = as_run(3, run_stage3, variant=variant, recipe=recipe, **common)
+    recipe, query_sampling = recipe_of(run), QuerySampling(each, easy, hard=hard, exemplar=exemplar)
+    s = stage3_schedule(recipe, encoder_lr, distill, changes(run, warmup_steps=warmup_steps), **lengths(run))
     check_concepts(recipe, s)
-    name, device, find = teacher or recipe["teacher"], pick_device(), find_variant(variant)
-    precision = pick_precision(device, precision)
-    limits = limits_of(recipe, images=eval_images, instances=eval_instances, clips=eval_clips, frames=eval_frames)
-    teacher_model = load_teacher(name).to(device)
-    base = earlier_student(2, run_stage2, variant, recipe, student, runs, teacher=teacher, precision=precision,
-                           seed=seed, resume=resume)
-    judged = "held_out" in recipe["splits"] and name != "random-sam3"  # random weights have seen nothing
-    wanted = {k: p for k, p in WANTED[3].items() if judged and not (brief and "clips" in k)}
-    folder, settings = open_stage(3, recipe, find.name, name, s, seed, runs, resume,
-                                  {"train": ["concept_images", "concept_clips", "clips", "images"],
-                                   "held_out": [*wanted]},
-                                  precision=precision, student=file_digest(base / "model.safetensors"),
-                                  query_sampling=asdict(query_sampling), evaluation=asdict(limits))
-    if (folder / "report.json").exists(): return folder
-    torch.manual_seed(seed)
-    student_model, clock = EfficientSam3.from_pretrained(base,
-                                                         dtype=torch.float32).to(device).eval(), time.perf_counter()
-    score = lambda who, m: run_scores(m, recipe, folder / "evaluation" / who, wanted, limits, precision)
-    scores = {"teacher": teacher_scores(teacher_model, recipe, wanted, limits, precision),
-              "before": score("before", student_model)} if wanted and not brief else {}
-    first = time.perf_counter() - clock
+    kinds = ["concept_images", "concept_clips", "clips", "images"]
+    stage = open_stage(3, run, recipe, s, kinds, run_stage2, query_sampling=asdict(query_sampling))
+    teacher, folder = stage.teacher, stage.folder
+    if stage.finished: return folder
+    torch.manual_seed(run.seed)
+    student = EfficientSam3.from_pretrained(stage.base, dtype=torch.float32).to(teacher.device).eval()
+    if not run.brief:
+        for who, model in (("teacher", teacher), ("before", student)): score(stage, who, model)
     if not is_saved(folder):
-        print(f"stage 3 of {variant}: {s.steps} steps of {s.batch_size} images; writing to {printable(folder)}")
-        save_student(folder, student_model, train_stage3(student_model, teacher_model, recipe, s, query_sampling,
-                                                         folder, seed, every=every, precision=precision,
-                                                         workers=workers, log_to=log_to))
-    student_model, trained = saved_student(folder, device)
-    clock = time.perf_counter()
-    if wanted: scores["student"] = score("student", student_model)
-    finish(folder, settings, student_model, teacher_model, trained, limits, {"before": {}, **scores},
-           first + time.perf_counter() - clock, controls={})
-    return folder
+        announce(stage, "images")
+        save_student(folder, student, train_stage3(student, teacher, recipe, s, query_sampling, folder, run.seed,
+                                                   KEPT_MAPS, **stage.fitting))
+    student, trained = saved_student(folder, teacher.device)
+    score(stage, "student", student)
+    return finish(stage, student, trained, controls={})
