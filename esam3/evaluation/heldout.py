@@ -100,7 +100,7 @@ def _answers(model: Sam3, seen: Features, batch: ImageBatch) -> list[Tensor]:
     return [logits for start, more in (("box", 0), ("point", 1))
             for _, logits in clicking(model, seen, batch, start, more)]
 
-
+# %% ../../nbs/46_heldout.ipynb #c008r
 def _prompt_rows(model: Sam3, batch: ImageBatch) -> list[tuple[float, ...]]:
     "(instances in the image, IoU for box, point, refined point) of each instance of a batch."
     instances = [float(len(batch.masks[b])) for b in batch.image_index.tolist()]
@@ -149,7 +149,7 @@ def _found(batch: ImageBatch, b: int, space: str, masks: Tensor, scores: Tensor)
     found = (logits > 0).numpy(force=True)
     return found[_kept(found, scores[sure].numpy(force=True))]
 
-
+# %% ../../nbs/46_heldout.ipynb #c012m
 def _matched(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     "IoU of masks [K, H, W] and [N, H, W], paired one to one so that the sum is highest: [min(K, N)]."
     pairs = (region_similarity(found[:, None], truth[None]) if len(found) and len(truth)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import esam3
 from ..core import machine, nearest, runs_folder, write_json
 from ..data.batches import load_recipe
-from ..schedules import Schedule, Stage2Schedule
+from ..schedules import Schedule
 
 # %% ../../nbs/09_ablation.ipynb #a006
 def chosen(settings: Mapping[str, Mapping], names: str) -> dict[str, Mapping]:
