@@ -1309,6 +1309,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'esam3/training/concepts.py'),
                                          'esam3.training.concepts.Targets': ('concepts.html#targets', 'esam3/training/concepts.py'),
                                          'esam3.training.concepts._assigned': ('concepts.html#_assigned', 'esam3/training/concepts.py'),
+                                         'esam3.training.concepts._concept_sums': ( 'concepts.html#_concept_sums',
+                                                                                    'esam3/training/concepts.py'),
                                          'esam3.training.concepts._exemplars': ('concepts.html#_exemplars', 'esam3/training/concepts.py'),
                                          'esam3.training.concepts._kin': ('concepts.html#_kin', 'esam3/training/concepts.py'),
                                          'esam3.training.concepts._kind': ('concepts.html#_kind', 'esam3/training/concepts.py'),

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -61,28 +62,32 @@ class PhraseEmbeddings:
         counted = torch.tensor([[k < len(ids) for k in range(tokens.shape[1])] for ids in rows])
         return tokens, counted.to(device, non_blocking=True)
 
-    def _tokens(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
-        "[L, C] of one phrase on a device."
-        if (found := self.kept.get((device, ids))) is None:
-            found = self.kept[device, ids] = self._read(ids).to(device, non_blocking=True)
-            if len(self.kept) > self.most: del self.kept[next(iter(self.kept))]
-        return found
+# %% ../../nbs/31_concepts.ipynb #c008t
+@patch
+def _tokens(self: PhraseEmbeddings, ids: tuple[int, ...], device: torch.device) -> Tensor:
+    "[L, C] of one phrase on a device."
+    if (found := self.kept.get((device, ids))) is None:
+        found = self.kept[device, ids] = self._read(ids).to(device, non_blocking=True)
+        if len(self.kept) > self.most: del self.kept[next(iter(self.kept))]
+    return found
 
-    @torch.no_grad()
-    def _read(self, ids: tuple[int, ...]) -> Tensor:
-        """[L, C] of one phrase, from its file, which is written first where it is missing. `ValueError` names a damaged
-        one."""
-        path = self.folder / f"{blake2b(repr(ids).encode(), digest_size=12).hexdigest()}.safetensors"
-        if path.exists():
-            try: return load_file(path)["tokens"]
-            except SafetensorError as e:
-                raise ValueError(f"{path} is damaged ({e}): remove it, and it is made again") from e
-        ids = torch.tensor([ids]).to(self.model.device, non_blocking=True)
-        with torch.autocast(ids.device.type, enabled=False):
-            tokens = self.model.detector_model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids),
-                return_dict=True).pooler_output[0].float().cpu()
-        with atomically(path) as p: save_file({"tokens": tokens.contiguous()}, p)
-        return tokens
+# %% ../../nbs/31_concepts.ipynb #c008r
+@patch
+@torch.no_grad()
+def _read(self: PhraseEmbeddings, ids: tuple[int, ...]) -> Tensor:
+    """[L, C] of one phrase, from its file, which is written first where it is missing. `ValueError` names a damaged
+    one."""
+    path = self.folder / f"{blake2b(repr(ids).encode(), digest_size=12).hexdigest()}.safetensors"
+    if path.exists():
+        try: return load_file(path)["tokens"]
+        except SafetensorError as e:
+            raise ValueError(f"{path} is damaged ({e}): remove it, and it is made again") from e
+    ids = torch.tensor([ids]).to(self.model.device, non_blocking=True)
+    with torch.autocast(ids.device.type, enabled=False):
+        tokens = self.model.detector_model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids),
+            return_dict=True).pooler_output[0].float().cpu()
+    with atomically(path) as p: save_file({"tokens": tokens.contiguous()}, p)
+    return tokens
 
 # %% ../../nbs/31_concepts.ipynb #c011
 def vocabulary(reader: Any) -> tuple[str, ...]:
@@ -95,14 +100,13 @@ ARTICLES = frozenset(("a", "an", "the"))
 JOINS = frozenset(("and", "or"))
 LINKS = frozenset(  # what follows them is said of the head noun
     "of in on at with without for from by to into onto over under above below behind near inside outside beside "
-    "between "
-    "against along across around through that who which wearing holding carrying".split())
+    "between against along across around through that who which wearing holding carrying".split())
 
 
 def _singular(word: str) -> str:
     return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "siu'" else word
 
-
+# %% ../../nbs/31_concepts.ipynb #c011w
 def content_words(phrase: str) -> tuple[str, ...]:
     "The words of a noun phrase that tell it from others: lower-cased, plurals as singulars, no articles, no commas."
     words = phrase.lower().replace(",", " ").split()
@@ -188,14 +192,14 @@ Confusables._nearest, Confusables._kin = _nearest, _kin
 # %% ../../nbs/31_concepts.ipynb #c013
 @dataclass(frozen=True)
 class QuerySampling:
-    "What an image is asked. Parts are probabilities."
+    "Which concept queries are drawn for an image; fractions are probabilities."
     each: int = 4            # queries an image
-    easy: float = 0.15       # part of them that are easy negatives
+    easy: float = 0.15       # fraction of them that are easy negatives
     hard: float = 0.3        # and hard ones
-    proposed: float = 0.4    # part of the hard ones that are `Confusables` nobody has looked for
-    exemplar: float = 0.35   # part of the positive ones with one or two exemplar boxes
-    alone: float = 0.5       # part of those without the phrase
-    against: float = 0.25    # part of those with a negative box, where the image has another instance
+    proposed: float = 0.4    # fraction of the hard ones that are `Confusables` nobody has looked for
+    exemplar: float = 0.35   # fraction of the positive ones with one or two exemplar boxes
+    alone: float = 0.5       # fraction of those without the phrase
+    against: float = 0.25    # fraction of those with a negative box, where the image has another instance
 
     def __post_init__(self) -> None:
         "`ValueError` for what cannot be asked."
@@ -204,11 +208,11 @@ class QuerySampling:
             raise ValueError(f"easy={self.easy}, hard={self.hard}: parts of the queries, from 0, together at most 1")
         if not 0 <= self.exemplar <= 1: raise ValueError(f"exemplar={self.exemplar}: a part, 0 to 1")
 
-
+# %% ../../nbs/31_concepts.ipynb #c013q
 @dataclass
 class ConceptQueries:
     "N concepts asked of B images; boxes in continuous source px."
-    image_index: Tensor                    # [N]
+    image_index: Tensor              # [N]
     phrases: list[str | None]        # None: exemplars alone
     kinds: list[str]                 # positive | easy | hard | proposed
     members: list[tuple[int, ...]]   # instances of the batch that are to be found
@@ -403,6 +407,28 @@ def soft_focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
     x, t = logits.float(), target.float()
     return F.binary_cross_entropy_with_logits(x, t, reduction="none") * focal_factor((x.sigmoid() - t).abs(), gamma)
 
+# %% ../../nbs/31_concepts.ipynb #c036s
+def _concept_sums(found: Detections, goal: Targets, valid: Tensor, focal: float, counts: Tensor, matched: Tensor,
+                  recompute: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    "What `concept_losses` sums over concepts (a mean over layers), and over targets and layers."
+    layer, concept, query, target = matched.to(counts.device, non_blocking=True).unbind(1)
+    scores, there = goal.scores.float() * counts[:, None], goal.presence.float()
+    sure, layers = scores[concept, target], len(found.logits)
+    wanted = torch.zeros_like(found.logits, dtype=torch.float32)
+    wanted[layer, concept, query] = sure
+    score = soft_focal(found.logits, wanted).sum(-1)
+    presence = F.binary_cross_entropy_with_logits(found.presence.float(), there.expand_as(score), reduction="none")
+    got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target].float()
+    l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
+    def masks() -> Tensor:
+        each = mask_loss(found.masks_of(matched[:, :3]), goal.masks[concept, target], valid[concept], focal=focal)
+        return (each * sure).sum()
+    def union() -> Tensor: return (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
+    of_concepts = {"presence": (presence * counts).sum() / layers, "union": recomputed(union, recompute)()}
+    return of_concepts, {"score": (score * there * counts).sum(), "l1": (l1 * sure).sum(),
+                         "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(),
+                         "mask": recomputed(masks, recompute)()}
+
 # %% ../../nbs/31_concepts.ipynb #c036
 def concept_losses(found: Detections,   # with a leading axis of layers
                    goal: Targets,
@@ -420,24 +446,10 @@ def concept_losses(found: Detections,   # with a leading axis of layers
     concepts."""
     counts = torch.ones_like(goal.presence, dtype=torch.float32) if weight is None else weight.float()
     if matched is None: matched = match(found, goal, weight)
-    layer, concept, query, target = matched.to(counts.device, non_blocking=True).unbind(1)
-    scores, there = goal.scores.float() * counts[:, None], goal.presence.float()
-    sure, layers = scores[concept, target], len(found.logits)
-    whole = {"targets": scores.sum(), "concepts": counts.sum()} if whole is None else whole
-    wanted = torch.zeros_like(found.logits, dtype=torch.float32); wanted[layer, concept, query] = sure
-    score = soft_focal(found.logits, wanted).sum(-1)
-    presence = F.binary_cross_entropy_with_logits(found.presence.float(), there.expand_as(score), reduction="none")
-    got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target].float()
-    l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
-    def masks() -> Tensor:
-        each = mask_loss(found.masks_of(matched[:, :3]), goal.masks[concept, target], valid[concept], focal=focal)
-        return (each * sure).sum()
-    def union() -> Tensor: return (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
-    of_concepts = {"presence": (presence * counts).sum() / layers, "union": recomputed(union, recompute)()}
-    of_targets = {"score": (score * there * counts).sum(), "l1": (l1 * sure).sum(),
-                  "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(), "mask": recomputed(masks, recompute)()}
+    if whole is None: whole = {"targets": (goal.scores.float() * counts[:, None]).sum(), "concepts": counts.sum()}
+    of_concepts, of_targets = _concept_sums(found, goal, valid, focal, counts, matched, recompute)
     means = {k: over_count(v, whole["concepts"]) for k, v in of_concepts.items()}
-    means |= {k: over_count(v, whole["targets"]) / layers for k, v in of_targets.items()}
+    means |= {k: over_count(v, whole["targets"]) / len(found.logits) for k, v in of_targets.items()}
     return {k: weight * means[k] for k, weight in WEIGHTS.items()}
 
 # %% ../../nbs/31_concepts.ipynb #c044
