@@ -21,24 +21,24 @@ from ..models.tracker import History, see
 def load_model(name: str) -> Sam3:
     """`toy`, `random-sam3`, `thin-sam3`, a hub id, or a folder with a teacher or a student; in eval mode. `ValueError`
     names the nearest one that is here."""
-    own = ("toy", "random-sam3", "thin-sam3")
+    teachers = ("toy", "random-sam3", "thin-sam3")
     folder = next((p for p in (Path(name), runs_folder(name)) if (p / "config.json").exists()), None)
     if folder is None:
         here = sorted(str(p.relative_to(runs_folder("runs").parent)) for p in runs_folder("runs").glob("*/*/*/student"))
-        if name in own or name.count("/") == 1 and not name.startswith("runs/"): return load_teacher(name)
-        raise ValueError(f"{nearest(name, [*own, 'facebook/sam3', *here], 'model')} (or a folder that holds "
+        if name in teachers or name.count("/") == 1 and not name.startswith("runs/"): return load_teacher(name)
+        raise ValueError(f"{nearest(name, [*teachers, 'facebook/sam3', *here], 'model')} (or a folder that holds "
                          f"config.json)")
     if json.loads((folder / "config.json").read_text()).get("model_type") == "efficient_sam3":
         return EfficientSam3.from_pretrained(folder).eval().requires_grad_(False)
     return load_teacher(str(folder))
 
-
+# %% ../../nbs/45_costs.ipynb #c006l
 def model_label(name: str, model: Sam3) -> str:
     """A short name for folders: variant and stage, or the teacher's name; and eight digits of its weights, so that
     another training has another folder."""
     path = Path(name)
-    short = f"{model.config.variant}-{path.parent.name}" if isinstance(model,
-        EfficientSam3) and path.name == "student" else path.name
+    of_a_stage = isinstance(model, EfficientSam3) and path.name == "student"
+    short = f"{model.config.variant}-{path.parent.name}" if of_a_stage else path.name
     return f"{short}-{weights_digest(model.state_dict())[:8]}"
 
 # %% ../../nbs/45_costs.ipynb #c008
@@ -51,14 +51,14 @@ def median_seconds(call: Callable[[], object], repeats: int = 5) -> float:
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
-
+# %% ../../nbs/45_costs.ipynb #c008l
 @torch.no_grad()
 def latency(model: Sam3, repeats: int = 5) -> dict[str, float]:
     """Seconds to `encode` an image, `decode` one point, `recall` from a full memory bank, `detect` one phrase, at the
     model's own size."""
     device, side = next(model.parameters()).device, model.image_size
-    pixels, image_index = torch.rand(1, 3, side, side, device=device) * 2 - 1, torch.zeros(1, dtype=torch.long,
-        device=device)
+    pixels = torch.rand(1, 3, side, side, device=device) * 2 - 1
+    image_index = torch.zeros(1, dtype=torch.long, device=device)
     point = Prompts(image_index, torch.full((1, 1, 2), side / 2, device=device),
                     torch.ones(1, 1, dtype=torch.int32, device=device))
     seen, history = model.encode(pixels), History(model.tracker_model.config)
@@ -80,7 +80,7 @@ def measure(name: str, repeats: int = 5) -> dict:
     return {"latency": times, "params": count_parts(model), "peak_memory": peak_memory(),
             "threads": torch.get_num_threads(), "size": model.image_size}
 
-
+# %% ../../nbs/45_costs.ipynb #c011c
 def costs(name: str, repeats: int = 5) -> dict:
     """`measure` in a fresh process with as many threads as this one. `RuntimeError` with the last lines of what went
     wrong there."""

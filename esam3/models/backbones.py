@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Sam3VideoConfig
 
 from ..core import VARIANTS, weights_digest
-from .teacher import Bank, Prompts, Sam3
+from .teacher import Bank, Features, Prompts, Sam3
 
 # %% ../../nbs/11_backbones.ipynb #c004
 def count_parameters(module: nn.Module) -> float:
@@ -46,7 +46,7 @@ def counted(call: Callable[[], _T]) -> tuple[_T, float]:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: out = call()
     return out, counter.get_total_flops() / 1e9
 
-
+# %% ../../nbs/11_backbones.ipynb #c006g
 def gflops(module: nn.Module, *inputs: Tensor) -> float:
     "GFLOPs of one call of a module."
     return counted(lambda: module(*inputs))[1]
@@ -58,18 +58,17 @@ class Separable(nn.Sequential):
         super().__init__(nn.Conv2d(i, i, 3, padding=1, groups=i, bias=False), nn.BatchNorm2d(i), nn.GELU(),
                          nn.Conv2d(i, o, 1))
 
-
+# %% ../../nbs/11_backbones.ipynb #c013p
 def project(i: int, o: int) -> nn.Sequential:
-    "Pointwise convolution and batch norm."
+    "Pointwise convolution and batch norm: [B, i, h, w] → [B, o, h, w]."
     return nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.BatchNorm2d(o))
 
 # %% ../../nbs/11_backbones.ipynb #c015
 class TinyFPN(nn.Module):
     "Maps at strides 4, 8, 16, 32 → the detector's and the tracker's maps at strides 4, 8, 16."
-    def __init__(self,
-        channels: Sequence[int],                 # of the backbone's four maps, fine to coarse
-        hidden: int = 256,                       # C, the width of the decoders
-        widths: Sequence[int] | None = None):    # of the pyramid at strides 4, 8, 16; None: C/8, 3C/8, C; full: C, C, C
+    def __init__(self, channels: Sequence[int],          # of the backbone's four maps, fine to coarse
+                 hidden: int = 256,                      # C, the width of the decoders
+                 widths: Sequence[int] | None = None):   # of the pyramid at strides 4, 8, 16; None: C/8, 3C/8, C
         super().__init__()
         w = tuple(widths or (max(32, hidden // 8), max(32, 3 * hidden // 8), hidden))
         self.lateral = nn.ModuleList(project(c, k) for c, k in zip(channels, (*w, w[2]), strict=True))
@@ -95,13 +94,13 @@ def windows(backbone: str, side: int) -> dict[str, tuple[int, ...]]:
     if not backbone.startswith("tiny_vit"): return {}
     return {"window_sizes": tuple(min(w, max(1, side // stride)) for w, stride in zip((7, 7, 14, 7), (4, 8, 16, 32)))}
 
-
+# %% ../../nbs/11_backbones.ipynb #c019e
 class Encoder(nn.Module):
     "A `timm` backbone and a `TinyFPN`: what replaces SAM3's ViT and both necks."
-    def __init__(self, backbone: str,                          # `timm` name
-                 hidden: int = 256,                            # C
-                 widths: Sequence[int] | None = None,          # of `TinyFPN`
-                 side: int = 1024):                            # px of the images; decides TinyViT's windows alone
+    def __init__(self, backbone: str,                  # `timm` name
+                 hidden: int = 256,                    # C
+                 widths: Sequence[int] | None = None,  # of `TinyFPN`
+                 side: int = 1024):                    # px of the images; decides TinyViT's windows alone
         super().__init__()
         self.windows = windows(backbone, side)
         self.backbone = timm.create_model(backbone, features_only=True, pretrained=False, **self.windows)
@@ -122,100 +121,83 @@ class Encoder(nn.Module):
         return self.fpn(self.backbone(pixels)[-4:])
 
 # %% ../../nbs/11_backbones.ipynb #c025
-def cost_table(side: int = 1024, hidden: int = 256, widths: Sequence[int]
-               | None = None) -> list[dict[str, float | str]]:
+def cost_table(side: int = 1024, hidden: int = 256,
+               widths: Sequence[int] | None = None  # of `TinyFPN`
+               ) -> list[dict[str, float | str]]:
     "For each variant: millions of parameters of backbone and neck, the paper's count, GFLOPs of both at `side` px."
     rows = []
     for v in VARIANTS.values():
         with torch.device("meta"):
             encoder, pixels = Encoder(v.backbone, hidden, widths).eval(), torch.empty(1, 3, side, side)
         maps = encoder.backbone(pixels)[-4:]
-        rows.append({"variant": v.name, "backbone M": count_parameters(
-            encoder.backbone), "paper M": v.params_paper, "neck M": count_parameters(encoder.fpn),
-                     "backbone GFLOPs": gflops(encoder.backbone, pixels), "neck GFLOPs": gflops(encoder.fpn, maps)})
+        rows.append({"variant": v.name, "backbone M": count_parameters(encoder.backbone), "paper M": v.params_paper,
+                     "neck M": count_parameters(encoder.fpn), "backbone GFLOPs": gflops(encoder.backbone, pixels),
+                     "neck GFLOPs": gflops(encoder.fpn, maps)})
     return rows
 
 # %% ../../nbs/11_backbones.ipynb #c032
+_Count = Callable[[str, Callable[[], _T]], _T]  # counts a part by name, and returns what the call returns
+
+
+def _count_detector(model: Sam3, seen: Features, tokens: int, count: _Count) -> None:
+    "The detector for one phrase of so many tokens."
+    d, coarse, places = model.detector_model, seen.detector[-1], model._position(seen.detector[-1])
+    words = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    text = count("text encoder", lambda: d.get_text_features(input_ids=words, return_dict=True).pooler_output)
+    e = count("DETR encoder", lambda: d.detr_encoder(vision_features=[coarse], text_features=text,
+                                                     vision_pos_embeds=[places]))
+    sides = torch.tensor([[model.grid] * 2])  # read as numbers: not on meta
+    o = count("DETR decoder", lambda: d.detr_decoder(vision_features=e.last_hidden_state, text_features=text,
+                                                     vision_pos_encoding=e.pos_embeds_flattened, spatial_shapes=sides))
+    count("pixel and mask decoder", lambda: d.mask_decoder(
+        decoder_queries=o.intermediate_hidden_states[-1], backbone_features=list(seen.detector),
+        encoder_hidden_states=e.last_hidden_state, prompt_features=text))
+
+# %% ../../nbs/11_backbones.ipynb #c032t
+def _count_tracker(model: Sam3, seen: Features, count: _Count) -> None:
+    "The tracker for one box, and for one object with a full memory."
+    t, one = model.tracker_model, torch.zeros(1, dtype=torch.long, device="meta")
+    box = Prompts(one, torch.empty(1, 2, 2, device="meta"), one.new_zeros(1, 2), multimask=False)
+    a = count("SAM decoder", lambda: model.decode(seen, box))
+    m = count("memory encoder", lambda: model.remember(seen, one, a.masks[:, 0], a.object_logits, a.pointers[:, 0]))
+    bank = Bank([(k, m) for k in range(t.config.num_maskmem)],
+                [(k, m.pointer) for k in range(t.config.max_object_pointers_in_encoder)])
+    count("memory attention", lambda: model.recall(seen, one, bank))
+
+# %% ../../nbs/11_backbones.ipynb #c032f
 def flops_by_part(kind: type[Sam3], config: Sam3VideoConfig,  # a teacher's or student's class and configuration
                   tokens: int = 32                            # of the phrase
                   ) -> dict[str, float]:                      # part → GFLOPs, in the order in which they run
     """GFLOPs of each part of a model for one image, one phrase and one object. A model without weights is made and
     counted."""
     with torch.device("meta"): model = kind(config).eval().requires_grad_(False)
-    d, t, out = model.detector_model, model.tracker_model, {}
+    out, vision = {}, model.detector_model.vision_encoder
     def count(part: str, call: Callable[[], _T]) -> _T:
         result, out[part] = counted(call)
         return result
 
-    pixels, one = torch.empty(1, 3, model.image_size, model.image_size, device="meta"), torch.zeros(1, dtype=torch.long,
-        device="meta")
-    # a student's lies one deeper
-    count("backbone", lambda: getattr(d.vision_encoder, "encoder", d.vision_encoder).backbone(pixels))
+    pixels = torch.empty(1, 3, model.image_size, model.image_size, device="meta")
+    count("backbone", lambda: getattr(vision, "encoder", vision).backbone(pixels))  # a student's lies one deeper
     seen = count("necks", lambda: model.encode(pixels))
     out["necks"] -= out["backbone"]
-    coarse, places = seen.detector[-1:], [model._position(seen.detector[-1])]
-    text = count("text encoder", lambda: d.get_text_features(input_ids=one.expand(1, tokens),
-                                                             return_dict=True).pooler_output)
-    e = count("DETR encoder", lambda: d.detr_encoder(vision_features=list(coarse), text_features=text,
-                                                     vision_pos_embeds=places))
-    o = count("DETR decoder", lambda: d.detr_decoder(vision_features=e.last_hidden_state, text_features=text,
-                                                     vision_pos_encoding=e.pos_embeds_flattened,
-                                                     # read as numbers: not on meta
-                                                     spatial_shapes=torch.tensor([[model.grid] * 2])))
-    count("pixel and mask decoder", lambda: d.mask_decoder(decoder_queries=o.intermediate_hidden_states[-1],
-                                                           backbone_features=list(seen.detector),
-                                                           encoder_hidden_states=e.last_hidden_state,
-                                                           prompt_features=text))
-    box = Prompts(one, pixels.new_empty(1, 2, 2), one.new_zeros(1, 2), multimask=False)
-    a = count("SAM decoder", lambda: model.decode(seen, box))
-    m = count("memory encoder", lambda: model.remember(seen, one, a.masks[:, 0], a.object_logits, a.pointers[:, 0]))
-    bank = Bank([(k, m) for k in range(t.config.num_maskmem)],
-                [(k, m.pointer) for k in range(t.config.max_object_pointers_in_encoder)])
-    count("memory attention", lambda: model.recall(seen, one, bank))
+    _count_detector(model, seen, tokens, count)
+    _count_tracker(model, seen, count)
     return out
-
-# %% ../../nbs/11_backbones.ipynb #c041
-def load_backbone(encoder: Encoder, name: str,  # `timm` name of its backbone
-                  weights: str = ""             # "" leaves them random; "imagenet"; or a .safetensors, .pth or .pt file
-                  # what it starts from now: "random", "imagenet HUB_ID" or the file's name, and a digest of the weights
-                  ) -> str:
-    """Initialise an encoder's backbone.
-
-    Raises `OSError` when ImageNet weights cannot be had, `FileNotFoundError` for a path that is not there, `ValueError`
-    for a file of other weights, or of none."""
-    told = lambda source: f"{source}, {weights_digest(encoder.backbone.state_dict())}"
-    if not weights: return told("random")
-    if weights == "imagenet":
-        encoder.backbone.load_state_dict(_imagenet(name, **encoder.windows).state_dict())
-        return told(f"imagenet {timm.get_pretrained_cfg(name).hf_hub_id}")
-    path, own = Path(weights), encoder.backbone.state_dict()
-    found = {k if k in own else k.replace(".", "_", 1): v for k,
-             v in _tensors(path).items() if not k.startswith("head.")}
-    # attention biases of other windows
-    if encoder.windows and found.keys() == own.keys(): found = checkpoint_filter_fn(found, encoder.backbone)
-    wrong = sorted(found.keys() ^ own.keys()) + [k for k in found.keys() & own.keys() if found[k].shape != own[k].shape]
-    if wrong:
-        raise ValueError(f"{path.name} does not hold the weights of {name}: {len(wrong)} tensors differ, for instance "
-                         f"{wrong[0]}")
-    encoder.backbone.load_state_dict(found)
-    return told(path.name)
 
 # %% ../../nbs/11_backbones.ipynb #c042
 def _tensors(path: Path) -> dict[str, Tensor]:
     "Tensors of a file by name."
     if not path.is_file():
         raise FileNotFoundError(f"no backbone weights at {path}: give a file, 'imagenet', or '' for random ones")
-    try:
-        found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu",
-            weights_only=True)
-    # whatever a broken file may raise
-    except Exception as e:
+    safe = path.suffix == ".safetensors"
+    try: found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # whatever a broken file may raise
         raise ValueError(f"{path.name} is no readable file of weights ({type(e).__name__}): copy it again") from e
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise ValueError(f"{path.name} holds more than weights by name: save the model's `state_dict()` alone")
     return found
 
-
+# %% ../../nbs/11_backbones.ipynb #c042i
 def _imagenet(name: str, **options) -> nn.Module:
     "`timm`'s pretrained feature extractor from the cache or the hub. `OSError` where it cannot be had."
     repository = timm.get_pretrained_cfg(name).hf_hub_id
@@ -227,6 +209,33 @@ def _imagenet(name: str, **options) -> nn.Module:
         raise OSError(f"no ImageNet weights for {name} ({type(e).__name__}): run once with a network (they are "
                       f"cached), pass -p weights FILE, "
                       "or -p weights random to start from nothing") from e
+
+# %% ../../nbs/11_backbones.ipynb #c041
+def load_backbone(encoder: Encoder, name: str,  # `timm` name of its backbone
+                  weights: str = ""             # "" leaves them random; "imagenet"; or a .safetensors, .pth or .pt file
+                  ) -> str:
+    """Initialise an encoder's backbone. Returns what it starts from now ("random", "imagenet HUB_ID" or the file's
+    name) and a digest of the weights.
+
+    Raises `OSError` when ImageNet weights cannot be had, `FileNotFoundError` for a path that is not there, `ValueError`
+    for a file of other weights, or of none."""
+    source_of = lambda source: f"{source}, {weights_digest(encoder.backbone.state_dict())}"
+    if not weights: return source_of("random")
+    if weights == "imagenet":
+        encoder.backbone.load_state_dict(_imagenet(name, **encoder.windows).state_dict())
+        return source_of(f"imagenet {timm.get_pretrained_cfg(name).hf_hub_id}")
+    path, ours = Path(weights), encoder.backbone.state_dict()
+    tensors = {k: v for k, v in _tensors(path).items() if not k.startswith("head.")}
+    found = {k if k in ours else k.replace(".", "_", 1): v for k, v in tensors.items()}
+    # attention biases of other windows
+    if encoder.windows and found.keys() == ours.keys(): found = checkpoint_filter_fn(found, encoder.backbone)
+    misshapen = [k for k in found.keys() & ours.keys() if found[k].shape != ours[k].shape]
+    wrong = sorted(found.keys() ^ ours.keys()) + misshapen
+    if wrong:
+        raise ValueError(f"{path.name} does not hold the weights of {name}: {len(wrong)} tensors differ, for instance "
+                         f"{wrong[0]}")
+    encoder.backbone.load_state_dict(found)
+    return source_of(path.name)
 
 # %% ../../nbs/11_backbones.ipynb #c052
 def fuse(encoder: Encoder) -> Encoder:

@@ -32,10 +32,11 @@ class Packed:
         return x.flatten(1).scatter_(1, self.place.long(), self.exact).view_as(x)
 
     def to(self, device: torch.device | str) -> "Packed":
+        "The same on another device."
         return Packed(*(onto(getattr(self, f.name), device) for f in fields(self)))
 
     def pick(self, rows: Sequence[int]) -> "Packed":
-        "Some of the B images."
+        "The packed maps of these rows of the B images."
         return Packed(*(getattr(self, f.name)[list(rows)] for f in fields(self)))
 
 # %% ../../nbs/14a_packing.ipynb #c011
@@ -73,7 +74,7 @@ def record_type(tokens: int, width: int, dtype: str) -> np.dtype:
     return np.dtype([("codes", CODES[dtype], (tokens, width)), ("centre", "<f4", width), ("scale", "<f4", width),
                      ("place", "<i4", (k,)), ("exact", "<f4", (k,)), ("item", "<i8"), ("crc", "<u4"), ("done", "S4")])
 
-
+# %% ../../nbs/14a_packing.ipynb #c017b
 def checksum(record: np.ndarray  # [1] of `record_type`
              ) -> int:
     "CRC-32 of a record up to its `crc`."

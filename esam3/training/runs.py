@@ -73,12 +73,15 @@ class Run:
 def as_run(stage: int,
            call: Callable,  # the stage's function, which also has keywords of its own
            **given: object) -> Run:
-    """The `Run` that a stage's function was given. `ValueError` for an unknown variant, and for a word that neither the
-    stage's runs nor `call` know; it names the nearest that they do."""
-    mine = [f.name for f in fields(Run) if stage in f.metadata.get("stages", (stage,))]
-    own = inspect.unwrap(call).__kwdefaults__ or {}
+    """The `Run` that a stage's function was given. `ValueError` for an unknown variant, and for a word that neither
+    `call` nor a run of this stage reads; it names the nearest that they do, or the stages that read it."""
+    read_by = {f.name: f.metadata.get("stages", (stage,)) for f in fields(Run)}
+    known = [*(k for k, stages in read_by.items() if stage in stages), *(inspect.unwrap(call).__kwdefaults__ or {})]
     for word in given:
-        if word not in mine: raise ValueError(nearest(word, [*mine, *own], f"parameter of stage {stage}"))
+        stages = read_by.get(word, ())
+        if not stages: raise ValueError(nearest(word, known, "parameter"))
+        if stage not in stages:
+            raise ValueError(f"'{word}' is a parameter of stages {' and '.join(map(str, stages))}, not of {stage}")
     return Run(**given | {"variant": find_variant(given.get("variant", Run.variant)).name})
 
 # %% ../../nbs/07_runs.ipynb #r028
