@@ -51,7 +51,7 @@ def _labelled(reader: Any) -> Callable[[dict], bool]:
     crowd = lambda pair: any(m.get("iscrowd") for m in reader.marks[pair["id"]])
     return lambda pair: pair.get("is_instance_exhaustive", 1) and not crowd(pair)
 
-
+# %% ../../nbs/33_concept_scores.ipynb #c009l
 def lending(reader: Any) -> dict[int, tuple[int, int]]:
     """For each positive pair, by id, the next image with its phrase (a number) and the pair there, in a circle.
 
@@ -89,7 +89,7 @@ def exemplars_of(model: Sam3, batch: ImageBatch, instances: Sequence[int]) -> Co
     positive = torch.ones(len(rows), 1, dtype=torch.long, device=model.device)
     return model.concepts([None] * len(rows), image_index, boxes, positive)
 
-
+# %% ../../nbs/33_concept_scores.ipynb #c010b
 def _borrowed(model: Sam3, samples: Sequence[ImageSample], image_index: Tensor) -> Concepts:
     "The only instance of each of some images as an exemplar, a query of images `image_index` [N] of other features."
     batch = as_batch(model, samples)
@@ -130,7 +130,7 @@ def _by_files(metric: Callable[[Path, Path], dict[str, float]], truth: dict,
         for path, content in zip(paths, (truth, predictions)): write_json(path, content)
         return metric(*paths)
 
-
+# %% ../../nbs/33_concept_scores.ipynb #c013s
 @torch.no_grad()
 def image_scores(model: Sam3, reader: Any, count: int = 0, size: int = 8, shared: bool = False,
                  shown: str = ""  # of `SHOWN`; exemplars are shown where the concept is, and only `pmF1` has a meaning
@@ -155,7 +155,7 @@ def _masklets(model: Sam3, reader: Any, i: int) -> list[dict]:
     return [{"video_id": video, "category_id": category, "score": f.score, "segmentations": [*f.masks.codes]}
             for f in found for category in categories[meaning(clip.phrases[f.query].text)]]
 
-
+# %% ../../nbs/33_concept_scores.ipynb #c016v
 def video_scores(model: Sam3, reader: Any, count: int = 0, shared: bool = False) -> dict[str, float]:
     """`cgF1`, `IL_MCC`, `pmF1`, `pHOTA`, `DetA`, `AssA` of the first `count` videos (0: all) of SA-Co/VEval. `shared`:
     by all ranks together."""

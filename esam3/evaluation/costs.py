@@ -80,7 +80,7 @@ def measure(name: str, repeats: int = 5) -> dict:
     return {"latency": times, "params": count_parts(model), "peak_memory": peak_memory(),
             "threads": torch.get_num_threads(), "size": model.image_size}
 
-
+# %% ../../nbs/45_costs.ipynb #c011c
 def costs(name: str, repeats: int = 5) -> dict:
     """`measure` in a fresh process with as many threads as this one. `RuntimeError` with the last lines of what went
     wrong there."""

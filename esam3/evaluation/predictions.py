@@ -35,7 +35,7 @@ def write_labels(folder: Path, frame: str, logits: np.ndarray, ids: Sequence[int
     "One frame of a clip as DAVIS wants it: `folder/FRAME.png`. logits [N, H, W], or masks (bool); ids N, of 1 … 255."
     write_png(folder / f"{frame}.png", label_map(logits, ids))
 
-
+# %% ../../nbs/43_predictions.ipynb #c008o
 def write_objects(folder: Path, frame: str, logits: np.ndarray,  # [N, H, W], or masks (bool)
                   ids: Sequence[int | str]                       # N: numbers (of three digits), or names of folders
                   ) -> None:
@@ -51,7 +51,7 @@ def _label_map_in(file: Path) -> np.ndarray:
     if found.ndim != 2: raise BadSample(f"{file}: shape {found.shape} is no label map; write it anew")
     return found
 
-
+# %% ../../nbs/43_predictions.ipynb #c009r
 def read_clip(folder: Path  # of either layout
               ) -> dict[int, dict[str, np.ndarray]]:  # object → frame → bool [H, W]
     """Predicted masks of a clip, without hidden files.
@@ -132,7 +132,7 @@ def as_answers(gt: Mapping) -> list[dict]:
     "The truth of SA-Co/VEval as a prediction."
     return [masklet_answer(a["video_id"], a["category_id"], 1.0, a["segmentations"]) for a in gt["annotations"]]
 
-
+# %% ../../nbs/43_predictions.ipynb #c025w
 def without_masklets(answers: Sequence[dict], every: int = 3) -> list[dict]:
     "Every `every`-th masklet dropped."
     return [a for k, a in enumerate(answers) if k % every]

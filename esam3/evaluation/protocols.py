@@ -84,7 +84,7 @@ class FirstAnswer(Follower):
         if self.frame == 0: self.answer = super().step(seen, prompts)
         return self.answer
 
-
+# %% ../../nbs/44_protocols.ipynb #c017p
 class FirstPrompt(Follower):
     "Control: the first frame's prompt, given on every frame, without memory."
     def step(self, seen: Features, prompts: Prompts | None = None) -> MaskSet:
