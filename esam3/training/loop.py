@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINS', 'THAW', 'NEW_GROUPS', 'NOT_FINITE', 'select_trainable', 'train_mode', 'parameter_groups', 'Parts', 'Made',
-           'loader', 'pick_workers', 'Clock', 'Together', 'added', 'Training', 'fit', 'recomputed', 'with_checkpoint',
-           'for_training', 'in_ranks']
+           'loader', 'pick_workers', 'Clock', 'Together', 'added', 'Training', 'fit', 'recomputed', 'for_training',
+           'in_ranks']
 
 # %% ../../nbs/05_training.ipynb #c003
 import json, math, os, re, socket, statistics, sys, time
@@ -412,12 +412,6 @@ def fit(task: nn.Module,                            # `forward(batch)` → named
 def recomputed(call: Callable, on: bool) -> Callable:
     "`call`, its inner values computed again in the backward pass instead of kept (gradient checkpointing) if `on`."
     return partial(checkpoint, call, use_reentrant=False) if on and torch.is_grad_enabled() else call
-
-# %% ../../nbs/05_training.ipynb #c017S
-def with_checkpoint(options: Mapping[str, object] | None, checkpoint: int  # a run's parameter; -1: not given
-                    ) -> dict[str, object]:
-    "Options of a schedule with a run's `checkpoint`."
-    return {**({"checkpoint": checkpoint} if checkpoint >= 0 else {}), **(options or {})}
 
 # %% ../../nbs/05_training.ipynb #c017e
 def for_training(student: nn.Module, schedule: ImageSchedule) -> None:
