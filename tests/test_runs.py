@@ -298,6 +298,17 @@ def test_bf16_runs_and_is_said(stage, first, second, tmp_path):
             run_stage1(**given | {"precision": "no"}, **FEW)
 
 
+@pytest.mark.parametrize("call, given, words", [
+    (run_stage2, {"memry": "dense"}, "unknown parameter 'memry': did you mean 'memory'"),
+    (run_stage2, {"batch_sise": 2}, "did you mean 'batch_size'"),
+    (run_stage1, {"student": "somewhere"}, "'student' is a parameter of stages 2 and 3, not of 1"),
+    (run_stage1, {"variant": "es-ev-x"}, "did you mean 'es-ev-s'")])
+def test_a_misspelt_parameter_is_refused(call, given, words, tmp_path):
+    "It would train as if it had not been given."
+    with pytest.raises(ValueError, match=words): call(**{"recipe": "tiny", "runs": str(tmp_path)} | given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_stages_are_told_what_is_theirs(tmp_path):
     "A setting of another stage, and a word that is none, in a call."
     for run, options, words in ((run_stage1, {"encoder_lr": 1.0}, "setting of stage 3"),
