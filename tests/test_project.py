@@ -136,7 +136,7 @@ def test_notebooks_show_what_they_do(path):
             assert len("".join(data)) < 140_000, f"a {kind} of {len(''.join(data))} characters"
 
 
-STYLED = re.compile(r"plt\.(?:subplots|figure)\(|figsize=|fontsize=|labelsize=|dpi=|set_matplotlib_formats|tight_layout")
+STYLED = re.compile(r"plt\.(?:subplots|figure)\(|(?:figsize|fontsize|labelsize|dpi)=|set_matplotlib|tight_layout")
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "06_figures"], ids=lambda p: p.stem)
