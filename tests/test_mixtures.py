@@ -16,7 +16,7 @@ from esam3.data.mixtures import Mixture, Stills, turn
 from esam3.data.samples import ClipSample
 from esam3.models.student import EfficientSam3, build_student
 from esam3.models.teacher import Sam3, load_teacher
-from esam3.schedules import Schedule, Stage2Schedule, Stage3Schedule
+from esam3.schedules import Schedule, Stage1Schedule, Stage2Schedule, Stage3Schedule
 from esam3.training import tracks
 from esam3.training.loop import TRAINS, parameter_groups, train_mode
 from esam3.training.runs import digests
@@ -276,7 +276,7 @@ def test_images_without_an_instance_teach_features(folder, monkeypatch):
     batch = image_source({**recipe, "augment": {}}, Schedule(batch_size=2), SIDES, 0)[Part(0)]
     assert len(batch.image_index) == 0
     from esam3.training.stage1 import Stage1
-    terms = Stage1(*networks(), TINY, sampled=4)(batch)
+    terms = Stage1(*networks(), Stage1Schedule(lambda2=0.5), sampled=4)(batch)
     assert all(v.isfinite() for v in terms.values()) and terms["features"] > 0
     bare = collate_images([Stills(open_dataset("folder", "train", "images")).reader.read(0)], *SIDES)
     monkeypatch.setattr(tracks, "choose_masks", lambda masks, *rest: torch.tensor([0, 1]))

@@ -103,8 +103,8 @@ def _looked_at(pixels: torch.Tensor, short: tuple[int, int], crop: int,
 
 # %% ../../nbs/02_data.ipynb #c016j
 def _jittered(pixels: torch.Tensor, jitter: v2.ColorJitter) -> torch.Tensor:
-    """Pixels [..., 3, H, W], all with one jitter, frame by frame: what is made on the way stays small, a third of the
-    time."""
+    """Pixels [..., 3, H, W], all with one jitter, frame by frame: what is made on the way takes little room, and a
+    third of the time."""
     drawn = jitter.make_params([pixels])
     frames = pixels.reshape(-1, *pixels.shape[-3:])
     return torch.stack([jitter.transform(f, drawn) for f in frames]).reshape(pixels.shape)

@@ -7,30 +7,35 @@ __all__ = ['FolderImages', 'FolderVideos']
 
 # %% ../../nbs/01f_folder.ipynb #c003
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from .readers import Videos, Where, bad_only, below, digest_of, places, sizes_of
+from .readers import Reader, Videos, Where, bad_only, below, digest_of, places, sizes_of
 from .samples import IMAGES, VIDEOS, ImageSample, images_in, is_media, natural, read_image
 
+# %% ../../nbs/01f_folder.ipynb #c007f
+def _images_below(path: Where, without: Where) -> tuple[dict[Path, str], list[tuple[str, str]]]:
+    "Images with their names, in natural order of their paths; and a note of each other file."
+    found = {f: p for p in places(path, without) for f in (below(p, without) if p.is_dir() else [p]) if f.is_file()}
+    taken = sorted((f for f in found if is_media(f, IMAGES)), key=lambda f: natural(f.as_posix()))
+    names = {f: f.relative_to(found[f]).as_posix() if f != found[f] else f.name for f in taken}
+    notes = [("video, no image: left out" if is_media(f, VIDEOS) else "neither video nor image, left out", str(f))
+             for f in found if not is_media(f, IMAGES)]
+    return names, notes
+
 # %% ../../nbs/01f_folder.ipynb #c007
-class FolderImages:
+class FolderImages(Reader):
     "Images anywhere below some folders, in natural order of their paths. They have no instances."
-    kind, labelled = "images", False
+    labelled = False
 
     def __init__(self, path: Where,     # folder, file, pattern, or several
                  without: Where = ()):  # files or folders to leave out; may find nothing
-        found = {f: p for p in places(path, without) for f in (below(p, without) if p.is_dir() else [p]) if f.is_file()}
-        taken = sorted((f for f in found if is_media(f, IMAGES)), key=lambda f: natural(f.as_posix()))
-        rest = [("video, no image: left out" if is_media(f, VIDEOS) else "neither video nor image, left out", str(f))
-                for f in found if not is_media(f, IMAGES)]
-        self.paths, self.notes = taken, rest
-        self.names = [f.relative_to(found[f]).as_posix() if f != found[f] else f.name for f in taken]
-        if not taken:
+        found, self.notes = _images_below(path, without)
+        self.paths, self.names, rest = [*found], [*found.values()], self.notes
+        if not found:
             raise FileNotFoundError(f"no image below {path}"
                                     + (f": {len(rest)} other files, for instance {rest[0][1]}" if rest else ""))
-
-    def __len__(self) -> int: return len(self.paths)
 
     @cached_property
     def digest(self) -> str:

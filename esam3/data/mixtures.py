@@ -14,9 +14,10 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core import seed_at
-from .readers import digest_of, sizes_of
+from .readers import Reader, digest_of, sizes_of
 from .samples import ClipSample
 
 # %% ../../nbs/01e_mixtures.ipynb #c006
@@ -39,8 +40,8 @@ def sample_names(reader: Any) -> list[str]:
     if names is None: names = [p.name for p in reader.paths]
     return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
 
-
-class Stills:
+# %% ../../nbs/01e_mixtures.ipynb #c011s
+class Stills(Reader):
     "A reader of images, as clips of one frame on which every instance is annotated."
     kind = "clips"
 
@@ -62,24 +63,29 @@ class Stills:
 
     def read(self, i: int, rng: np.random.Generator | None = None, frames: int = 0, limit: int = 0,
              start: int | None = None, most: int = 0) -> ClipSample:
-        "Image i, however many `frames` are asked for; `limit` and errors as of its reader."
+        "Image i, however many `frames` are wanted; `limit` and errors as of its reader."
         s = self.reader.read(i, rng, limit=limit)
         count = len(s.masks)
         return ClipSample(s.name, s.image[None], s.masks[:, None], np.ones((count, 1), bool), list(range(count)), [0],
                           s.phrases, s.notes)
 
+# %% ../../nbs/01e_mixtures.ipynb #c014c
+def _check_mixture(parts: Mapping[str, Any], shares: Sequence[float]) -> None:
+    "`ValueError` for readers that are too few or of different kinds, and for shares that are none."
+    if len(parts) < 2: raise ValueError(f"a mixture has two parts or more, not {len(parts)}")
+    if len({r.kind for r in parts.values()}) > 1:
+        raise ValueError(f"parts of different kinds: { {n: r.kind for n, r in parts.items()} }; images stand for "
+                         f"clips as `Stills`")
+    if len(shares) != len(parts) or not all(s > 0 and math.isfinite(s) for s in shares):
+        raise ValueError(f"a share is a positive number, not {[*shares]}")
+
 # %% ../../nbs/01e_mixtures.ipynb #c014
-class Mixture:
+class Mixture(Reader):
     "Readers of one kind with their shares of the steps; sample i counts through the parts in order."
 
     def __init__(self, parts: Mapping[str, Any],   # name → reader
                  shares: Sequence[float]):         # positive; only their ratio counts
-        if len(parts) < 2: raise ValueError(f"a mixture has two parts or more, not {len(parts)}")
-        if len({r.kind for r in parts.values()}) > 1:
-            raise ValueError(f"parts of different kinds: { {n: r.kind for n, r in parts.items()} }; images stand for "
-                             f"clips as `Stills`")
-        if len(shares) != len(parts) or not all(s > 0 and math.isfinite(s) for s in shares):
-            raise ValueError(f"a share is a positive number, not {[*shares]}")
+        _check_mixture(parts, shares)
         self.parts, self.shares = dict(parts), [s / sum(shares) for s in shares]
         self.readers, self.kind = [*parts.values()], next(iter(parts.values())).kind
         self.labelled = all(getattr(r, "labelled", True) for r in self.readers)
@@ -103,16 +109,19 @@ class Mixture:
         "The pairs of all parts, where these have phrases."
         return {(name, key): pairs for name, r in self.parts.items() for key, pairs in r.pairs.items()}
 
-    def part_at(self, seed: int, step: int) -> tuple[int, int, int]:
-        """What a step draws from: the number of its first sample, how many there are, and the step in the part's own
-        count."""
-        part, own = turn(seed, step, self.shares)
-        reader, first = self.readers[part], self.starts[part]
-        if not isinstance(reader, Mixture): return first, len(reader), own
-        below, length, own = reader.part_at(seed, own)
-        return first + below, length, own
+# %% ../../nbs/01e_mixtures.ipynb #c014r
+@patch
+def part_at(self: Mixture, seed: int, step: int) -> tuple[int, int, int]:
+    "What a step draws from: the number of its first sample, how many there are, and the step in the part's own count."
+    part, count = turn(seed, step, self.shares)
+    reader, first = self.readers[part], self.starts[part]
+    if not isinstance(reader, Mixture): return first, len(reader), count
+    inside, length, count = reader.part_at(seed, count)
+    return first + inside, length, count
 
-    def read(self, i: int, rng: np.random.Generator | None = None, **options: Any) -> Any:
-        "Sample i, as its part reads it."
-        part = bisect_right(self.starts, i) - 1
-        return self.readers[part].read(i - self.starts[part], rng, **options)
+
+@patch
+def read(self: Mixture, i: int, rng: np.random.Generator | None = None, **options: Any) -> Any:
+    "Sample i, as its part reads it."
+    part = bisect_right(self.starts, i) - 1
+    return self.readers[part].read(i - self.starts[part], rng, **options)

@@ -296,7 +296,7 @@ def read(self: Sa1b, i: int, rng: np.random.Generator | None = None,
 
 # %% ../../nbs/01b_readers.ipynb #c018
 class TooShort(BadSample):
-    "A clip shorter than was asked for, or with nothing to see in the window asked for: its files are not damaged."
+    "A clip shorter than was wanted, or with nothing to see in the wanted window: its files are not damaged."
 
 # %% ../../nbs/01b_readers.ipynb #c018w
 def _window(length: int, frames: int,       # annotated frames in the file; in the clip (0: all)

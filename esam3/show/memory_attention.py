@@ -17,8 +17,8 @@ from ..models.tracker import History, see
 
 # %% ../../nbs/61_memory_attention.ipynb #c010
 def attention_weights(model: Sam3, features: Features, image_index: Tensor, bank: Bank, layer: int = -1) -> Tensor:
-    """Attention [N, g², A] of each query cell of images `image` [N] to the A tokens of a bank, in one layer of memory
-    attention: mean of the heads, rows sum to 1."""
+    """Attention [N, g², A] of each query cell of images `image_index` [N] to the A tokens of a bank, in one layer of
+    memory attention: mean of the heads, rows sum to 1."""
     attention = model.tracker_model.memory_attention
     reader, caught = attention.layers[layer].cross_attn_image, []
     hooks = [m.register_forward_hook(lambda _, __, out: caught.append(out)) for m in (reader.q_proj, reader.k_proj)]
@@ -26,12 +26,12 @@ def attention_weights(model: Sam3, features: Features, image_index: Tensor, bank
         with torch.no_grad(): model.recall(features, image_index, bank)
     finally:
         for hook in hooks: hook.remove()
-    # of a few objects at a time
+    # objects are read a few at a time: queries and keys take turns
     q, k = (torch.cat(caught[n::2]).unflatten(-1, (reader.num_attention_heads, -1)).transpose(1, 2) for n in (0, 1))
     places, bias = [model.memory_xy()] * len(bank.memories), model.memory_bias()
     xy = torch.cat([*places, places[0].new_full((k.shape[2] - sum(map(len, places)), 2), torch.nan)])
-    logits = rotate(q, *rotation(attention, attention.position_ids.float())) @ rotate(k,
-        *rotation(attention, xy)).mT * reader.scaling
+    q, k = rotate(q, *rotation(attention, attention.position_ids.float())), rotate(k, *rotation(attention, xy))
+    logits = q @ k.mT * reader.scaling
     if bias is not None: logits[..., :len(bias) * len(places)] += bias.repeat(len(places))
     return logits.softmax(-1).mean(1)
 
@@ -57,29 +57,35 @@ class Reading:
         return torch.stack([x0, y0, x1, y1], 1).float().masked_fill(sees.all(2).all(1)[:, None], torch.nan)
 
 # %% ../../nbs/61_memory_attention.ipynb #c015
-@torch.no_grad()
-def read_at(model: Sam3, features: Features, frame_index: Tensor,  # [N, T], as `track` takes them
-            prompts: Prompts,                                      # of frame 0
-            frame: int, layer: int = -1) -> Reading:
-    """Track up to `frame` (1…T-1) and say what is read there, in one layer of memory attention. `IndexError` for a
-    frame that has no past."""
-    if not 0 < frame < frame_index.shape[1]:
-        raise IndexError(f"frame {frame}: memory is read at frames 1…{frame_index.shape[1] - 1}")
-    history, compressor, looks, plain = History(model.tracker_model.config), getattr(model, "perceiver",
-        None) or DenseMemory(), {}, model.compress
-    for t in range(frame):
+def _follow(model: Sam3, features: Features, frame_index: Tensor, prompts: Prompts,
+            until: int) -> tuple[History, dict[int, Tensor]]:
+    "Track the frames before `until`: what is remembered, and for each the cells [N, K, g, g] of its tokens."
+    history, looks, plain = History(model.tracker_model.config), {}, model.compress
+    compressor = getattr(model, "perceiver", None) or DenseMemory()
+    for t in range(until):
         def compress(maps: Tensor, pos: Tensor, t: int = t) -> tuple[Tensor, Tensor]:
             looks[t] = compressor.attention(maps, pos)
             return plain(maps, pos)
         model.compress = compress
-        try:
-            _, memory = see(model, features, frame_index[:, t], prompts if t == 0 else None,
-                            history.bank(t) if t else None)
+        bank = history.bank(t) if t else None
+        try: _, memory = see(model, features, frame_index[:, t], None if t else prompts, bank)
         finally: del model.compress
         history.add(t, memory, prompted=t == 0)
+    return history, looks
+
+# %% ../../nbs/61_memory_attention.ipynb #c015r
+@torch.no_grad()
+def read_at(model: Sam3, features: Features, frame_index: Tensor,  # [N, T], as `track` takes them
+            prompts: Prompts,                                      # of frame 0
+            frame: int, layer: int = -1) -> Reading:
+    """Track up to `frame` (1…T-1) and return what is read there, in one layer of memory attention. `IndexError` for a
+    frame that has no past."""
+    if not 0 < frame < frame_index.shape[1]:
+        raise IndexError(f"frame {frame}: memory is read at frames 1…{frame_index.shape[1] - 1}")
+    history, looks = _follow(model, features, frame_index, prompts, frame)
     bank, chosen = history.bank(frame), history.chosen(frame)
     frames = [*chosen, *(frame - slot for slot, _ in bank.memories[len(chosen):])]
-    weights = attention_weights(model, features, frame_index[:, frame], bank, layer).unflatten(1,
-        (model.grid, model.grid))
+    weights = attention_weights(model, features, frame_index[:, frame], bank, layer)
+    weights = weights.unflatten(1, (model.grid, model.grid))
     tokens = weights[..., :len(frames) * len(model.memory_xy())].unflatten(-1, (len(frames), -1))
     return Reading(tokens, 1 - tokens.sum((-2, -1)), torch.stack([looks[t] for t in frames]), frames)

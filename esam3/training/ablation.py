@@ -116,7 +116,7 @@ def expected_seconds(job: Mapping, first: Mapping, timing: Mapping[str, float], 
                      whole: float = 1.0    # brief evaluations that a whole one takes
                      ) -> float:
     "Seconds of a job, judged by a job that is done."
-    warmup = lambda j: j.get("options", {}).get("warmup_steps", usual.warmup_steps)
+    warmup = lambda j: j.get("options", {}).get("warmup_steps", getattr(usual, "warmup_steps", 0))
     per_warmup = timing.get("warmup", 0.0) / max(1, warmup(first))
     per_step = timing["seconds"] / max(1, timing["steps"])
     evaluations = whole if first.get("brief") and not job.get("brief") else 1.0

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_cache', 'image_batch', 'image_source', 'encode_rate', 'decode_rate', 'together_rate', 'open_features',
-           'keep_features', 'CachedSteps', 'warp_features', 'prompt_teacher', 'prompt_both', 'prompt_chances',
-           'sample_prompts', 'round_losses', 'prompt_losses', 'Stage1', 'stage1_schedule', 'train_stage1', 'run_stage1']
+           'keep_features', 'CachedSteps', 'warp_features', 'prompt_chances', 'sample_prompts', 'prompt_teacher',
+           'prompt_both', 'round_losses', 'prompt_losses', 'Stage1', 'stage1_schedule', 'train_stage1', 'run_stage1']
 
 # %% ../../nbs/10_stage1.ipynb #c005
 import contextlib, time
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import Part, autocast, cache_dir, fingerprint, nearest
@@ -70,25 +71,24 @@ def encode_rate(teacher: Sam3, precision: str = "no", batch: int = 8) -> float:
             encode_trunk(teacher, pixels.to(teacher.device)).sum().item()  # a number waits for the device
     return batch / (time.perf_counter() - start)
 
-
-def decode_rate(images: Replays, side: int, workers: int, some: int = 6) -> float:
-    """Images a second that are read, augmented and made ready for the ViT: by so many workers, or here (0), judged by a
-    few of them."""
-    items, made = np.linspace(0, len(images) - 1, some).astype(int).tolist(), 0
+# %% ../../nbs/10_stage1.ipynb #c010r2
+def decode_rate(images: Replays, side: int, workers: int, count: int = 6) -> float:
+    """Images a second that are read, augmented and made ready for the ViT: by so many workers, or here (0), by the
+    time that `count` of them take."""
+    items, made = np.linspace(0, len(images) - 1, count).astype(int).tolist(), 0
     start = time.perf_counter()
     for item in items:
         with contextlib.suppress(BadSample): teacher_pixels([images.read(item, limit=1).image], side); made += 1
     return max(1, workers) * max(1, made) / (time.perf_counter() - start)
 
-
+# %% ../../nbs/10_stage1.ipynb #c010r3
 def together_rate(encode: float, decode: float, workers: int) -> float:
     "Images a second of both: one after the other in one process, the slower one where workers read ahead."
     return min(encode, decode) if workers else 1 / (1 / encode + 1 / decode)
 
 # %% ../../nbs/10_stage1.ipynb #c010k
 def open_features(recipe: Mapping, teacher: Sam3, cache: str, replays: int,
-                  precision: str = "no", workers: int = 0,
-                  world: int = 1  # processes that share the work
+                  precision: str = "no", workers: int = 0, world: int = 1  # processes that share the work
                   ) -> tuple[Replays, Path, dict[str, object]]:
     """The training images in `replays` augmentations each, the folder for their features, and the settings of these.
 
@@ -102,7 +102,7 @@ def open_features(recipe: Mapping, teacher: Sam3, cache: str, replays: int,
         print(f"features to write: {plan(len(images.reader), settings, replays, rate)}", flush=True)
     return images, folder, settings
 
-
+# %% ../../nbs/10_stage1.ipynb #c010k3
 def keep_features(recipe: Mapping, teacher: Sam3, cache: str, replays: int,
                   precision: str = "no", workers: int = -1) -> tuple[Replays, FeatureCache, float]:
     """The images of `open_features`, their features, and the seconds it took to write what was missing.
@@ -117,7 +117,7 @@ def keep_features(recipe: Mapping, teacher: Sam3, cache: str, replays: int,
 
 # %% ../../nbs/10_stage1.ipynb #c010s
 class CachedSteps(Steps):
-    "As `picture_source`, of images whose features `keep_features` has written."
+    "As `image_source`, of images whose features `keep_features` has written."
 
     def __init__(self, recipe: Mapping, schedule: Schedule, images: Replays, kept: FeatureCache, sides: tuple[int, int],
                  seed: int):
@@ -137,29 +137,12 @@ class CachedSteps(Steps):
 
 # %% ../../nbs/10_stage1.ipynb #c012
 def warp_features(seen: Features, batch: ImageBatch, like: Features) -> tuple[list[Tensor], list[Tensor]]:
-    "The teacher's six maps in the student's frame, at the sizes of the student's, and where they are valid."
-    maps = [batch.spaces.maps(t, "teacher", "student", s.shape[-1]) for t,
-            s in zip((*seen.detector, *seen.tracker), (*like.detector, *like.tracker))]
+    "The teacher's six maps in the student's space, at the sizes of the student's, and where they are valid."
+    pairs = zip((*seen.detector, *seen.tracker), (*like.detector, *like.tracker))
+    maps = [batch.spaces.maps(t, "teacher", "student", s.shape[-1]) for t, s in pairs]
     return maps, [batch.spaces.valid("student", m.shape[-1]) for m in maps]
 
 # %% ../../nbs/10_stage1.ipynb #c015
-def prompt_teacher(teacher: Sam3, teacher_features: Features, batch: ImageBatch, prompts: Prompts,
-                size: int  # cells along a side of the masks
-                ) -> MaskSet:
-    """The teacher's answer, without gradient, to prompts given in the student's frame; its masks are warped into that
-    frame."""
-    with torch.no_grad():
-        t = teacher.decode(teacher_features, to_space(prompts, batch.spaces, "student", "teacher"))
-        return replace(t, masks=batch.spaces.maps(t.masks, "teacher", "student", size, prompts.image_index))
-
-
-def prompt_both(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features, batch: ImageBatch,
-                prompts: Prompts) -> tuple[MaskSet, MaskSet]:
-    "The teacher's and the student's answers to prompts given in the student's frame."
-    return prompt_teacher(teacher, teacher_features, batch, prompts, 4 * student.grid), student.decode(student_features,
-        prompts)
-
-
 def prompt_chances(batch: ImageBatch, refinements: int = 1) -> Tensor:
     """[N, 1 + refinements] random numbers of the instances, on the CPU: the coin, then one for each corrective point.
     Images without seeds have 0, 1, …"""
@@ -167,35 +150,51 @@ def prompt_chances(batch: ImageBatch, refinements: int = 1) -> Tensor:
 
 
 def sample_prompts(batch: ImageBatch,
-              coins: Tensor,  # [N] in [0, 1), on the CPU
-              p_box: float = 0.5) -> list[tuple[Tensor, Prompts]]:
-    "A box or a centre point for each instance, in the student's frame."
+                   coins: Tensor,  # [N] in [0, 1), on the CPU
+                   p_box: float = 0.5) -> list[tuple[Tensor, Prompts]]:
+    "A box or a centre point for each instance, in the student's space; the rows of the instances, and their prompts."
     at = lambda x, move: move(x, batch.image_index, "source", "student")
     return initial_prompts(at(batch.boxes, batch.spaces.boxes), at(batch.points, batch.spaces.points),
                            batch.image_index, coins, p_box)
 
+# %% ../../nbs/10_stage1.ipynb #c015t
+def prompt_teacher(teacher: Sam3, teacher_features: Features, batch: ImageBatch, prompts: Prompts,
+                   size: int  # cells along a side of the masks
+                   ) -> MaskSet:
+    """The teacher's answer, without gradient, to prompts given in the student's space; its masks are warped into that
+    space."""
+    with torch.no_grad():
+        t = teacher.decode(teacher_features, to_space(prompts, batch.spaces, "student", "teacher"))
+        return replace(t, masks=batch.spaces.maps(t.masks, "teacher", "student", size, prompts.image_index))
+
+
+def prompt_both(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features, batch: ImageBatch,
+                prompts: Prompts) -> tuple[MaskSet, MaskSet]:
+    "The teacher's and the student's answers to prompts given in the student's space."
+    return (prompt_teacher(teacher, teacher_features, batch, prompts, 4 * student.grid),
+            student.decode(student_features, prompts))
+
 # %% ../../nbs/10_stage1.ipynb #c017p
 def round_losses(student: Sam3, student_features: Features, prompts: Prompts,
-                 told: MaskSet,   # the teacher's answer
-                 truth: Tensor,   # [n, 4g, 4g] coverage in 0…1
-                 valid: Tensor,   # [n, 4g, 4g] bool
+                 answer: MaskSet,  # the teacher's
+                 truth: Tensor,    # [n, 4g, 4g] coverage in 0…1
+                 valid: Tensor,    # [n, 4g, 4g] bool
                  schedule: ImageSchedule,
                  instances: float | Tensor,  # that sums over instances are divided by
-                 weight: Tensor   # [n] of each instance in them
+                 weight: Tensor    # [n] of each instance in them
                  ) -> tuple[dict[str, Tensor], Tensor]:
     "Losses of one round by name, and the student's best masks [n, 4g, 4g], without gradient."
     s, out = student.decode(student_features, prompts), {}
     if schedule.lambda2:
-        away = distill_loss(s.masks, told.masks, valid, schedule.temperature, schedule.focal)
+        away = distill_loss(s.masks, answer.masks, valid, schedule.temperature, schedule.focal)
         out["distill"] = schedule.lambda2 * over_count((away * weight).sum(), instances)
     if schedule.task:
-        counts = {"there": instances, "known": instances}
         terms = task_terms(s.masks, s.iou, s.object_logits, truth, valid, focal=schedule.focal, known=weight,
-                           whole=counts)
+                           whole={"there": instances, "known": instances})
         out |= {f"task {k}": schedule.task * v for k, v in terms.items()}
     return out, s.best()[0].detach()
 
-
+# %% ../../nbs/10_stage1.ipynb #c017pl
 def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, student_features: Features,
                   batch: ImageBatch, schedule: ImageSchedule,
                   # `instances` of the whole step; None: these are all
@@ -208,23 +207,23 @@ def prompt_losses(teacher: Sam3, student: Sam3, teacher_features: Features, stud
     valid = batch.spaces.valid("student", truth.shape[-1], batch.image_index)
     drawn, instances = prompt_chances(batch, schedule.refinements), len(truth) if whole is None else whole["instances"]
     clicks = drawn.to(truth.device, non_blocking=True)
-    answer = recomputed(round_losses, schedule.recomputes(student.image_size))
+    losses = recomputed(round_losses, schedule.recomputes(student.image_size))
     weight = truth.new_ones(len(truth)) if weight is None else weight
     for rows, prompts in sample_prompts(batch, drawn[:, 0]):
-        goal, inside, worth = truth[rows], valid[rows], weight[rows]
+        these = truth[rows], valid[rows], schedule, instances, weight[rows]
         for round in range(schedule.refinements + 1):
-            told = prompt_teacher(teacher, teacher_features, batch, prompts, truth.shape[-1])
-            terms, said = answer(student, student_features, prompts, told, goal, inside, schedule, instances, worth)
+            answer = prompt_teacher(teacher, teacher_features, batch, prompts, truth.shape[-1])
+            terms, masks = losses(student, student_features, prompts, answer, *these)
             for k, v in terms.items(): out[k] = out.get(k, 0.0) + v
             if round == schedule.refinements: break
-            prompts = refine(prompts, told.best()[0], said, batch.spaces, schedule.corrective,
+            prompts = refine(prompts, answer.best()[0], masks, batch.spaces, schedule.corrective,
                              chance=clicks[rows, 1 + round])
     return out
 
 # %% ../../nbs/10_stage1.ipynb #c018
 class Stage1(nn.Module):
-    """Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and what else the
-    schedule asks for."""
+    """Losses of stage 1: L_task + λ1 · eq. 3 + λ2 · Σ eq. 4 over the first prompt and M refinements, and the schedule's
+    further terms."""
 
     def __init__(self, teacher: Sam3, student: Sam3, schedule: Stage1Schedule,
                  sampled: int = 0):  # instances to find in an image without annotation; 0: images bring their instances
@@ -242,40 +241,44 @@ class Stage1(nn.Module):
 
     @property
     def steady(self) -> bool:
-        "Every batch uses all that is trained: where nobody asks, the decoder is not used at all."
+        "Whether every batch uses all that is trained: without prompts the decoder is not used at all."
         return bool(self.schedule.lambda2 or self.schedule.task)
 
-    def forward(self, batch: ImageBatch,
-                # `counts` of the whole step; None: this batch is all of it
-                whole: Mapping[str, float | Tensor] | None = None
-                ) -> dict[str, Tensor]:
-        "Losses by name; those of the parts of a step add up to the step's."
-        s, whole = self.schedule, self.counts(batch) if whole is None else whole
-        batch, again = batch.to(self.student.device), s.recomputes(self.student.image_size)
-        with torch.no_grad(): teacher_features = self.look(batch)
-        student_features = self.student.encode(batch.student_pixels)
-        maps = ((*student_features.detector, *student_features.tracker),
-                *warp_features(teacher_features, batch, student_features))
-        out = {"features": s.lambda1 * recomputed(feature_loss, again)(*maps, s.map_weights or None,
-            whole["images"])} if s.lambda1 else {}
-        if s.lambda2 or s.task:
-            found = self.finds(batch)
-            batch = self.settle(batch, teacher_features)
-            told = prompt_losses(self.teacher, self.student, teacher_features, student_features, batch, s, whole,
-                                 shared_out(batch.masks, student_features.detector[0].device) if found else None)
-            out |= told or nothing_learned(self.student)
-        return out | {k: s.lambda_maps * v for k, v in map_terms(s.map_terms, *maps, whole["images"],
-            batch.seeds).items()}
+# %% ../../nbs/10_stage1.ipynb #c018l
+@patch
+def look(self: Stage1, batch: ImageBatch) -> Features:
+    "What the teacher sees, live or from the cache."
+    if batch.trunk is None: return self.teacher.encode(batch.teacher_pixels)
+    return features_from_trunk(self.teacher, batch.trunk.to(self.student.device).unpack())
 
-    def settle(self, batch: ImageBatch, teacher_features: Features) -> ImageBatch:
-        "The batch, with instances that the teacher sees where nobody has marked any."
-        return with_instances(batch, propose(self.teacher, teacher_features, batch,
-                                             self.sampled)) if self.finds(batch) else batch
 
-    def look(self, batch: ImageBatch) -> Features:
-        "What the teacher sees, live or from the cache."
-        if batch.trunk is None: return self.teacher.encode(batch.teacher_pixels)
-        return features_from_trunk(self.teacher, batch.trunk.to(self.student.device).unpack())
+@patch
+def settle(self: Stage1, batch: ImageBatch, teacher_features: Features) -> ImageBatch:
+    "The batch, with instances that the teacher sees where nobody has marked any."
+    if not self.finds(batch): return batch
+    return with_instances(batch, propose(self.teacher, teacher_features, batch, self.sampled))
+
+# %% ../../nbs/10_stage1.ipynb #c018f
+@patch
+def forward(self: Stage1, batch: ImageBatch,
+            whole: Mapping[str, float | Tensor] | None = None  # `counts` of the whole step; None: of the batch
+            ) -> dict[str, Tensor]:
+    "Losses by name; those of the parts of a step add up to the step's."
+    s, whole = self.schedule, self.counts(batch) if whole is None else whole
+    batch, again = batch.to(self.student.device), s.recomputes(self.student.image_size)
+    with torch.no_grad(): teacher_features = self.look(batch)
+    student_features = self.student.encode(batch.student_pixels)
+    maps = ((*student_features.detector, *student_features.tracker),
+            *warp_features(teacher_features, batch, student_features))
+    out = {"features": s.lambda1 * recomputed(feature_loss, again)(
+        *maps, s.map_weights or None, whole["images"])} if s.lambda1 else {}
+    if s.lambda2 or s.task:
+        found, batch = self.finds(batch), self.settle(batch, teacher_features)
+        weight = shared_out(batch.masks, student_features.detector[0].device) if found else None
+        out |= prompt_losses(self.teacher, self.student, teacher_features, student_features, batch, s, whole,
+                             weight) or nothing_learned(self.student)
+    more = map_terms(s.map_terms, *maps, whole["images"], batch.seeds)
+    return out | {k: s.lambda_maps * v for k, v in more.items()}
 
 # %% ../../nbs/10_stage1.ipynb #c020s
 def stage1_schedule(recipe: Mapping, refinements: int = -1, options: Mapping[str, object] | None = None,
@@ -337,5 +340,5 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", *, refinements: in
                                                    **stage.fitting))
     student, trained = saved_student(folder, teacher.device)
     for who, model in (("teacher", teacher), ("student", student)): score(stage, who, model)
-    frames = {who: [m.image_size, m.grid] for who, m in (("teacher", teacher), ("student", student))}
-    return finish(stage, student, trained, frames=frames)
+    spaces = {who: [m.image_size, m.grid] for who, m in (("teacher", teacher), ("student", student))}
+    return finish(stage, student, trained, spaces=spaces)

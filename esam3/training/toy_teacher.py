@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'REACH', 'PARTS', 'IMAGES', 'toy_tokenizer', 'toy_config', 'new_toy_teacher', 'ToyBatch', 'radial_profile',
-           'toy_batch', 'Clips', 'clip_batch', 'fit_mask', 'fit_mask_set', 'detection_losses', 'prompt_losses',
-           'first_prompts', 'tracking_losses', 'mask_windows', 'Hints', 'Tutor', 'TutorTask', 'EncoderTask',
+           'toy_batch', 'Clips', 'toy_clip_batch', 'fit_mask', 'fit_mask_set', 'detection_losses', 'toy_prompt_losses',
+           'toy_first_prompts', 'tracking_losses', 'mask_windows', 'Hints', 'Tutor', 'TutorTask', 'EncoderTask',
            'ToyTeacherTask', 'ship_toy_teacher', 'train_toy_teacher']
 
 # %% ../../nbs/04_toy_teacher.ipynb #c005
 import math, re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
+from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torchvision.ops import box_convert, masks_to_boxes
@@ -31,7 +34,6 @@ from ..models.teacher import ASSETS, Detections, Features, Prompts, Sam3, load_t
 from esam3.models.tracker import (  # chapter 2's: a teacher that tracks is trained with the tracker that students use
     Track, track)
 from ..schedules import Schedule
-from .concepts import Targets, match  # chapter 3's: one matching for all that a detector finds
 from .loop import Made, fit
 
 # %% ../../nbs/04_toy_teacher.ipynb #c007
@@ -39,7 +41,7 @@ WORDS = (*COLORS, *SHAPES, *PATTERNS, "thing", "visual")
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    "Word-level tokenizer of the toy world's twenty words."
+    "Word-level tokenizer of the toy world's words."
     special = ("<pad>", "<bos>", "<eos>", "<unk>")
     vocabulary = {w: i for i, w in enumerate((*special, *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -49,30 +51,35 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
                                    unk_token="<unk>", model_max_length=32)
 
-
-def _decoders(width: int) -> dict[str, dict]:
-    "Configurations of the detector's decoders."
-    common = dict(hidden_size=width, num_attention_heads=8, intermediate_size=4 * width, dropout=0.0)
-    return {"geometry_encoder_config": dict(num_layers=1, **common),
-            "detr_encoder_config": dict(num_layers=2, **common),
-            "detr_decoder_config": dict(num_layers=3, num_queries=24, **common),
-            "mask_decoder_config": dict(hidden_size=width, num_attention_heads=8, num_upsampling_stages=3)}
-
-
-def toy_config(side: int = 144, patch: int = 16, width: int = 128) -> Sam3VideoConfig:
-    "Configuration of the toy SAM3: `side` px images, a grid of `side / patch`, decoders `width` wide."
+# %% ../../nbs/04_toy_teacher.ipynb #c007v
+def _vision(side: int, patch: int, width: int) -> dict:
+    "Configuration of the vision encoder: a ViT of 192 channels whose layers all see the whole image."
     g = side // patch
     vit = dict(model_type="sam3_vit_model", hidden_size=192, intermediate_size=768, num_hidden_layers=6,
-               num_attention_heads=6, image_size=side,
-               patch_size=patch, window_size=g, global_attn_indexes=[0, 1, 2, 3, 4, 5], pretrain_image_size=side)
-    vision = lambda: dict(model_type="sam3_vision_model", backbone_config=dict(vit), fpn_hidden_size=width,
-                          backbone_feature_sizes=[[k * g] * 2 for k in (4, 2, 1)], scale_factors=[4.0, 2.0, 1.0, 0.5])
+               num_attention_heads=6, image_size=side, patch_size=patch, window_size=g,
+               global_attn_indexes=[0, 1, 2, 3, 4, 5], pretrain_image_size=side)
+    return dict(model_type="sam3_vision_model", backbone_config=vit, fpn_hidden_size=width,
+                backbone_feature_sizes=[[k * g] * 2 for k in (4, 2, 1)], scale_factors=[4.0, 2.0, 1.0, 0.5])
+
+# %% ../../nbs/04_toy_teacher.ipynb #c007d
+def _detector(vision: dict, width: int) -> dict:
+    "Configuration of the detector: text encoder and decoders `width` wide."
     text = dict(model_type="clip_text_model", vocab_size=len(WORDS) + 4, hidden_size=64, intermediate_size=256,
-                projection_dim=64, num_hidden_layers=2,
-                num_attention_heads=4, max_position_embeddings=32, hidden_act="gelu", pad_token_id=0, bos_token_id=1,
-                eos_token_id=2)
-    tracker = dict(
-        model_type="sam3_tracker_video", vision_config=vision(), image_size=side, num_maskmem=5,
+                projection_dim=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32,
+                hidden_act="gelu", pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    common = dict(hidden_size=width, num_attention_heads=8, intermediate_size=4 * width, dropout=0.0)
+    return dict(model_type="sam3", vision_config=vision, text_config=text,
+                geometry_encoder_config=dict(num_layers=1, **common),
+                detr_encoder_config=dict(num_layers=2, **common),
+                detr_decoder_config=dict(num_layers=3, num_queries=24, **common),
+                mask_decoder_config=dict(hidden_size=width, num_attention_heads=8, num_upsampling_stages=3))
+
+# %% ../../nbs/04_toy_teacher.ipynb #c007t
+def _tracker(vision: dict, side: int, patch: int, width: int) -> dict:
+    "Configuration of the tracker: five frames and eight pointers of memory."
+    g = side // patch
+    return dict(
+        model_type="sam3_tracker_video", vision_config=vision, image_size=side, num_maskmem=5,
         max_object_pointers_in_encoder=8,
         prompt_encoder_config=dict(hidden_size=width, image_size=side, patch_size=patch, mask_input_channels=16),
         mask_decoder_config=dict(hidden_size=width, mlp_dim=4 * width, num_hidden_layers=2, num_attention_heads=8,
@@ -83,10 +90,15 @@ def toy_config(side: int = 144, patch: int = 16, width: int = 128) -> Sam3VideoC
         memory_encoder_hidden_size=width,
         memory_encoder_output_channels=64, mask_downsampler_embed_dim=width, memory_fuser_embed_dim=width,
         memory_fuser_intermediate_dim=2 * width)
-    return Sam3VideoConfig(detector_config=dict(
-        model_type="sam3", vision_config=vision(), text_config=text, **_decoders(width)), tracker_config=tracker,
-                           low_res_mask_size=4 * g, fill_hole_area=0, hotstart_delay=0, hotstart_unmatch_thresh=0,
-                           hotstart_dup_thresh=0)
+
+# %% ../../nbs/04_toy_teacher.ipynb #c007c
+def toy_config(side: int = 144, patch: int = 16, width: int = 128) -> Sam3VideoConfig:
+    "Configuration of the toy SAM3: `side` px images, a grid of `side / patch`, decoders `width` wide."
+    detector, tracker = (_vision(side, patch, width) for _ in range(2))
+    return Sam3VideoConfig(detector_config=_detector(detector, width),
+                           tracker_config=_tracker(tracker, side, patch, width),
+                           low_res_mask_size=4 * (side // patch), fill_hole_area=0, hotstart_delay=0,
+                           hotstart_unmatch_thresh=0, hotstart_dup_thresh=0)
 
 # %% ../../nbs/04_toy_teacher.ipynb #c010
 def _xavier(model: nn.Module) -> None:
@@ -96,9 +108,9 @@ def _xavier(model: nn.Module) -> None:
         nn.init.xavier_uniform_(part.weight)
         if part.bias is not None: nn.init.zeros_(part.bias)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c010e
 def _start_encoder(model: Sam3) -> None:
-    "Residual branches of the ViT by 1/√(2·depth); necks and DETR encoder quiet."
+    "Residual branches of the ViT by 1/√(2·depth); smaller weights in necks and DETR encoder."
     layers = model.detector_model.vision_encoder.backbone.layers
     for layer in layers:
         for out in (layer.attention.o_proj, layer.mlp.fc2): out.weight.mul_((2 * len(layers)) ** -0.5)
@@ -107,16 +119,15 @@ def _start_encoder(model: Sam3) -> None:
     for layer in model.detector_model.detr_encoder.layers:
         for out in (layer.self_attn.o_proj, layer.cross_attn.o_proj, layer.mlp.fc2): out.weight.mul_(0.5)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c010d
 def _start_detr(model: Sam3) -> None:
     "Reference boxes on a grid, box refinement at zero, and a box bias that prefers the inside of the box."
     d = model.detector_model.detr_decoder
     q = d.query_embed.weight.shape[0]
     across = math.ceil(math.sqrt(q))
     down = math.ceil(q / across)
-    centres = torch.tensor([[(i + 0.5) / across, (
-        j + 0.5) / down, 0.25, 0.25] for j in range(down) for i in range(across)])[:q]
-    d.reference_points.weight.copy_(centres.logit())
+    centres = [[(i + 0.5) / across, (j + 0.5) / down, 0.25, 0.25] for j in range(down) for i in range(across)]
+    d.reference_points.weight.copy_(torch.tensor(centres)[:q].logit())
     nn.init.normal_(d.query_embed.weight, std=0.5); nn.init.normal_(d.presence_token.weight, std=0.5)
     nn.init.zeros_(d.box_head.layer3.weight); nn.init.zeros_(d.box_head.layer3.bias)
     for mlp in (d.box_rpb_embed_x, d.box_rpb_embed_y):
@@ -132,16 +143,16 @@ def _start_tracker(model: Sam3) -> None:
     t = model.tracker_model
     t.shared_image_embedding.positional_embedding.copy_(t.prompt_encoder.shared_embedding.positional_embedding)
     two_way = t.mask_decoder.transformer
-    for a in (*(a for layer in two_way.layers for a in (
-        layer.cross_attn_token_to_image, layer.cross_attn_image_to_token)), two_way.final_attn_token_to_image):
-        a.k_proj.weight.copy_(a.q_proj.weight)
+    crossing = [a for layer in two_way.layers for a in (layer.cross_attn_token_to_image,
+                                                        layer.cross_attn_image_to_token)]
+    for a in (*crossing, two_way.final_attn_token_to_image): a.k_proj.weight.copy_(a.q_proj.weight)
     for e in (t.prompt_encoder.point_embed, t.prompt_encoder.not_a_point_embed, t.mask_decoder.iou_token,
               t.mask_decoder.mask_tokens, t.mask_decoder.obj_score_token):
         nn.init.normal_(e.weight, std=0.5)
     for layer in t.memory_encoder.memory_fuser.layers: nn.init.constant_(layer.scale, 0.1)
     nn.init.normal_(t.memory_temporal_positional_encoding, std=0.1); nn.init.normal_(t.no_object_pointer, std=0.1)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c011n
 @torch.no_grad()
 def new_toy_teacher(seed: int = 42) -> Sam3:
     "An untrained toy SAM3, initialised so that it learns."
@@ -154,34 +165,32 @@ def new_toy_teacher(seed: int = 42) -> Sam3:
 # %% ../../nbs/04_toy_teacher.ipynb #c013
 @dataclass
 class ToyBatch:
-    """A batch of toy images with everything the teacher is asked about them; the teacher frame's masks are coverage [N,
-    36, 36]."""
+    "A batch of toy images with all that is known of them; masks are coverage in the teacher's space."
     pixels: Tensor              # [B, 3, 144, 144]
-    image_index: Tensor               # [N] image of each instance
-    masks: Tensor               # [N, 36, 36]
-    boxes: Tensor               # [N, 4] xyxy px in the teacher frame
+    image_index: Tensor         # [N] image of each instance
+    masks: Tensor               # [N, 36, 36] in 0…1
+    boxes: Tensor               # [N, 4] xyxy px in the teacher's space
     instances: list[Instance]
     phrases: list[str]          # [P]
-    phrase_image_index: Tensor        # [P]
+    phrase_image_index: Tensor  # [P]
     members: list[list[int]]    # [P] instances that match
-    shown: list[list[int]]      # [P] instances shown as exemplar boxes
+    exemplars: list[list[int]]  # [P] instances given as exemplar boxes
     profiles: Tensor            # [N, 16] outline of each instance, see `radial_profile`
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c013q
 def _queries(rng: np.random.Generator, instances: list[Instance]) -> tuple[str, list[int], list[int]]:
-    "A phrase, the instances it names and those shown as exemplars."
+    "A phrase, the instances that it names and those given as exemplars."
     kind = str(rng.choice(("positive", "easy", "hard-shape", "hard-other"), p=(0.48, 0.14, 0.16, 0.22)))
     text = sample_phrase(rng, instances, kind) or sample_phrase(rng, instances, "positive")
     found = [i for i, t in enumerate(instances) if matches(t, text)]
     mode = rng.random()
     if not found or mode < 0.65: return text, found, []
-    # exemplars alone: what shares colour and shape with the first
-    if mode < 0.85:
+    if mode < 0.85:  # exemplars alone: what shares colour and shape with the first
         o = instances[int(rng.choice(found))]
         text, found = "visual", [i for i, t in enumerate(instances) if (t.color, t.shape) == (o.color, o.shape)]
     return text, found, [int(i) for i in rng.permutation(found)[: int(rng.integers(1, 3))]]
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c013r
 def _reach(shape: str, count: int = 360) -> np.ndarray:
     "How far a shape of radius 1 reaches from its centre at `count` angles."
     a, t = np.arange(count) * 2 * math.pi / count, np.linspace(0, 1.3, 131)[:, None]
@@ -198,7 +207,7 @@ def radial_profile(instance: Instance, width: int, height: int, count: int = 16)
     turned = np.arctan2(np.sin(a) * height, np.cos(a) * width) - instance.angle
     return (REACH[instance.shape][np.round(turned / (2 * math.pi) * 360).astype(int) % 360] - 0.85) / 0.2
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c014b
 def toy_batch(seed: int, step: int, rank: int, size: int = 4, phrases: int = 4, least: int = 1) -> ToyBatch:
     "The images of one step of one rank, with `least` to five instances and `phrases` phrases each."
     rng = np.random.default_rng(seed_at(seed, step, rank))
@@ -210,18 +219,18 @@ def toy_batch(seed: int, step: int, rank: int, size: int = 4, phrases: int = 4, 
     image_index = torch.repeat_interleave(torch.arange(size), torch.tensor([len(m) for m in masks]))
     queries = [(b, *_queries(rng, instances)) for b, (_, _, instances) in enumerate(drawn) for _ in range(phrases)]
     at = lambda b, members: [int(start[b]) + i for i in members]
-    return ToyBatch(teacher_pixels([p for p, _, _ in drawn], 144), image_index,
-                        spaces.rasterise(masks, "teacher", 36), spaces.boxes(edges, image_index, "source", "teacher"),
-                    [t for _, _, instances in drawn for t in instances], [a[1] for a in queries],
-                        torch.tensor([a[0] for a in queries]),
-                    [at(a[0], a[2]) for a in queries], [at(a[0], a[3]) for a in queries],
-                    torch.tensor(np.array([radial_profile(t, *p.shape[1::-1]) for p, _,
-                                           instances in drawn for t in instances]), dtype=torch.float32))
+    profiles = np.array([radial_profile(t, *p.shape[1::-1]) for p, _, instances in drawn for t in instances])
+    return ToyBatch(
+        pixels=teacher_pixels([p for p, _, _ in drawn], 144), image_index=image_index,
+        masks=spaces.rasterise(masks, "teacher", 36), boxes=spaces.boxes(edges, image_index, "source", "teacher"),
+        instances=[t for _, _, instances in drawn for t in instances], phrases=[q[1] for q in queries],
+        phrase_image_index=torch.tensor([q[0] for q in queries]), members=[at(q[0], q[2]) for q in queries],
+        exemplars=[at(q[0], q[3]) for q in queries], profiles=torch.tensor(profiles, dtype=torch.float32))
 
 # %% ../../nbs/04_toy_teacher.ipynb #c017
 @dataclass
 class Clips:
-    "A batch of clips; images are clip-major, masks coverage in the teacher frame."
+    "A batch of clips; images are clip-major, masks coverage in the teacher's space."
     pixels: Tensor        # [B·T, 3, 144, 144]
     frame_index: Tensor   # [N, T] image of each track's frames
     masks: Tensor         # [N, T, 36, 36]
@@ -230,7 +239,7 @@ class Clips:
     first: Tensor         # [N, 1, 144, 144] the mask of frame 0 at full size
     kind: str             # mask | box | point
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c017t
 def _tracks(rng: np.random.Generator, length: int, most: int = 3) -> tuple[np.ndarray, np.ndarray]:
     "A clip uint8 [T, H, W, 3] and the masks bool [n, T, H, W] of up to `most` instances seen in its first frame."
     while True:
@@ -240,8 +249,8 @@ def _tracks(rng: np.random.Generator, length: int, most: int = 3) -> tuple[np.nd
         seen = rng.permutation(np.flatnonzero(masks[:, 0].sum((1, 2)) >= 60))[:most]
         if len(seen): return images[start : start + length], masks[seen]
 
-
-def clip_batch(seed: int, step: int, rank: int, size: int = 2) -> Clips:
+# %% ../../nbs/04_toy_teacher.ipynb #c017b
+def toy_clip_batch(seed: int, step: int, rank: int, size: int = 2) -> Clips:
     "The clips of one step of one rank."
     rng = np.random.default_rng(seed_at(seed, step, rank))
     length = int(rng.choice((5, 8, 8)))
@@ -252,11 +261,10 @@ def clip_batch(seed: int, step: int, rank: int, size: int = 2) -> Clips:
     masks = torch.cat([c.unflatten(0, (length, -1)).transpose(0, 1) for c in by_clip])
     index = torch.cat([torch.arange(length).repeat(len(m), 1) + b * length for b, (_, m) in enumerate(drawn)])
     area = torch.cat([torch.from_numpy(m.sum((2, 3))) for _, m in drawn])
-    first = torch.cat([frames_of.rasterise([torch.from_numpy(m[:, 0])], "teacher", 144) for _, m in drawn
-                       for frames_of in [Spaces(torch.tensor([m.shape[2:]]), 144, 128)]])
+    space = lambda m: Spaces(torch.tensor([m.shape[2:]]), 144, 128)
+    first = torch.cat([space(m).rasterise([torch.from_numpy(m[:, 0])], "teacher", 144) for _, m in drawn])
     return Clips(teacher_pixels([p for clip, _ in drawn for p in clip], 144), index, masks, area >= 20, area == 0,
-                 (first > 0.5).float()[:, None],
-                 str(rng.choice(("mask", "box", "point"), p=(0.5, 0.25, 0.25))))
+                 (first > 0.5).float()[:, None], str(rng.choice(("mask", "box", "point"), p=(0.5, 0.25, 0.25))))
 
 # %% ../../nbs/04_toy_teacher.ipynb #c020
 def fit_mask(logits: Tensor, target: Tensor) -> Tensor:
@@ -267,7 +275,7 @@ def fit_mask(logits: Tensor, target: Tensor) -> Tensor:
     p = x.sigmoid()
     return 3 * bce + 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c020s
 def fit_mask_set(masks: Tensor, iou: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """The best of the M masks, the one that the IoU head would choose, a little of all, and the IoU head. masks [N, M,
     h, w], target [N, h, w], weight [N] (0: not there)."""
@@ -280,30 +288,9 @@ def fit_mask_set(masks: Tensor, iou: Tensor, target: Tensor, weight: Tensor) -> 
     return (per * weight).sum() / weight.sum().clamp(min=1)
 
 # %% ../../nbs/04_toy_teacher.ipynb #c022
-def _cxcywh(boxes: Tensor) -> Tensor: return box_convert(boxes, "xyxy", "cxcywh")
-
-
-def detection_losses(d: Detections,   # all layers
-                     boxes: Tensor,   # [N, K, 4] xyxy fractions, padded
-                     masks: Tensor,   # [N, K, 4g, 4g] coverage, padded
-                     real: Tensor     # [N, K] bool: which targets are real
-                     ) -> dict[str, Tensor]:
-    "Weighted losses of the detector over all its decoder layers."
-    present, total = real.any(1).float(), max(1, int(real.sum()))
-    union = torch.stack([m[r].amax(0) if r.any() else torch.zeros_like(m[0]) for m, r in zip(masks, real)])
-    found = match(d, Targets(boxes, masks, real.float(), present, union))
-    # sums are taken layer after layer
-    layer, concept, query, target = found[found[:, 0].argsort(stable=True)].to(boxes.device).unbind(1)
-    goal = torch.zeros_like(d.logits); goal[layer, concept, query] = 1
-    p = d.logits.float().sigmoid()
-    focal = F.binary_cross_entropy_with_logits(d.logits.float(), goal, reduction="none") * (goal - p).square() * 0.5
-    got, want = d.boxes[layer, concept, query].float(), boxes[concept, target]
-    return {"class": 4 * (focal * present[None, :, None]).sum() / total,
-            "l1": 5 * (_cxcywh(got) - _cxcywh(want)).abs().sum() / total,
-            "giou": 2 * (1 - _giou(got, want)).sum() / total,
-            "mask": 2 * fit_mask(d.masks[layer, concept, query], masks[concept, target]).sum() / total,
-            "presence": sum(F.binary_cross_entropy_with_logits(x.float(), present) for x in d.presence),
-            "semantic": 2 * fit_mask(d.semantic[:, 0], union).mean()}
+def _cxcywh(boxes: Tensor) -> Tensor:
+    "Corners [..., 4] → centre and sides."
+    return box_convert(boxes, "xyxy", "cxcywh")
 
 
 def _giou(a: Tensor, b: Tensor) -> Tensor:
@@ -313,6 +300,44 @@ def _giou(a: Tensor, b: Tensor) -> Tensor:
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     union = area(a) + area(b) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
+
+# %% ../../nbs/04_toy_teacher.ipynb #c022h
+def _match(d: Detections, boxes: Tensor, masks: Tensor, real: Tensor) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+    "Hungarian assignment (layer, concept, queries, targets) of detections [L, N, Q, …] to padded targets [N, K, …]."
+    p = d.logits.detach().sigmoid()[..., None]
+    half = F.avg_pool2d(d.masks.detach().flatten(0, 2)[:, None].sigmoid(), 2).view(*d.masks.shape[:3], -1)
+    goal = F.avg_pool2d(masks.flatten(0, 1)[:, None], 2).view(*masks.shape[:2], -1)
+    dice = 1 - (2 * half @ goal.transpose(1, 2) + 1) / (half.sum(-1)[..., None] + goal.sum(-1)[:, None] + 1)
+    layers, n, q = d.logits.shape
+    giou = _giou(d.boxes.detach()[:, :, :, None], boxes[None, :, None])
+    cost = (-2 * p + 5 * torch.cdist(_cxcywh(d.boxes.detach()), _cxcywh(boxes)[None].expand(layers, -1, -1, -1), p=1)
+            - 2 * giou + 2 * dice).numpy(force=True)
+    count = real.sum(1).tolist()
+    return [(l, i, *linear_sum_assignment(cost[l, i, :, : count[i]])) for l in range(layers) for i in range(n)
+            if count[i]]
+
+# %% ../../nbs/04_toy_teacher.ipynb #c022l
+def detection_losses(d: Detections,   # all layers
+                     boxes: Tensor,   # [N, K, 4] xyxy fractions, padded
+                     masks: Tensor,   # [N, K, 4g, 4g] coverage, padded
+                     real: Tensor     # [N, K] bool: which targets are real
+                     ) -> dict[str, Tensor]:
+    "Weighted losses of the detector over all its decoder layers."
+    found = _match(d, boxes, masks, real)
+    rows = [(l, i, int(a), int(b)) for l, i, queries, targets in found for a, b in zip(queries, targets)]
+    layer, concept, query, target = torch.tensor(rows, dtype=torch.long, device=boxes.device).view(-1, 4).unbind(1)
+    present, total = real.any(1).float(), max(1, int(real.sum()))
+    goal = torch.zeros_like(d.logits); goal[layer, concept, query] = 1
+    p = d.logits.float().sigmoid()
+    focal = F.binary_cross_entropy_with_logits(d.logits.float(), goal, reduction="none") * (goal - p).square() * 0.5
+    got, want = d.boxes[layer, concept, query].float(), boxes[concept, target]
+    union = torch.stack([m[r].amax(0) if r.any() else torch.zeros_like(m[0]) for m, r in zip(masks, real)])
+    return {"class": 4 * (focal * present[None, :, None]).sum() / total,
+            "l1": 5 * (_cxcywh(got) - _cxcywh(want)).abs().sum() / total,
+            "giou": 2 * (1 - _giou(got, want)).sum() / total,
+            "mask": 2 * fit_mask(d.masks[layer, concept, query], masks[concept, target]).sum() / total,
+            "presence": sum(F.binary_cross_entropy_with_logits(x.float(), present) for x in d.presence),
+            "semantic": 2 * fit_mask(d.semantic[:, 0], union).mean()}
 
 # %% ../../nbs/04_toy_teacher.ipynb #c025
 def _any_cell(where: Tensor) -> Tensor:
@@ -332,42 +357,47 @@ def _middle_cell(masks: Tensor) -> Tensor:
     far = (c[None] - centre[:, None, None]).square().sum(-1) + 1e4 * (masks < 0.6 * masks.amax((1, 2), keepdim=True))
     return c.view(-1, 2)[far.flatten(1).argmin(1)]
 
+# %% ../../nbs/04_toy_teacher.ipynb #c025c
+def _refine(model: Sam3, prompts: Prompts, decoded: Tensor, goal: Tensor) -> Prompts:
+    "Prompts with a corrective point each, where logits `decoded` [N, h, w] and coverage `goal` [N, h, w] disagree."
+    wrong = (decoded > 0) != (goal > 0.5)
+    fix = _any_cell(wrong) * (model.image_size / goal.shape[-1])
+    sign = F.grid_sample(goal[:, None], (fix / model.image_size * 2 - 1)[:, None, None], align_corners=False,
+                         mode="nearest").view(-1) > 0.5
+    label = torch.where(wrong.flatten(1).any(1), sign.int(), -10)[:, None].int()
+    return Prompts(prompts.image_index, torch.cat([prompts.points, fix[:, None]], 1),
+                   torch.cat([prompts.labels, label], 1), multimask=False)
 
-def prompt_losses(model: Sam3, seen: Features, batch: ToyBatch, each: int = 3) -> dict[str, Tensor]:
-    "Boxes, points and one correction for `each` instances an image (drawn with replacement)."
-    pick = (
-        torch.cat(
-            [torch.nonzero(batch.image_index == b)[torch.randint(int((batch.image_index == b).sum()), (each,)), 0]
-             for b in range(len(batch.pixels))]))
+# %% ../../nbs/04_toy_teacher.ipynb #c025l
+def _first_prompts(batch: ToyBatch, pick: Tensor, size: int) -> dict[str, Prompts]:
+    "A jittered box and a point for instances `pick` [N], in px of a square of `size`."
     image_index, goal, edge = batch.image_index[pick], batch.masks[pick], batch.boxes[pick]
-    side = (edge[:, 2:] - edge[:, :2]).repeat(1, 2)
+    side, n = (edge[:, 2:] - edge[:, :2]).repeat(1, 2), len(pick)
     box = (edge + side * (torch.rand_like(edge) - 0.5) * 0.1).view(-1, 2, 2)
-    middle = torch.rand(len(pick), 1) < 0.5
-    point = torch.where(middle, _middle_cell(goal), _any_cell(goal > 0.6
-                                                              * goal.amax((1, 2),
-                                                                  keepdim=True)))[:, None] * (model.image_size
-                                                                      / goal.shape[-1])
-    n, out = len(pick), {}
-    one = torch.ones(n)
-    first = {"box": Prompts(image_index, box, torch.tensor([[2, 3]], dtype=torch.int32).expand(n, 2), multimask=False),
-             "point": Prompts(image_index, point, torch.ones(n, 1, dtype=torch.int32))}
-    for kind, prompts in first.items():
+    middle = torch.rand(n, 1) < 0.5
+    covered = goal > 0.6 * goal.amax((1, 2), keepdim=True)
+    point = torch.where(middle, _middle_cell(goal), _any_cell(covered))[:, None] * (size / goal.shape[-1])
+    corners = torch.tensor([[2, 3]], dtype=torch.int32).expand(n, 2)
+    return {"box": Prompts(image_index, box, corners, multimask=False),
+            "point": Prompts(image_index, point, torch.ones(n, 1, dtype=torch.int32))}
+
+
+def toy_prompt_losses(model: Sam3, seen: Features, batch: ToyBatch, each: int = 3) -> dict[str, Tensor]:
+    "Boxes, points and one correction for `each` instances an image (drawn with replacement)."
+    rows = [torch.nonzero(batch.image_index == b)[:, 0] for b in range(len(batch.pixels))]
+    pick = torch.cat([r[torch.randint(len(r), (each,))] for r in rows])
+    goal, one, out = batch.masks[pick], torch.ones(len(pick)), {}
+    for kind, prompts in _first_prompts(batch, pick, model.image_size).items():
         got = model.decode(seen, prompts)
-        out[kind] = 2 * fit_mask_set(got.masks, got.iou, goal,
-                                     one) + F.binary_cross_entropy_with_logits(got.object_logits, one)
-        wrong = (got.best()[0] > 0) != (goal > 0.5)
-        fix = _any_cell(wrong) * (model.image_size / goal.shape[-1])
-        sign = F.grid_sample(goal[:, None], (fix / model.image_size * 2 - 1)[:, None, None], align_corners=False,
-                             mode="nearest").view(-1) > 0.5
-        label = torch.where(wrong.flatten(1).any(1), sign.int(), -10)[:, None].int()
-        again = model.decode(seen, Prompts(image_index, torch.cat([prompts.points, fix[:, None]], 1),
-                                           torch.cat([prompts.labels, label], 1), multimask=False))
+        score = F.binary_cross_entropy_with_logits(got.object_logits, one)
+        out[kind] = 2 * fit_mask_set(got.masks, got.iou, goal, one) + score
+        again = model.decode(seen, _refine(model, prompts, got.best()[0], goal))
         out[kind + "_refined"] = fit_mask_set(again.masks, again.iou, goal, one)
     return out
 
 # %% ../../nbs/04_toy_teacher.ipynb #c027
-def first_prompts(clips: Clips, size: int) -> Prompts:
-    "The prompt of frame 0 for each track of a batch of clips."
+def toy_first_prompts(clips: Clips, size: int) -> Prompts:
+    "The prompt of frame 0 for each track of a batch of clips, in px of a square of `size`."
     n, image_index = len(clips.first), clips.frame_index[:, 0]
     ones = torch.ones(n, 1, dtype=torch.int32)
     if clips.kind == "point":
@@ -377,7 +407,7 @@ def first_prompts(clips: Clips, size: int) -> Prompts:
     if clips.kind == "box": return Prompts(image_index, box.view(n, 2, 2), corners, multimask=False)
     return Prompts(image_index, torch.zeros(n, 0, 2), ones[:, :0], clips.first)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c027t
 def tracking_losses(got: Track, clips: Clips) -> dict[str, Tensor]:
     "Mask, IoU and object-score losses, mean over the frames; a given mask is not judged."
     frames = range(1 if clips.kind == "mask" else 0, len(got.sets))
@@ -392,18 +422,17 @@ def _owners(batch: ToyBatch, images: int, grid: int) -> tuple[Tensor, Tensor, Te
     """How much of each token each instance covers [N, g²], which tokens are on an instance [B, g²] bool, and on which
     [B, g²]."""
     cover = F.avg_pool2d(batch.masks[:, None], batch.masks.shape[-1] // grid)[:, 0].flatten(1)
-    owned = cover.new_zeros(images, *cover.shape).scatter_(0, batch.image_index[None, :, None].expand(1, *cover.shape),
-                                                           cover[None])
-    most, owner = owned.max(1)
+    rows = batch.image_index[None, :, None].expand(1, *cover.shape)
+    most, owner = cover.new_zeros(images, *cover.shape).scatter_(0, rows, cover[None]).max(1)
     return cover, most > 0.25, owner
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c029w
 def mask_windows(masks: Tensor, grid: int, reach: int = 10) -> Tensor:
     "Each instance's mask around each token: [N, 4g, 4g] → [N, g², (2·reach)²], in cells of a quarter token."
     edge = reach - masks.shape[-1] // grid // 2
     return F.unfold(F.pad(masks[:, None], [edge] * 4), 2 * reach, stride=masks.shape[-1] // grid).transpose(1, 2)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c029h
 class Hints(nn.Module):
     """Auxiliary heads: instance or ground, box, outline, mask in a window, colour, shape and pattern from each token;
     outline and classes also from the mean over an instance."""
@@ -418,27 +447,30 @@ class Hints(nn.Module):
         self.whole = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(),
                                    nn.Linear(width, 16 + sum(self.sizes)))
 
-    def forward(self, trunk: Tensor, batch: ToyBatch, grid: int) -> dict[str, Tensor]:
-        "Losses over the tokens [B, g², width] and over the instances."
-        cover, on, owner = _owners(batch, len(trunk), grid)
-        ground, box, profile, *kinds = self.token(trunk).split([1, 4, 16, *self.sizes], -1)
-        mean = torch.einsum("nt,ntc->nc", cover / cover.sum(1, keepdim=True).clamp(min=1e-6), trunk[batch.image_index])
-        outline, *wholes = self.whole(mean).split([16, *self.sizes], -1)
-        loss = F.binary_cross_entropy_with_logits(ground[..., 0], on.float())
-        loss = loss + 2 * F.mse_loss(profile[on], batch.profiles[owner[on]]) + 2 * F.mse_loss(outline, batch.profiles)
-        for (name, words), of_token, of_whole in zip(self.KINDS.items(), kinds, wholes):
-            true = torch.tensor([words.index(getattr(t, name)) for t in batch.instances])
-            loss = loss + self.WEIGHTS[name] * (F.cross_entropy(of_token[on], true[owner[on]])
-                                                + F.cross_entropy(of_whole, true))
-        c = (torch.arange(grid) + 0.5) / grid
-        here = torch.stack(torch.meshgrid(c, c, indexing="xy"), -1).view(1, -1, 2).repeat(1, 1, 2)
-        loss = loss + 5 * ((box + here)[on] - batch.boxes[owner[on]] / (16 * grid)).abs().sum(-1).mean()
-        around = mask_windows(batch.masks, grid)[owner[on], on.nonzero()[:, 1]]
-        return {"hints": loss, "window": 20 * F.binary_cross_entropy_with_logits(self.window(trunk[on]), around)}
+# %% ../../nbs/04_toy_teacher.ipynb #c029f
+@patch
+def forward(self: Hints, trunk: Tensor, batch: ToyBatch, grid: int) -> dict[str, Tensor]:
+    "Losses over the tokens [B, g², width] and over the instances."
+    cover, on, owner = _owners(batch, len(trunk), grid)
+    ground, box, profile, *kinds = self.token(trunk).split([1, 4, 16, *self.sizes], -1)
+    mean = torch.einsum("nt,ntc->nc", cover / cover.sum(1, keepdim=True).clamp(min=1e-6), trunk[batch.image_index])
+    outline, *wholes = self.whole(mean).split([16, *self.sizes], -1)
+    loss = F.binary_cross_entropy_with_logits(ground[..., 0], on.float())
+    loss = loss + 2 * F.mse_loss(profile[on], batch.profiles[owner[on]]) + 2 * F.mse_loss(outline, batch.profiles)
+    for (name, words), of_token, of_whole in zip(self.KINDS.items(), kinds, wholes):
+        true = torch.tensor([words.index(getattr(t, name)) for t in batch.instances])
+        classes = F.cross_entropy(of_token[on], true[owner[on]]) + F.cross_entropy(of_whole, true)
+        loss = loss + self.WEIGHTS[name] * classes
+    c = (torch.arange(grid) + 0.5) / grid
+    here = torch.stack(torch.meshgrid(c, c, indexing="xy"), -1).view(1, -1, 2).repeat(1, 1, 2)
+    loss = loss + 5 * ((box + here)[on] - batch.boxes[owner[on]] / (16 * grid)).abs().sum(-1).mean()
+    around = mask_windows(batch.masks, grid)[owner[on], on.nonzero()[:, 1]]
+    return {"hints": loss, "window": 20 * F.binary_cross_entropy_with_logits(self.window(trunk[on]), around)}
 
 # %% ../../nbs/04_toy_teacher.ipynb #c032
-def _layer(wide: int, out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(wide, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+def _layer(i: int, out: int, stride: int) -> nn.Sequential:
+    "Convolution, batch norm and ReLU: [B, i, h, w] → [B, out, h / stride, w / stride]."
+    return nn.Sequential(nn.Conv2d(i, out, 3, stride, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
 
 
 class Tutor(nn.Module):
@@ -452,12 +484,13 @@ class Tutor(nn.Module):
         self.stride16 = nn.Sequential(_layer(96, 192, 2), _layer(192, 192, 1), nn.Conv2d(192, 192, 3, 1, 1))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        "The three maps of normalised pixels, fine to coarse."
         fine = self.stride4(pixels)
         middle = self.stride8(fine)
-        return tuple(F.pixel_unshuffle(m, k).flatten(2).transpose(1, 2) for m,
-                     k in ((fine, 4), (middle, 2), (self.stride16(middle), 1)))
+        maps = ((fine, 4), (middle, 2), (self.stride16(middle), 1))
+        return tuple(F.pixel_unshuffle(m, k).flatten(2).transpose(1, 2) for m, k in maps)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c032t
 class TutorTask(nn.Module):
     "The tutor under the helper losses."
 
@@ -466,30 +499,31 @@ class TutorTask(nn.Module):
         self.tutor, self.hints = Tutor(), Hints()
 
     def forward(self, batch: ToyBatch) -> dict[str, Tensor]:
+        "Losses by name."
         return self.hints(self.tutor(batch.pixels)[-1], batch, 9)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c032e
 class EncoderTask(nn.Module):
     "The teacher's ViT under the helper losses, imitating a frozen tutor's standardised maps."
     LAYERS = (2, 4, 6)
 
     def __init__(self, model: Sam3, hints: Hints, tutor: Tutor):
         super().__init__()
-        self.vit, self.hints, self.tutor = (model.detector_model.vision_encoder.backbone, hints,
-                                            tutor.requires_grad_(False))
+        self.vit, self.hints = model.detector_model.vision_encoder.backbone, hints
+        self.tutor = tutor.requires_grad_(False)
         self.readers = nn.ModuleList(nn.Sequential(nn.LayerNorm(192), nn.Linear(192, n)) for n in (768, 384, 192))
 
     def forward(self, batch: ToyBatch) -> dict[str, Tensor]:
+        "Losses by name."
         seen = self.vit(batch.pixels, output_hidden_states=True)
         with torch.no_grad(): goals = [(m - m.mean((0, 1))) / (m.std((0, 1)) + 0.05) for m in self.tutor(batch.pixels)]
-        maps = sum(F.mse_loss(r(seen.hidden_states[k].flatten(1, 2)), goal) for r, k,
-                   goal in zip(self.readers, self.LAYERS, goals))
+        maps = sum(F.mse_loss(r(seen.hidden_states[k].flatten(1, 2)), goal)
+                   for r, k, goal in zip(self.readers, self.LAYERS, goals))
         return {"maps": 10 * maps, **self.hints(seen.last_hidden_state, batch, 9)}
 
 # %% ../../nbs/04_toy_teacher.ipynb #c034
-# what is trained, by name
 PARTS = {"all": "", "detector": r"^detector_model\.(?!vision_encoder)",
-         "tracker": r"^tracker_model\.(?!prompt_encoder)"}
+         "tracker": r"^tracker_model\.(?!prompt_encoder)"}  # what is trained, by name
 IMAGES = {"all": 3, "detector": 1, "tracker": 5}  # every so many steps is a batch of images, the others are clips
 
 
@@ -503,12 +537,10 @@ class ToyTeacherTask(nn.Module):
         for name, p in model.named_parameters(): p.requires_grad_(bool(re.search(PARTS[part], name)))
 
     def forward(self, batch: ToyBatch | Clips) -> dict[str, Tensor]:
+        "Losses by name."
         whole = self.part == "all"
         with torch.set_grad_enabled(whole and torch.is_grad_enabled()): seen = self.model.encode(batch.pixels)
-        if isinstance(batch, Clips): losses = self._clips(seen, batch)
-        else:
-            losses = {**(self._concepts(seen, batch) if self.part != "tracker" else {}),
-                      **(prompt_losses(self.model, seen, batch) if self.part != "detector" else {})}
+        losses = self._clips(seen, batch) if isinstance(batch, Clips) else self._images(seen, batch)
         if whole:
             losses["quiet"] = 0.3 * (seen.tracker[2].square().mean() + 0.3 * seen.trunk.square().mean()
                                      + seen.detector[2].square().mean())
@@ -516,22 +548,34 @@ class ToyTeacherTask(nn.Module):
             losses |= {k: 0.5 * v for k, v in self.hints(seen.trunk, batch, self.model.grid).items()}
         return losses
 
-    def _clips(self, seen: Features, batch: Clips) -> dict[str, Tensor]:
-        return {k: 2 * v for k,
-                v in tracking_losses(track(self.model, seen, batch.frame_index,
-                                           first_prompts(batch, self.model.image_size)), batch).items()}
+# %% ../../nbs/04_toy_teacher.ipynb #c034c
+@patch
+def _clips(self: ToyTeacherTask, seen: Features, batch: Clips) -> dict[str, Tensor]:
+    "Losses of a batch of clips."
+    got = track(self.model, seen, batch.frame_index, toy_first_prompts(batch, self.model.image_size))
+    return {k: 2 * v for k, v in tracking_losses(got, batch).items()}
 
-    def _concepts(self, seen: Features, batch: ToyBatch) -> dict[str, Tensor]:
-        side, k = self.model.image_size, max(1, *map(len, batch.members))
-        real = torch.tensor([[i < len(m) for i in range(k)] for m in batch.members])
-        index = torch.tensor([m + [0] * (k - len(m)) for m in batch.members])
-        shown = torch.tensor([e + [0] * (2 - len(e)) for e in batch.shown])
-        labels = torch.tensor([[1 if i < len(e) else -10 for i in range(2)] for e in batch.shown])
-        concepts = self.model.concepts(batch.phrases, batch.phrase_image_index, _cxcywh(batch.boxes[shown] / side),
-                                       labels)
-        found = self.model.detect(seen, concepts, all_layers=True)
-        return {k: 1.5 * v for k, v in detection_losses(found, batch.boxes[index] / side, batch.masks[index],
-                                                        real).items()}
+
+@patch
+def _images(self: ToyTeacherTask, seen: Features, batch: ToyBatch) -> dict[str, Tensor]:
+    "Losses of a batch of images: of concepts, of prompts, or of both."
+    return {**(self._concepts(seen, batch) if self.part != "tracker" else {}),
+            **(toy_prompt_losses(self.model, seen, batch) if self.part != "detector" else {})}
+
+# %% ../../nbs/04_toy_teacher.ipynb #c034d
+@patch
+def _concepts(self: ToyTeacherTask, seen: Features, batch: ToyBatch) -> dict[str, Tensor]:
+    "Losses of the detector for the batch's phrases and exemplars."
+    side, k = self.model.image_size, max(1, *map(len, batch.members))
+    real = torch.tensor([[i < len(m) for i in range(k)] for m in batch.members])
+    index = torch.tensor([m + [0] * (k - len(m)) for m in batch.members])
+    given = torch.tensor([e + [0] * (2 - len(e)) for e in batch.exemplars])
+    labels = torch.tensor([[1 if i < len(e) else -10 for i in range(2)] for e in batch.exemplars])
+    boxes = _cxcywh(batch.boxes[given] / side)
+    found = self.model.detect(seen, self.model.concepts(batch.phrases, batch.phrase_image_index, boxes, labels),
+                              all_layers=True)
+    losses = detection_losses(found, batch.boxes[index] / side, batch.masks[index], real)
+    return {k: 1.5 * v for k, v in losses.items()}
 
 # %% ../../nbs/04_toy_teacher.ipynb #c038
 def ship_toy_teacher(model: Sam3, folder: str | Path) -> Path:
@@ -547,18 +591,31 @@ def ship_toy_teacher(model: Sam3, folder: str | Path) -> Path:
         for f in p.iterdir(): f.chmod(0o644)
     return Path(folder)
 
-
+# %% ../../nbs/04_toy_teacher.ipynb #c038g
 def _groups(task: nn.Module, lr: float, slow: str = "") -> list[dict]:
     "AdamW's groups: no decay for vectors, 0.4 × `lr` for parameters whose name contains `slow`."
     named = [(n, p) for n, p in task.named_parameters() if p.requires_grad]
-    return [{"params": ps, "lr": lr * (0.4 if late else 1.0), "weight_decay": 0.01 * wide} for wide in (True, False)
+    return [{"params": ps, "lr": lr * (0.4 if late else 1.0), "weight_decay": 0.01 * decays} for decays in (True, False)
             for late in (True, False)
-            if (ps := [p for n, p in named if (p.ndim > 1) == wide and (bool(slow) and slow in n) == late])]
+            if (ps := [p for n, p in named if (p.ndim > 1) == decays and (bool(slow) and slow in n) == late])]
 
 
+def _learn_encoder(model: Sam3, tutor_steps: int, encoder_steps: int, learn: Callable, folder: Path,
+                   seed: int) -> Hints:
+    "First the tutor, then the ViT that imitates it; returns the ViT's helper heads. A part of 0 steps is left out."
+    plan = partial(Schedule, linear_warmup=20, max_norm=20.0, floor=0.02, betas=(0.9, 0.99))
+    task = TutorTask()
+    dense = Made(lambda p: toy_batch(seed, p.step, p.number, size=16, phrases=0, least=5))
+    if tutor_steps: learn(task, dense, _groups(task, 2e-3), plan(tutor_steps, lr=2e-3), folder / "tutor", seed)
+    task = EncoderTask(model, Hints(), task.tutor)
+    groups = _groups(task, 8e-4)
+    if encoder_steps: learn(task, dense, groups, plan(encoder_steps, lr=8e-4), folder / "encoder", seed + 1)
+    return task.hints
+
+# %% ../../nbs/04_toy_teacher.ipynb #c038t
 def train_toy_teacher(steps: int, part: str = "all", start: str = "shipped", tutor_steps: int = 0,
-                      encoder_steps: int = 0, lr: float = 4e-4, clips_from: int = 0,
-                      ship: bool = False, seed: int = 42, runs: str = "runs", resume: bool = True) -> Sam3:
+                      encoder_steps: int = 0, lr: float = 4e-4, clips_from: int = 0, ship: bool = False,
+                      seed: int = 42, runs: str = "runs", resume: bool = True) -> Sam3:
     """Train the toy teacher and return it in eval mode (its weights' average). `ValueError` for another `start` than
     shipped or new, and for a ViT with nobody to imitate."""
     if start not in ("shipped", "new"): raise ValueError(f"start is 'shipped' or 'new', not '{start}'")
@@ -568,21 +625,12 @@ def train_toy_teacher(steps: int, part: str = "all", start: str = "shipped", tut
     folder = open_run(runs_folder(runs), "toy", "teacher", "stage0", settings, resume)
     torch.manual_seed(seed)
     model = (new_toy_teacher(seed) if start == "new" else load_teacher()).requires_grad_(True)
-    plan = partial(Schedule, floor=0.02, betas=(0.9, 0.99))
     learn = partial(fit, every=100, precision="no")  # in float32, where the batches are drawn: on the CPU
-    task = TutorTask()
-    dense = Made(lambda p: toy_batch(seed, p.step, p.number, size=16, phrases=0, least=5))
-    if tutor_steps:
-        learn(task, dense, _groups(task, 2e-3), plan(tutor_steps, lr=2e-3, linear_warmup=20, max_norm=20.0),
-              folder / "tutor", seed)
-    task = EncoderTask(model, Hints(), task.tutor)
-    if encoder_steps:
-        learn(task, dense, _groups(task, 8e-4), plan(encoder_steps, lr=8e-4, linear_warmup=20, max_norm=20.0),
-              folder / "encoder", seed + 1)
-    task = ToyTeacherTask(model, task.hints, part)
-    both = Made(lambda p: (toy_batch if p.step < clips_from or p.step % IMAGES[part] == 0 else clip_batch)(
+    task = ToyTeacherTask(model, _learn_encoder(model, tutor_steps, encoder_steps, learn, folder, seed), part)
+    both = Made(lambda p: (toy_batch if p.step < clips_from or p.step % IMAGES[part] == 0 else toy_clip_batch)(
         seed, p.step, p.number))
-    schedule = plan(steps, lr=lr, linear_warmup=min(200, steps // 5), max_norm=5.0, ema=0.997)
+    schedule = Schedule(steps, lr=lr, linear_warmup=min(200, steps // 5), max_norm=5.0, ema=0.997, floor=0.02,
+                        betas=(0.9, 0.99))
     if steps: learn(task, both, _groups(task, lr, "vision_encoder.backbone"), schedule, folder / "whole", seed)
     if ship: ship_toy_teacher(model, ASSETS / "toy_teacher")
     return model.eval().requires_grad_(False)
