@@ -63,7 +63,7 @@ def drawn_texts(fig: Figure) -> list[Text]:
 
 # %% ../../nbs/06_figures.ipynb #f026
 def unreadable(fig: Figure) -> list[str]:
-    "What keeps a figure from being read in a notebook: its size, letters under 9 pt, texts on each other. Empty: nothing."
+    "What keeps a figure from being read in a notebook: its size, letters under 9 pt, texts on each other."
     fig.draw_without_rendering()
     texts = drawn_texts(fig)
     boxes = {t: t.get_window_extent().padded(-1) for t in texts}  # px; touching is no overlap
