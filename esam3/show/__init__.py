@@ -4,6 +4,6 @@
 from esam3.core import lends
 
 __all__, __getattr__ = lends(__name__, {
-    "figures": "figure markdown table",
+    "figures": "figure markdown_table table",
     "views": "show_image outline clip_strip prompt_loop curves bars",
     "memory_attention": "attention_weights"})

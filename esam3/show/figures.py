@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ROLE', 'OTHERS', 'WIDTH', 'LETTERS', 'EDGE', 'STYLE', 'COLUMNS', 'role_colors', 'figure', 'drawn_texts', 'unreadable',
-           'Table', 'markdown', 'table']
+           'Table', 'markdown_table', 'table']
 
 # %% ../../nbs/06_figures.ipynb #f003
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 import numpy as np
@@ -63,7 +63,7 @@ def drawn_texts(fig: Figure) -> list[Text]:
 
 # %% ../../nbs/06_figures.ipynb #f026
 def unreadable(fig: Figure) -> list[str]:
-    "What keeps a figure from being read in a notebook: its size, small letters, texts on each other. Empty: nothing."
+    "What keeps a figure from being read in a notebook: its size, letters under 9 pt, texts on each other."
     fig.draw_without_rendering()
     texts = drawn_texts(fig)
     boxes = {t: t.get_window_extent().padded(-1) for t in texts}  # px; touching is no overlap
@@ -83,16 +83,20 @@ class Table(str):
     def _repr_markdown_(self) -> str: return str(self)
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    "A table of cells: the first column to the left, the others to the right. `ValueError` for more than six columns."
-    if len(heads) > COLUMNS: raise ValueError(f"{len(heads)} columns: at most {COLUMNS}, make two tables of it")
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return Table("\n".join("| " + " | ".join(map(str, r)) + " |" for r in (heads, rule, *rows)))
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]],
+                   names: int = 1  # so many columns on the left hold names, the others figures
+                   ) -> Table:
+    "A table of cells. `ValueError` for more than six columns, and for a row of another length than the heads."
+    rows = [heads, ["---"] * names + ["---:"] * (len(heads) - names), *rows]
+    if len(heads) > COLUMNS: raise ValueError(f"a table of {len(heads)} columns: at most {COLUMNS}, make two of it")
+    for row in rows:
+        if len(row) != len(heads): raise ValueError(f"{len(heads)} columns, but a row {row}")
+    return Table("\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows))
 
 # %% ../../nbs/06_figures.ipynb #f033
 def table(scores: Mapping[str, Mapping[str, float]], keys: Sequence[str]) -> Table:
     "Scores in 0–1 as a table in per cent, or as several where the keys are more than five; – where there is none."
     cell = lambda v: "–" if v is None or v != v else f"{100 * v:.1f}"
     parts = [keys[k:k + COLUMNS - 1] for k in range(0, len(keys), COLUMNS - 1)]
-    return Table("\n\n".join(markdown(["in %", *part], [[name, *(cell(row.get(k)) for k in part)]
-                                                        for name, row in scores.items()]) for part in parts))
+    return Table("\n\n".join(markdown_table(["in %", *part], [[name, *(cell(row.get(k)) for k in part)]
+                                                              for name, row in scores.items()]) for part in parts))
