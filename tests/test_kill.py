@@ -117,7 +117,7 @@ STAGES = {1: {"steps": 6, "options": {"ema": 0.9}, **FEW}, 2: {"steps": 5, "eval
 
 def run(stage: int, **given) -> None:
     "A stage on a handful of samples, with a checkpoint at every step."
-    module = __import__(f"esam3.stage{stage}", fromlist=["run"])
+    module = __import__(f"esam3.training.stage{stage}", fromlist=["run"])
     getattr(module, f"run_stage{stage}")(variant="es-ev-s", recipe="tiny", every=1, **STAGES[stage], **given)
 
 

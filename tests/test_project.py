@@ -136,6 +136,16 @@ def test_notebooks_show_what_they_do(path):
             assert len("".join(data)) < 140_000, f"a {kind} of {len(''.join(data))} characters"
 
 
+STYLED = re.compile(r"plt\.(?:subplots|figure)\(|(?:figsize|fontsize|labelsize|dpi)=|set_matplotlib|tight_layout")
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.stem != "06_figures"], ids=lambda p: p.stem)
+def test_figures_are_of_one_style(path):
+    "Colours, letters and sizes are said once: every figure begins with `figure` of `06_figures`."
+    found = [m[0] for c in cells(path) for m in STYLED.finditer("".join(c["source"]))]
+    assert not found, f"{', '.join(found)}: begin with esam3.show.figures.figure, which sets it"
+
+
 def test_no_path_of_one_machine():
     "No file holds an absolute path of somebody's home or work folder."
     home = re.compile(rb"(?<![\w.~$}/-])/(?:" + b"|".join([b"root", b"home", b"Users", b"work", b"mnt", b"tmp"])

@@ -209,7 +209,7 @@ def test_stage3_takes_what_a_recipe_has():
                                "train": {**saco["splits"]["train"],
                                          "clips": {"format": "videos", "path": "../videos"}}}}
     source = MixedSteps(both, plain, SIDES, 0, QuerySampling(2))
-    assert [source[Part(k)].shown is None for k in range(2)] == [False,
+    assert [source[Part(k)].clip_frames is None for k in range(2)] == [False,
         True], "clips with phrases and plain ones by turns"
     with pytest.raises(ValueError,
                        match="learns from concept_images or concept_clips, and its training split holds clips"):
@@ -223,7 +223,7 @@ def test_the_feature_warmup_takes_concept_images(monkeypatch):
     monkeypatch.setattr(stage3, "fit", lambda task, source, groups, own, *_,
                         **__: seen.setdefault("batch", source[Part(0)]))
     monkeypatch.setattr(stage3, "parameter_groups", lambda *_: [])
-    monkeypatch.setattr(stage3, "MapLesson", lambda task: task)
+    monkeypatch.setattr(stage3, "FeatureWarmup", lambda task: task)
     task = type("Task", (), {"schedule": stage3_schedule(load_recipe("saco"), schedule="proven", steps=1, batch_size=1),
                              "student": None})()
     run_feature_warmup(task, with_sampling(load_recipe("saco"), SMALL), SIDES, Path("x"), 0)

@@ -20,13 +20,13 @@ from torchvision.ops import box_convert
 
 from ..core import nearest, write_json
 from ..data.batches import ImageBatch
-from ..data.mask_files import rle  # and its form of masks
+from ..data.mask_files import rle
 from ..data.samples import ImageSample, boxes_of, rle_area
 from .heldout import in_parts
-from ..models.tracker import as_batch, look
-from .metrics import pcs_image, pcs_video, region_similarity  # chapter 4's definitions,
+from .metrics import pcs_image, pcs_video, region_similarity  # chapter 4's definitions
 from ..models.concept_video import Kernels, follow_concepts, meaning
 from ..models.teacher import Concepts, Detections, Sam3, keep_concepts
+from ..models.tracker import as_batch, look
 
 # %% ../../nbs/33_concept_scores.ipynb #c006
 def answers(model: Sam3, found: Detections, n: int, batch: ImageBatch, b: int, least: float = 0.5,

@@ -35,7 +35,6 @@ from ..data.readers import Davis, SaCoImages, choose, masks_in
 from ..data.samples import BadSample, ClipSample, Reported, RunMasks, boxes_of
 from .concept_scores import answers, exemplars_of
 from .costs import costs, load_model, model_label
-from ..models.tracker import as_batch, look
 from .mask_metrics import (
     NEVER_SCORED, by_category, category_means, load_json, object_means, sequence_scores)
 from .metrics import pcs_image, pcs_video, prompt_miou
@@ -46,6 +45,7 @@ from .protocols import (
     BY_FRAME, CONTROLS, FrameScores, answer_images, chosen_protocols, follow, mean_rows)
 from ..models.concept_video import Exemplar, follow_concepts, meaning
 from ..models.teacher import Sam3
+from ..models.tracker import as_batch, look
 
 # %% ../../nbs/40_evaluate.ipynb #c006d
 def sample_digest(sample: Any) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAUS', 'ALPHAS', 'unit_counts', 'cgf1', 'pcs_image', 'Masklet', 'frame_ious', 'masklet_iou', 'hota_counts', 'hota',
-           'pcs_video', 'boundary_accuracy', 'davis', 'frame_scores', 'outline', 'prompt_miou', 'region_similarity',
+           'pcs_video', 'boundary_accuracy', 'davis', 'frame_scores', 'boundary', 'prompt_miou', 'region_similarity',
            'ytvos']
 
 # %% ../../nbs/42_metrics.ipynb #c003
@@ -20,11 +20,11 @@ from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from esam3.evaluation.mask_metrics import (
-    boundary_accuracy, check_runs, compressed, davis, frame_scores, load_json, outline, prompt_miou, records,
+    boundary_accuracy, check_runs, compressed, davis, frame_scores, load_json, boundary, prompt_miou, records,
     region_similarity, ytvos)
 
 # one address for all scores
-_all_ = ["boundary_accuracy", "davis", "frame_scores", "outline", "prompt_miou", "region_similarity", "ytvos"]
+_all_ = ["boundary_accuracy", "davis", "frame_scores", "boundary", "prompt_miou", "region_similarity", "ytvos"]
 
 # %% ../../nbs/42_metrics.ipynb #c006
 TAUS = np.linspace(0.5, 0.95, 10)

@@ -7,5 +7,5 @@ __all__, __getattr__ = lends(__name__, {
     "teacher": "Sam3 load_teacher",
     "student": "EfficientSam3 build_student",
     "perceiver": "SpatialPerceiver",
-    "tracker": "track follow",
+    "tracker": "track follow_video",
     "concept_video": "follow_concepts"})

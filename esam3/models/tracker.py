@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CERTAIN', 'own_time', 'clip_time', 'use_multimask', 'mask_as_output', 'unprompted', 'see', 'History', 'Track',
-           'collect', 'track', 'look', 'as_batch', 'first_frame', 'first_prompts', 'Follower', 'follow']
+           'collect', 'track', 'look', 'as_batch', 'first_frame', 'first_prompts', 'Follower', 'follow_video']
 
 # %% ../../nbs/22_tracker.ipynb #c002
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -239,7 +239,7 @@ class Follower:
 
 # %% ../../nbs/22_tracker.ipynb #c050b
 @torch.no_grad()
-def follow(model: Sam3,
+def follow_video(model: Sam3,
            images: Iterable[Tensor],                   # [1, 3, S, S] each, as `encode` wants them; may be endless
            prompts: Prompts | Mapping[int, Prompts],   # of frame 0, or by frame number (all objects at once)
            store: torch.dtype | None = None,           # as `Follower`'s

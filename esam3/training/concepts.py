@@ -6,7 +6,8 @@
 __all__ = ['ARTICLES', 'JOINS', 'LINKS', 'COST', 'WEIGHTS', 'text_digest', 'PhraseEmbeddings', 'vocabulary', 'content_words',
            'head_noun', 'masked', 'token_bags', 'Confusables', 'QuerySampling', 'ConceptQueries', 'sample_queries',
            'query_counts', 'concepts_of', 'Targets', 'true_targets', 'taught_targets', 'box_giou', 'match_cost',
-           'halved', 'halved_masks', 'match_all', 'match', 'soft_focal', 'concept_losses', 'worth_imitating']
+           'halved', 'halved_masks', 'match_all', 'match', 'soft_focal', 'box_errors', 'concept_losses',
+           'worth_imitating']
 
 # %% ../../nbs/31_concepts.ipynb #c003
 from collections import defaultdict
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
@@ -35,8 +37,8 @@ from .losses import focal_factor, mask_loss, over_count, soft_target
 # %% ../../nbs/31_concepts.ipynb #c006
 def text_digest(model: Sam3) -> str:
     "16 hexadecimal digits of the weights of a model's text encoder."
-    return weights_digest({name: t for name, t in model.detector_model.state_dict().items() if name.startswith(
-        "text_")})
+    weights = model.detector_model.state_dict().items()
+    return weights_digest({name: t for name, t in weights if name.startswith("text_")})
 
 # %% ../../nbs/31_concepts.ipynb #c008
 class PhraseEmbeddings:
@@ -61,28 +63,32 @@ class PhraseEmbeddings:
         counted = torch.tensor([[k < len(ids) for k in range(tokens.shape[1])] for ids in rows])
         return tokens, counted.to(device, non_blocking=True)
 
-    def _tokens(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
-        "[L, C] of one phrase on a device."
-        if (found := self.kept.get((device, ids))) is None:
-            found = self.kept[device, ids] = self._read(ids).to(device, non_blocking=True)
-            if len(self.kept) > self.most: del self.kept[next(iter(self.kept))]
-        return found
+# %% ../../nbs/31_concepts.ipynb #c008t
+@patch
+def _tokens(self: PhraseEmbeddings, ids: tuple[int, ...], device: torch.device) -> Tensor:
+    "[L, C] of one phrase on a device."
+    if (found := self.kept.get((device, ids))) is None:
+        found = self.kept[device, ids] = self._read(ids).to(device, non_blocking=True)
+        if len(self.kept) > self.most: del self.kept[next(iter(self.kept))]
+    return found
 
-    @torch.no_grad()
-    def _read(self, ids: tuple[int, ...]) -> Tensor:
-        """[L, C] of one phrase, from its file, which is written first where it is missing. `ValueError` names a damaged
-        one."""
-        path = self.folder / f"{blake2b(repr(ids).encode(), digest_size=12).hexdigest()}.safetensors"
-        if path.exists():
-            try: return load_file(path)["tokens"]
-            except SafetensorError as e:
-                raise ValueError(f"{path} is damaged ({e}): remove it, and it is made again") from e
-        ids = torch.tensor([ids]).to(self.model.device, non_blocking=True)
-        with torch.autocast(ids.device.type, enabled=False):
-            tokens = self.model.detector_model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids),
-                return_dict=True).pooler_output[0].float().cpu()
-        with atomically(path) as p: save_file({"tokens": tokens.contiguous()}, p)
-        return tokens
+
+@patch
+@torch.no_grad()
+def _read(self: PhraseEmbeddings, ids: tuple[int, ...]) -> Tensor:
+    "[L, C] of one phrase, from its file, which is written first where it is missing. `ValueError` names a damaged one."
+    path = self.folder / f"{blake2b(repr(ids).encode(), digest_size=12).hexdigest()}.safetensors"
+    if path.exists():
+        try: return load_file(path)["tokens"]
+        except SafetensorError as e:
+            raise ValueError(f"{path} is damaged ({e}): remove it, and it is made again") from e
+    ids = torch.tensor([ids]).to(self.model.device, non_blocking=True)
+    with torch.autocast(ids.device.type, enabled=False):
+        found = self.model.detector_model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids),
+                                                            return_dict=True)
+    tokens = found.pooler_output[0].float().cpu()
+    with atomically(path) as p: save_file({"tokens": tokens.contiguous()}, p)
+    return tokens
 
 # %% ../../nbs/31_concepts.ipynb #c011
 def vocabulary(reader: Any) -> tuple[str, ...]:
@@ -90,7 +96,7 @@ def vocabulary(reader: Any) -> tuple[str, ...]:
     key = lambda pair: "text_input" if "text_input" in pair else "noun_phrase"
     return tuple(sorted({pair[key(pair)].lower() for pairs in reader.pairs.values() for pair in pairs}))
 
-
+# %% ../../nbs/31_concepts.ipynb #c011w
 ARTICLES = frozenset(("a", "an", "the"))
 JOINS = frozenset(("and", "or"))
 LINKS = frozenset(  # what follows them is said of the head noun
@@ -108,7 +114,7 @@ def content_words(phrase: str) -> tuple[str, ...]:
     words = phrase.lower().replace(",", " ").split()
     return tuple(_singular(w) for w in words if w not in ARTICLES) or tuple(words)
 
-
+# %% ../../nbs/31_concepts.ipynb #c011h
 def head_noun(words: Sequence[str]) -> str:
     "The last of a phrase's content words before a preposition or a clause; \"\" where there are no words."
     return words[next((i for i, w in enumerate(words) if i and w in LINKS), len(words)) - 1] if words else ""
@@ -151,8 +157,8 @@ class Confusables:
             for pattern in masked(own): self.fits[pattern].append(n)
             self.heads[head_noun(own)].append(n)
         self.contents = list(self.number)
-        self.bags = token_bags(model, [" ".join(c)
-                                       for c in self.contents]) if model is not None and self.phrases else None
+        near = model is not None and bool(self.phrases)
+        self.bags = token_bags(model, [" ".join(c) for c in self.contents]) if near else None
 
     def __call__(self, phrase: str) -> tuple[str, ...]:
         "Phrases of the vocabulary, in its order; none where the phrase has no kin in it."
@@ -161,17 +167,19 @@ class Confusables:
         return self.found[own]
 
 # %% ../../nbs/31_concepts.ipynb #c012f
+@patch
 def _nearest(self: Confusables, n: int | None, among: Sequence[int], fit: Callable[[int], bool]) -> Iterable[int]:
-    """Up to `k` of some phrases that `fit`: the nearest to phrase `n`, or at even distances where nothing is known to
-    be near."""
+    """Up to `k` of the phrases `among` that `fit`: the nearest to phrase `n`, or at even distances where nothing is
+    known to be near."""
     if len(among) > self.k and self.bags is not None and n is not None:
         near = (self.bags if len(among) == len(self.bags) else self.bags[torch.tensor(among)]) @ self.bags[n]
         order = near.argsort(descending=True, stable=True).tolist()
         return islice((among[i] for i in order if fit(among[i])), self.k)
-    some = [m for m in among if fit(m)]
-    return some[::-(-len(some) // self.k) or 1]
+    fitting = [m for m in among if fit(m)]
+    return fitting[::-(-len(fitting) // self.k) or 1]
 
 
+@patch
 def _kin(self: Confusables, own: tuple[str, ...]) -> set[int]:
     "Numbers of the phrases that could be mistaken for one with these content words."
     n, words, kin = self.number.get(own), {*own}, set()
@@ -182,38 +190,34 @@ def _kin(self: Confusables, own: tuple[str, ...]) -> set[int]:
         if len(kin) < self.few: kin |= {*self._nearest(n, wider, lambda m: not words.issuperset(self.contents[m]))}
     return kin
 
-
-Confusables._nearest, Confusables._kin = _nearest, _kin
-
 # %% ../../nbs/31_concepts.ipynb #c013
 @dataclass(frozen=True)
 class QuerySampling:
-    "What an image is asked. Parts are probabilities."
+    "Which queries an image gets. Fractions are probabilities."
     each: int = 4            # queries an image
-    easy: float = 0.15       # part of them that are easy negatives
+    easy: float = 0.15       # fraction of them that are easy negatives
     hard: float = 0.3        # and hard ones
-    proposed: float = 0.4    # part of the hard ones that are `Confusables` nobody has looked for
-    exemplar: float = 0.35   # part of the positive ones with one or two exemplar boxes
-    alone: float = 0.5       # part of those without the phrase
-    against: float = 0.25    # part of those with a negative box, where the image has another instance
+    proposed: float = 0.4    # fraction of the hard ones that are `Confusables` nobody has looked for
+    exemplar: float = 0.35   # fraction of the positive ones with one or two exemplar boxes
+    alone: float = 0.5       # fraction of those without the phrase
+    against: float = 0.25    # fraction of those with a negative box, where the image has another instance
 
     def __post_init__(self) -> None:
-        "`ValueError` for what cannot be asked."
-        if self.each < 1: raise ValueError(f"each={self.each}: an image is asked at least 1 query")
+        "`ValueError` for what cannot be drawn."
+        if self.each < 1: raise ValueError(f"each={self.each}: an image gets at least 1 query")
         if min(self.easy, self.hard) < 0 or self.easy + self.hard > 1:
-            raise ValueError(f"easy={self.easy}, hard={self.hard}: parts of the queries, from 0, together at most 1")
-        if not 0 <= self.exemplar <= 1: raise ValueError(f"exemplar={self.exemplar}: a part, 0 to 1")
+            raise ValueError(f"easy={self.easy}, hard={self.hard}: fractions, from 0, together at most 1")
+        if not 0 <= self.exemplar <= 1: raise ValueError(f"exemplar={self.exemplar}: a fraction, 0 to 1")
 
-
+# %% ../../nbs/31_concepts.ipynb #c013q
 @dataclass
 class ConceptQueries:
-    "N concepts asked of B images; boxes in continuous source px."
-    image_index: Tensor                    # [N]
+    "N concepts to be found in B images; boxes in continuous source px."
+    image_index: Tensor              # [N]
     phrases: list[str | None]        # None: exemplars alone
     kinds: list[str]                 # positive | easy | hard | proposed
     members: list[tuple[int, ...]]   # instances of the batch that are to be found
-    # [N] bool; False: the truth has not been looked for, or an exemplar leaves open what it stands for
-    known: Tensor
+    known: Tensor    # [N] bool; False: nobody has looked for the truth, or an exemplar leaves open what it stands for
     boxes: Tensor                    # [N, 2, 4] exemplars
     labels: Tensor                   # [N, 2] 1 positive, 0 negative, -10 none
 
@@ -221,49 +225,56 @@ class ConceptQueries:
 def _exemplars(batch: ImageBatch, members: Sequence[int], b: int, rng: np.random.Generator,
                against: float) -> tuple[list[list[float]], list[int]]:
     "Two boxes and their labels: one or two of the members, or one and another instance of image `b` as a negative."
-    shown = [(int(k), 1) for k in rng.permutation(list(members))[: int(rng.integers(1, 3))]]
+    chosen = [(int(k), 1) for k in rng.permutation(list(members))[: int(rng.integers(1, 3))]]
     others = [k for k in torch.nonzero(batch.image_index == b)[:, 0].tolist() if k not in members]
-    if others and rng.random() < against: shown = [shown[0], (int(rng.choice(others)), 0)]
-    boxes, labels = [batch.boxes[k].tolist() for k, _ in shown], [label for _, label in shown]
-    return boxes + [[0.0] * 4] * (2 - len(shown)), labels + [-10] * (2 - len(shown))
+    if others and rng.random() < against: chosen = [chosen[0], (int(rng.choice(others)), 0)]
+    boxes, labels = [batch.boxes[k].tolist() for k, _ in chosen], [label for _, label in chosen]
+    return boxes + [[0.0] * 4] * (2 - len(chosen)), labels + [-10] * (2 - len(chosen))
 
 
 def _kind(phrase: Any) -> str:
     return "positive" if phrase.instances else "hard" if phrase.negative.startswith("hard") else "easy"
 
 # %% ../../nbs/31_concepts.ipynb #c016
+def _draw_query(batch: ImageBatch, b: int, labelled: Sequence[Any],  # image `b`'s phrases
+                rng: np.random.Generator, sampling: QuerySampling,
+                confusables: Callable[[str], Sequence[str]]) -> tuple[Any, ...]:
+    "A query about image `b`: a row of `ConceptQueries`."
+    taken, named = {content_words(p.text) for p in labelled}, [p.text for p in labelled if p.instances]
+    shares = sampling.easy, sampling.hard, 1 - sampling.easy - sampling.hard
+    kind = str(rng.choice(("easy", "hard", "positive"), p=shares))
+    fit = [p for p in labelled if _kind(p) == kind] or labelled
+    phrase = fit[int(rng.integers(len(fit)))]
+    boxes, labels, text, known = [[0.0] * 4] * 2, [-10, -10], phrase.text.lower(), True
+    new = [s for p in named for s in confusables(p) if content_words(s) not in taken] if kind == "hard" else []
+    if new and rng.random() < sampling.proposed: return b, str(rng.choice(new)), "proposed", (), False, boxes, labels
+    if phrase.instances and rng.random() < sampling.exemplar:
+        boxes, labels = _exemplars(batch, phrase.instances, b, rng, sampling.against)
+        if rng.random() < sampling.alone: text, known = None, False
+    return b, text, _kind(phrase), phrase.instances, known, boxes, labels
+
+# %% ../../nbs/31_concepts.ipynb #c016s
 def sample_queries(batch: ImageBatch, rngs: Sequence[np.random.Generator],  # of each image
-        query_sampling: QuerySampling,
-        confusables: Callable[[str], Sequence[str]] = lambda phrase: ()  # `Confusables` of the data set's vocabulary
-        ) -> ConceptQueries:
-    """Draw queries for a batch of images. One without phrases (an empty one is none) is not asked; where none has any,
-    there are no queries."""
+                   query_sampling: QuerySampling,
+                   confusables: Callable[[str], Sequence[str]] = lambda phrase: ()  # of the data set's vocabulary
+                   ) -> ConceptQueries:
+    """Draw queries for a batch of images. An image without phrases (an empty one is none) gets none; where none has
+    any, there are no queries."""
     rows = []
-    for b, (rng, labelled) in enumerate(zip(
-        rngs, [[p for p in some if p.text.strip()] for some in batch.phrases], strict=True)):
-        taken, named = {content_words(p.text) for p in labelled}, [p.text for p in labelled if p.instances]
+    for b, (rng, phrases) in enumerate(zip(rngs, batch.phrases, strict=True)):
+        labelled = [p for p in phrases if p.text.strip()]
         for _ in range(query_sampling.each if labelled else 0):
-            kind = str(rng.choice(("easy", "hard", "positive"), p=(
-                query_sampling.easy, query_sampling.hard, 1 - query_sampling.easy - query_sampling.hard)))
-            phrase = (fit := [p for p in labelled if _kind(p) == kind] or labelled)[int(rng.integers(len(fit)))]
-            boxes, labels, text, known = [[0.0] * 4] * 2, [-10, -10], phrase.text.lower(), True
-            new = [s for p in named for s in confusables(p) if content_words(s) not in taken] if kind == "hard" else []
-            if new and rng.random() < query_sampling.proposed:
-                rows.append((b, str(rng.choice(new)), "proposed", (), False, boxes, labels)); continue
-            if phrase.instances and rng.random() < query_sampling.exemplar:
-                boxes, labels = _exemplars(batch, phrase.instances, b, rng, query_sampling.against)
-                if rng.random() < query_sampling.alone: text, known = None, False
-            rows.append((b, text, _kind(phrase), phrase.instances, known, boxes, labels))
+            rows.append(_draw_query(batch, b, labelled, rng, query_sampling, confusables))
     image_index, phrases, kinds, members, known, boxes, labels = map(list, zip(*rows) if rows else [()] * 7)
     return ConceptQueries(torch.tensor(image_index, dtype=torch.long), phrases, kinds, members,
                           torch.tensor(known, dtype=torch.bool),
-                     torch.tensor(boxes, dtype=torch.float32).view(-1, 2, 4),
+                          torch.tensor(boxes, dtype=torch.float32).view(-1, 2, 4),
                           torch.tensor(labels, dtype=torch.long).view(-1, 2))
 
 # %% ../../nbs/31_concepts.ipynb #c018c
 def query_counts(queries: ConceptQueries | None) -> dict[str, float]:
-    """What `task` terms (`concepts`, their `targets`) and `distill` terms (`asked`, `asked targets`) are divided by.
-    Queries on the CPU, or none."""
+    """What `task` terms (`concepts`, their `targets`) and `distill` terms (`queries`, `query targets`) are divided
+    by. Queries on the CPU, or none."""
     known, sizes = ([], []) if queries is None else (queries.known.tolist(), [*map(len, queries.members)])
     return {"concepts": float(sum(known)), "targets": float(sum(n for n, k in zip(sizes, known) if k)),
             "queries": float(len(known)), "query targets": float(sum(sizes))}
@@ -279,16 +290,16 @@ def concepts_of(model: Sam3, embeddings: PhraseEmbeddings, queries: ConceptQueri
 # %% ../../nbs/31_concepts.ipynb #c023
 @dataclass
 class Targets:
-    "What is to be found for N concepts, in a model's square frame; float32."
+    "What is to be found for N concepts, in a model's square space; float32."
     boxes: Tensor     # [N, K, 4] xyxy as fractions of the square
     masks: Tensor     # [N, K, h, w] in 0…1
     scores: Tensor    # [N, K] in 0…1; 0: padding
     presence: Tensor  # [N] in 0…1
     union: Tensor     # [N, h, w] in 0…1
 
-
+# %% ../../nbs/31_concepts.ipynb #c023t
 def true_targets(queries: ConceptQueries, batch: ImageBatch, space: str, size: int) -> Targets:
-    "The truth of N queries in a frame, masks `size` cells wide. Rows that are not `known` say nothing."
+    "The truth of N queries in a space, masks `size` cells wide. Rows that are not `known` say nothing."
     device, most = batch.boxes.device, max([1, *map(len, queries.members)]) if len(batch.boxes) else 0
     rows = [([*m, *[0] * (most - len(m))], [k < len(m) for k in range(most)]) for m in queries.members]
     index, real = torch.tensor(rows, dtype=torch.long).view(len(rows), 2, most).to(device, non_blocking=True).unbind(1)
@@ -304,7 +315,7 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
                    least: float = 0.3,  # candidates below this class score are left out
                    temperature: float = 1.0  # of `losses.soft_target`
                    ) -> Targets:
-    """A teacher's answer, moved from its frame to another: what it finds with its scores, presence and masks as
+    """A teacher's answer, moved from its space to another: what it finds with its scores, presence and masks as
     probabilities."""
     p = found.logits.float().sigmoid()
     most = max([1, *(p > least).sum(1).tolist()])  # all that is read: of these, masks are drawn
@@ -319,9 +330,6 @@ def taught_targets(found: Detections,  # the teacher's, of its last layer
     return Targets(boxes, masks, best * (best > least), found.presence.float().sigmoid(), union)
 
 # %% ../../nbs/31_concepts.ipynb #c028
-COST: Mapping[str, float] = {"class": 2.0, "l1": 5.0, "giou": 2.0, "mask": 2.0}
-
-
 def box_giou(a: Tensor, b: Tensor,  # xyxy boxes [..., 4] that broadcast against each other
              eps: float = 0.0       # 0: nan of two boxes without an area
              ) -> Tensor:           # [...]
@@ -332,6 +340,9 @@ def box_giou(a: Tensor, b: Tensor,  # xyxy boxes [..., 4] that broadcast against
     hull = area(more(a[..., 2:], b[..., 2:]) - less(a[..., :2], b[..., :2]))
     union = area(a[..., 2:] - a[..., :2]) + area(b[..., 2:] - b[..., :2]) - inter
     return inter / (union + eps) - (hull - union) / (hull + eps)
+
+# %% ../../nbs/31_concepts.ipynb #c028c
+COST: Mapping[str, float] = {"class": 2.0, "l1": 5.0, "giou": 2.0, "mask": 2.0}
 
 
 # of Q candidates, [..., Q, …]; masks [..., Q, h, w] in 0…1
@@ -350,8 +361,8 @@ def match_cost(scores: Tensor, boxes: Tensor, masks: Tensor,
 # %% ../../nbs/31_concepts.ipynb #c030
 def halved(masks: Tensor) -> Tensor:
     "Masks [..., h, w] at half their sides, float32."
-    small = F.avg_pool2d(masks.flatten(0, -3)[:, None].float(), 2)
-    return small.view(*masks.shape[:-2], *small.shape[2:])
+    pooled = F.avg_pool2d(masks.flatten(0, -3)[:, None].float(), 2)
+    return pooled.view(*masks.shape[:-2], *pooled.shape[2:])
 
 
 def halved_masks(found: Detections) -> Iterator[Tensor]:
@@ -360,7 +371,7 @@ def halved_masks(found: Detections) -> Iterator[Tensor]:
     pixels = F.avg_pool2d(found.pixels, 2)
     yield from (torch.einsum("nqc,nchw->nqhw", queries, pixels).float().sigmoid() for queries in found.queries)
 
-
+# %% ../../nbs/31_concepts.ipynb #c030s
 def _assigned(cost: np.ndarray) -> Tensor:
     """[M, 4] of costs [L, N, Q, K]: layer, concept, query, target; concepts ascend. Where costs are infinite there is
     no target."""
@@ -378,8 +389,8 @@ def match_all(found: Detections,                   # with a leading axis of laye
               weights: Sequence[Tensor | None]     # [N] of each set; a concept of weight 0 is not matched
               ) -> list[Tensor]:                   # [M, 4] long on the CPU of each: layer, concept, query, target
     "One candidate for each target with a score above 0, in each layer and set by itself. The device is read once."
-    real = [g.scores > 0 if w is None else (g.scores > 0) & (w > 0)[:, None] for g,
-            w in zip(goals, weights, strict=True)]
+    real = [g.scores > 0 if w is None else (g.scores > 0) & (w > 0)[:, None]
+            for g, w in zip(goals, weights, strict=True)]
     halves, cost = [halved(goal.masks) for goal in goals], []
     for layer in zip(found.logits.float().sigmoid(), found.boxes.float(), halved_masks(found)):
         cost.append(torch.cat([match_cost(*layer, goal.boxes, half) for goal, half in zip(goals, halves)], -1))
@@ -394,51 +405,60 @@ def match(found: Detections, goal: Targets, weight: Tensor | None = None) -> Ten
     return match_all(found, [goal], [weight])[0]
 
 # %% ../../nbs/31_concepts.ipynb #c034
-WEIGHTS: Mapping[str, float] = {"presence": 1.0, "score": 4.0, "l1": 5.0, "giou": 2.0, "mask": 2.0, "union": 2.0}
-
-
 def soft_focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
     """Cross-entropy with targets in 0…1, times |p − target|^gamma: what is nearly right counts little. Any shape;
     float32."""
     x, t = logits.float(), target.float()
     return F.binary_cross_entropy_with_logits(x, t, reduction="none") * focal_factor((x.sigmoid() - t).abs(), gamma)
 
+# %% ../../nbs/31_concepts.ipynb #c036b
+def box_errors(found: Detections, goal: Targets, matched: Sequence[Tensor]  # layer, concept, query, target [M]
+               ) -> tuple[Tensor, Tensor]:
+    "[M] of matched boxes: L1 of centre and size, and 1 − GIoU, in float32."
+    layer, concept, query, target = matched
+    got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target].float()
+    l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
+    return l1, 1 - box_giou(got, want, eps=1e-7)
+
 # %% ../../nbs/31_concepts.ipynb #c036
+WEIGHTS: Mapping[str, float] = {"presence": 1.0, "score": 4.0, "l1": 5.0, "giou": 2.0, "mask": 2.0, "union": 2.0}
+
+
+def _weighted(of_concepts: Mapping[str, Tensor], of_targets: Mapping[str, Tensor], whole: Mapping[str, float | Tensor],
+              layers: int) -> dict[str, Tensor]:
+    "Sums over concepts (means over layers already) and over targets, as weighted means."
+    means = {k: over_count(v, whole["concepts"]) for k, v in of_concepts.items()}
+    means |= {k: over_count(v, whole["targets"]) / layers for k, v in of_targets.items()}
+    return {k: weight * means[k] for k, weight in WEIGHTS.items()}
+
+# %% ../../nbs/31_concepts.ipynb #c036l
 def concept_losses(found: Detections,   # with a leading axis of layers
-                   goal: Targets,
-                   valid: Tensor,       # [N, h, w] bool: the image, not its padding
-                   focal: float = 20.0,  # of `losses.mask_loss`
+                   goal: Targets, valid: Tensor,  # [N, h, w] bool: the image, not its padding
+                   focal: float = 20.0,           # of `losses.mask_loss`
                    weight: Tensor | None = None,  # [N] 1: the concept counts, 0: it does not; none: all do
-                   # `concepts`, `targets` of the step; none: of these
-                   whole: Mapping[str, float | Tensor] | None = None,
+                   whole: Mapping[str, float | Tensor] | None = None,  # `concepts`, `targets` of the step; none: these
                    matched: Tensor | None = None,  # of `match`
                    recompute: bool = False         # mask losses are computed again in the backward pass
                    ) -> dict[str, Tensor]:
-    """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts.
-
-    Means over layers: of scores, boxes and masks over targets (weighted by their scores), of presence and union over
-    concepts."""
+    """Weighted losses of candidates against what is to be found, in float32; 0 where there are no concepts. Means over
+    layers: of scores, boxes, masks over targets (weighted by their scores), of presence and union over concepts."""
     counts = torch.ones_like(goal.presence, dtype=torch.float32) if weight is None else weight.float()
     if matched is None: matched = match(found, goal, weight)
-    layer, concept, query, target = matched.to(counts.device, non_blocking=True).unbind(1)
+    layer, concept, query, target = index = matched.to(counts.device, non_blocking=True).unbind(1)
     scores, there = goal.scores.float() * counts[:, None], goal.presence.float()
     sure, layers = scores[concept, target], len(found.logits)
     whole = {"targets": scores.sum(), "concepts": counts.sum()} if whole is None else whole
     wanted = torch.zeros_like(found.logits, dtype=torch.float32); wanted[layer, concept, query] = sure
     score = soft_focal(found.logits, wanted).sum(-1)
     presence = F.binary_cross_entropy_with_logits(found.presence.float(), there.expand_as(score), reduction="none")
-    got, want = found.boxes[layer, concept, query].float(), goal.boxes[concept, target].float()
-    l1 = (box_convert(got, "xyxy", "cxcywh") - box_convert(want, "xyxy", "cxcywh")).abs().sum(-1)
+    l1, giou = box_errors(found, goal, index)
     def masks() -> Tensor:
         each = mask_loss(found.masks_of(matched[:, :3]), goal.masks[concept, target], valid[concept], focal=focal)
         return (each * sure).sum()
     def union() -> Tensor: return (mask_loss(found.semantic[:, 0], goal.union, valid, focal=focal) * counts).sum()
     of_concepts = {"presence": (presence * counts).sum() / layers, "union": recomputed(union, recompute)()}
-    of_targets = {"score": (score * there * counts).sum(), "l1": (l1 * sure).sum(),
-                  "giou": ((1 - box_giou(got, want, eps=1e-7)) * sure).sum(), "mask": recomputed(masks, recompute)()}
-    means = {k: over_count(v, whole["concepts"]) for k, v in of_concepts.items()}
-    means |= {k: over_count(v, whole["targets"]) / layers for k, v in of_targets.items()}
-    return {k: weight * means[k] for k, weight in WEIGHTS.items()}
+    return _weighted(of_concepts, {"score": (score * there * counts).sum(), "l1": (l1 * sure).sum(),
+                                   "giou": (giou * sure).sum(), "mask": recomputed(masks, recompute)()}, whole, layers)
 
 # %% ../../nbs/31_concepts.ipynb #c044
 def worth_imitating(taught: Targets, truth: Targets, known: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def encode_rate(teacher: Sam3, precision: str = "no", batch: int = 8) -> float:
 
 # %% ../../nbs/10_stage1.ipynb #c010r2
 def decode_rate(images: Replays, side: int, workers: int, count: int = 6) -> float:
-    """Images a second that are read, augmented and made ready for the ViT: by so many workers, or here (0), judged by
-    `count` of them."""
+    """Images a second that are read, augmented and made ready for the ViT: by so many workers, or here (0), by the
+    time that `count` of them take."""
     items, made = np.linspace(0, len(images) - 1, count).astype(int).tolist(), 0
     start = time.perf_counter()
     for item in items:

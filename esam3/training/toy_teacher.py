@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'REACH', 'PARTS', 'IMAGES', 'toy_tokenizer', 'toy_config', 'new_toy_teacher', 'ToyBatch', 'radial_profile',
-           'toy_batch', 'Clips', 'clip_batch', 'fit_mask', 'fit_mask_set', 'detection_losses', 'prompt_losses',
-           'first_prompts', 'tracking_losses', 'mask_windows', 'Hints', 'Tutor', 'TutorTask', 'EncoderTask',
+           'toy_batch', 'Clips', 'toy_clip_batch', 'fit_mask', 'fit_mask_set', 'detection_losses', 'toy_prompt_losses',
+           'toy_first_prompts', 'tracking_losses', 'mask_windows', 'Hints', 'Tutor', 'TutorTask', 'EncoderTask',
            'ToyTeacherTask', 'ship_toy_teacher', 'train_toy_teacher']
 
 # %% ../../nbs/04_toy_teacher.ipynb #c005
@@ -250,7 +250,7 @@ def _tracks(rng: np.random.Generator, length: int, most: int = 3) -> tuple[np.nd
         if len(seen): return images[start : start + length], masks[seen]
 
 # %% ../../nbs/04_toy_teacher.ipynb #c017b
-def clip_batch(seed: int, step: int, rank: int, size: int = 2) -> Clips:
+def toy_clip_batch(seed: int, step: int, rank: int, size: int = 2) -> Clips:
     "The clips of one step of one rank."
     rng = np.random.default_rng(seed_at(seed, step, rank))
     length = int(rng.choice((5, 8, 8)))
@@ -367,7 +367,7 @@ def _first_prompts(batch: ToyBatch, pick: Tensor, size: int) -> dict[str, Prompt
             "point": Prompts(image_index, point, torch.ones(n, 1, dtype=torch.int32))}
 
 
-def prompt_losses(model: Sam3, seen: Features, batch: ToyBatch, each: int = 3) -> dict[str, Tensor]:
+def toy_prompt_losses(model: Sam3, seen: Features, batch: ToyBatch, each: int = 3) -> dict[str, Tensor]:
     "Boxes, points and one correction for `each` instances an image (drawn with replacement)."
     rows = [torch.nonzero(batch.image_index == b)[:, 0] for b in range(len(batch.pixels))]
     pick = torch.cat([r[torch.randint(len(r), (each,))] for r in rows])
@@ -381,7 +381,7 @@ def prompt_losses(model: Sam3, seen: Features, batch: ToyBatch, each: int = 3) -
     return out
 
 # %% ../../nbs/04_toy_teacher.ipynb #c027
-def first_prompts(clips: Clips, size: int) -> Prompts:
+def toy_first_prompts(clips: Clips, size: int) -> Prompts:
     "The prompt of frame 0 for each track of a batch of clips, in px of a square of `size`."
     n, image_index = len(clips.first), clips.frame_index[:, 0]
     ones = torch.ones(n, 1, dtype=torch.int32)
@@ -537,7 +537,7 @@ class ToyTeacherTask(nn.Module):
 @patch
 def _clips(self: ToyTeacherTask, seen: Features, batch: Clips) -> dict[str, Tensor]:
     "Losses of a batch of clips."
-    got = track(self.model, seen, batch.frame_index, first_prompts(batch, self.model.image_size))
+    got = track(self.model, seen, batch.frame_index, toy_first_prompts(batch, self.model.image_size))
     return {k: 2 * v for k, v in tracking_losses(got, batch).items()}
 
 
@@ -545,7 +545,7 @@ def _clips(self: ToyTeacherTask, seen: Features, batch: Clips) -> dict[str, Tens
 def _images(self: ToyTeacherTask, seen: Features, batch: ToyBatch) -> dict[str, Tensor]:
     "Losses of a batch of images: of concepts, of prompts, or of both."
     return {**(self._concepts(seen, batch) if self.part != "tracker" else {}),
-            **(prompt_losses(self.model, seen, batch) if self.part != "detector" else {})}
+            **(toy_prompt_losses(self.model, seen, batch) if self.part != "detector" else {})}
 
 # %% ../../nbs/04_toy_teacher.ipynb #c034d
 @patch
@@ -612,7 +612,7 @@ def train_toy_teacher(steps: int, part: str = "all", start: str = "shipped", tut
     model = (new_toy_teacher(seed) if start == "new" else load_teacher()).requires_grad_(True)
     learn = partial(fit, every=100, precision="no")  # in float32, where the batches are drawn: on the CPU
     task = ToyTeacherTask(model, _learn_encoder(model, tutor_steps, encoder_steps, learn, folder, seed), part)
-    both = Made(lambda p: (toy_batch if p.step < clips_from or p.step % IMAGES[part] == 0 else clip_batch)(
+    both = Made(lambda p: (toy_batch if p.step < clips_from or p.step % IMAGES[part] == 0 else toy_clip_batch)(
         seed, p.step, p.number))
     schedule = Schedule(steps, lr=lr, linear_warmup=min(200, steps // 5), max_norm=5.0, ema=0.997, floor=0.02,
                         betas=(0.9, 0.99))

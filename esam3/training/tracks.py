@@ -36,12 +36,13 @@ def choose_masks(masks: Tensor,   # [M, h, w] logits
                  there: Tensor,   # [M] object logits
                  count: int,      # at most so many
                  sure: float = 0.7, stable: float = 0.7,      # least predicted IoU and stability
-                 area: tuple[float, float] = (0.005, 0.5)  # of the image
+                 area: tuple[float, float] = (0.005, 0.5)  # fractions of the image
                  ) -> Tensor:     # [n] long
     "Indices of masks of different instances, the surest first; at least one where any mask is not empty."
-    part, steady = (masks > 0).float().mean((1, 2)), mask_iou(masks - 1, (masks > -1).float())
-    good, score = (iou >= sure) & (steady >= stable) & (there > 0) & (part >= area[0]) & (part <= area[1]), iou * steady
-    pool = good if good.any() else (part > 0) & (score >= score.masked_fill(part == 0, -1).max())
+    covered, steady = (masks > 0).float().mean((1, 2)), mask_iou(masks - 1, (masks > -1).float())
+    good = (iou >= sure) & (steady >= stable) & (there > 0) & (covered >= area[0]) & (covered <= area[1])
+    score = iou * steady
+    pool = good if good.any() else (covered > 0) & (score >= score.masked_fill(covered == 0, -1).max())
     kept: list[int] = []
     for i in score.masked_fill(~pool, -1).argsort(descending=True, stable=True).tolist():
         if len(kept) == count or not pool[i]: break
@@ -50,14 +51,14 @@ def choose_masks(masks: Tensor,   # [M, h, w] logits
     return torch.tensor(kept, dtype=torch.long).to(masks.device, non_blocking=True)
 
 # %% ../../nbs/23_tracks.ipynb #c012
-POINTS = 32  # asked of an image
+POINTS = 32  # prompts of an image
 
 
 @torch.no_grad()
 def propose(teacher: Sam3, seen: Features,
             batch: ClipBatch | ImageBatch,
             count: int,            # instances of an image or clip, at most
-            points: int = POINTS   # asked of it, or of its first frame
+            points: int = POINTS   # prompts of it, or of its first frame
             ) -> list[Tensor]:     # for each image or clip bool [n, H, W] source px, none of them empty
     """Masks of instances that the teacher sees in each image, or on the first frame of each clip, from random points of
     it (`seen`: of all images of the batch)."""
@@ -74,7 +75,7 @@ def propose(teacher: Sam3, seen: Features,
         out.append(found[found.flatten(1).any(1)])
     return out
 
-
+# %% ../../nbs/23_tracks.ipynb #c014s
 def sought(reader: Any, most: int  # of an image or clip; 0: all
            ) -> int:
     "How many instances the teacher has to find in a sample of a reader, at most: none where people have marked them."
@@ -91,8 +92,8 @@ def with_instances(batch: ImageBatch,
                    ) -> ImageBatch:
     "The batch with these instances in the place of its own, and no phrases."
     image_index = torch.arange(len(found)).repeat_interleave(torch.tensor([len(m) for m in found]))
-    there = [onto(t, batch.image_index.device) for t in (image_index, _joined(found, boxes_of),
-                                                         _joined(found, deepest_points))]
+    tensors = image_index, _joined(found, boxes_of), _joined(found, deepest_points)
+    there = [onto(t, batch.image_index.device) for t in tensors]
     return replace(batch, **dict(zip(("image_index", "boxes", "points"), there)), masks=[*found],
                    phrases=[[] for _ in found])
 
@@ -113,14 +114,13 @@ def nothing_learned(student: Sam3) -> dict[str, Tensor]:
 def with_tracks(batch: ClipBatch,
                 found: Sequence[Tensor]  # for each clip bool [n, H, W] source px, a mask on its first frame
                 ) -> ClipBatch:
-    """The batch with these tracks in the place of its own; its frames after the first one are not annotated, nor is the
-    first."""
+    "The batch with these tracks in the place of its own; none of its frames is annotated."
     length, counts = len(batch.images) // len(batch.names), torch.tensor([len(m) for m in found])
     device = batch.first.device
     clip = torch.arange(len(found)).repeat_interleave(counts).to(device, non_blocking=True)
     masks = [torch.cat([m[:, None], m.new_zeros(len(m), length - 1, *m.shape[1:])], 1) for m in found]
-    boxes, nobody = torch.full((len(clip), length, 4), torch.nan), torch.zeros(len(clip), length, dtype=torch.bool,
-        device=device)
+    boxes = torch.full((len(clip), length, 4), torch.nan)
+    nobody = torch.zeros(len(clip), length, dtype=torch.bool, device=device)
     boxes[:, 0] = _joined(found, boxes_of)
     return replace(batch, clip=clip, frame_index=clip[:, None] * length + torch.arange(length, device=device),
                    first=torch.zeros_like(clip), boxes=onto(boxes, device),
