@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from scipy.optimize import linear_sum_assignment
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from torchvision.ops import box_convert, masks_to_boxes
@@ -34,6 +33,7 @@ from ..models.teacher import ASSETS, Detections, Features, Prompts, Sam3, load_t
 from esam3.models.tracker import (  # chapter 2's: a teacher that tracks is trained with the tracker that students use
     Track, track)
 from ..schedules import Schedule
+from .concepts import Targets, match  # chapter 3's: one matching for all that a detector finds
 from .loop import Made, fit
 
 # %% ../../nbs/04_toy_teacher.ipynb #c007
@@ -301,21 +301,6 @@ def _giou(a: Tensor, b: Tensor) -> Tensor:
     union = area(a) + area(b) - inter
     return inter / union.clamp(min=1e-6) - (hull - union) / hull.clamp(min=1e-6)
 
-# %% ../../nbs/04_toy_teacher.ipynb #c022h
-def _match(d: Detections, boxes: Tensor, masks: Tensor, real: Tensor) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-    "Hungarian assignment (layer, concept, queries, targets) of detections [L, N, Q, …] to padded targets [N, K, …]."
-    p = d.logits.detach().sigmoid()[..., None]
-    half = F.avg_pool2d(d.masks.detach().flatten(0, 2)[:, None].sigmoid(), 2).view(*d.masks.shape[:3], -1)
-    goal = F.avg_pool2d(masks.flatten(0, 1)[:, None], 2).view(*masks.shape[:2], -1)
-    dice = 1 - (2 * half @ goal.transpose(1, 2) + 1) / (half.sum(-1)[..., None] + goal.sum(-1)[:, None] + 1)
-    layers, n, q = d.logits.shape
-    giou = _giou(d.boxes.detach()[:, :, :, None], boxes[None, :, None])
-    cost = (-2 * p + 5 * torch.cdist(_cxcywh(d.boxes.detach()), _cxcywh(boxes)[None].expand(layers, -1, -1, -1), p=1)
-            - 2 * giou + 2 * dice).numpy(force=True)
-    count = real.sum(1).tolist()
-    return [(l, i, *linear_sum_assignment(cost[l, i, :, : count[i]])) for l in range(layers) for i in range(n)
-            if count[i]]
-
 # %% ../../nbs/04_toy_teacher.ipynb #c022l
 def detection_losses(d: Detections,   # all layers
                      boxes: Tensor,   # [N, K, 4] xyxy fractions, padded
@@ -323,15 +308,15 @@ def detection_losses(d: Detections,   # all layers
                      real: Tensor     # [N, K] bool: which targets are real
                      ) -> dict[str, Tensor]:
     "Weighted losses of the detector over all its decoder layers."
-    found = _match(d, boxes, masks, real)
-    rows = [(l, i, int(a), int(b)) for l, i, queries, targets in found for a, b in zip(queries, targets)]
-    layer, concept, query, target = torch.tensor(rows, dtype=torch.long, device=boxes.device).view(-1, 4).unbind(1)
     present, total = real.any(1).float(), max(1, int(real.sum()))
+    union = torch.stack([m[r].amax(0) if r.any() else torch.zeros_like(m[0]) for m, r in zip(masks, real)])
+    found = match(d, Targets(boxes, masks, real.float(), present, union))
+    # sums are taken layer after layer
+    layer, concept, query, target = found[found[:, 0].argsort(stable=True)].to(boxes.device).unbind(1)
     goal = torch.zeros_like(d.logits); goal[layer, concept, query] = 1
     p = d.logits.float().sigmoid()
     focal = F.binary_cross_entropy_with_logits(d.logits.float(), goal, reduction="none") * (goal - p).square() * 0.5
     got, want = d.boxes[layer, concept, query].float(), boxes[concept, target]
-    union = torch.stack([m[r].amax(0) if r.any() else torch.zeros_like(m[0]) for m, r in zip(masks, real)])
     return {"class": 4 * (focal * present[None, :, None]).sum() / total,
             "l1": 5 * (_cxcywh(got) - _cxcywh(want)).abs().sum() / total,
             "giou": 2 * (1 - _giou(got, want)).sum() / total,
