@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['WANTED', 'BRIEF', 'ranks', 'Run', 'as_run', 'recipe_of', 'lengths', 'changes', 'file_digest', 'model_name', 'digests',
-           'open_folder', 'is_saved', 'earlier_student', 'save_student', 'saved_student', 'present', 'print_groups',
-           'parameter_counts', 'reported', 'StageRun', 'open_stage', 'announce', 'score', 'finish']
+           'open_folder', 'run_folder', 'is_saved', 'earlier_student', 'save_student', 'saved_student', 'present',
+           'print_groups', 'parameter_counts', 'reported', 'StageRun', 'open_stage', 'announce', 'score', 'finish']
 
 # %% ../../nbs/07_runs.ipynb #r003
 import inspect, json, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
+from functools import cached_property, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from fastcore.basics import patch
 
 from ..core import (
     atomically, find_variant, fingerprint, machine, nearest, open_run, peak_memory, pick_device, pick_precision,
@@ -29,6 +31,7 @@ from ..models.student import EfficientSam3
 from ..models.teacher import Sam3, load_teacher
 from ..schedules import Schedule
 from .cluster import hold
+from .previews import Previews
 
 # %% ../../nbs/07_runs.ipynb #r005
 def ranks() -> PartialState:
@@ -142,6 +145,11 @@ def open_folder(stage: int, run: Run, recipe: Mapping, teacher: str, schedule: S
         folder = open_run(runs_folder(run.runs), *place, settings, resume)
     return folder, settings
 
+# %% ../../nbs/07_runs.ipynb #r034f
+def run_folder(stage: int, variant: str = "es-tv-s", recipe: str = "toy", runs: str = "runs", **_: object) -> Path:
+    "Where a stage's run with such parameters has its folder; the others are passed over."
+    return runs_folder(runs) / load_recipe(recipe)["name"] / find_variant(variant).name / f"stage{stage}"
+
 # %% ../../nbs/07_runs.ipynb #r011
 def is_saved(folder: Path) -> bool:
     "Whether a run's folder has its student."
@@ -249,11 +257,18 @@ class StageRun:
         "Whether its report is there."
         return (self.folder / "report.json").exists()
 
-    @property
-    def fitting(self) -> dict[str, Any]:
-        "What `fit` is given of the run."
-        return {"every": self.run.every, "precision": self.precision, "workers": self.run.workers,
-                "log_to": self.run.log_to}
+    @cached_property
+    def previews(self) -> Previews:
+        "What writes a held-out sample's masks."
+        return Previews(self.stage, self.recipe, self.teacher, self.folder, self.precision)
+
+# %% ../../nbs/07_runs.ipynb #r044f
+@patch
+def fitting(self: StageRun, student: Sam3) -> dict[str, Any]:
+    "What `fit` is given of the run. Without held-out data that are scored there is nothing to watch."
+    watch = partial(self.previews, student) if self.reported else None
+    return {"every": self.run.every, "precision": self.precision, "workers": self.run.workers,
+            "log_to": self.run.log_to, "watch": watch}
 
 # %% ../../nbs/07_runs.ipynb #r045
 def open_stage(stage: int, run: Run, recipe: Mapping, schedule: Schedule,
@@ -299,7 +314,8 @@ def score(stage: StageRun, who: str,  # teacher, before or student
 def finish(stage: StageRun, student: EfficientSam3,
            trained: Mapping[str, Any],  # `fit`'s account
            **more) -> Path:
-    "Write a run's report, with `more` in it, and return the run's folder."
+    "Write a run's last preview and its report, with `more` in it, and return the run's folder."
+    if stage.reported and ranks().is_main_process: stage.previews(student, stage.schedule.steps)
     settings, scores, s = stage.settings, stage.scores, stage.schedule
     left_out, held_out = ("samples", "skipped", "controls"), scores.get("student", {})
     figures = {"teacher": {}, "student": {}, **({"before": {}} if stage.base else {})} | {

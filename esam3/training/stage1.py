@@ -337,7 +337,7 @@ def run_stage1(variant: str = "es-tv-s", recipe: str = "toy", *, refinements: in
         student = build_student(variant, teacher, memory="dense", weights="" if weights == "random" else weights,
                                 widths=widths).to(teacher.device)
         save_student(folder, student, train_stage1(student, teacher, recipe, s, folder, run.seed, kept,
-                                                   **stage.fitting))
+                                                   **stage.fitting(student)))
     student, trained = saved_student(folder, teacher.device)
     for who, model in (("teacher", teacher), ("student", student)): score(stage, who, model)
     spaces = {who: [m.image_size, m.grid] for who, m in (("teacher", teacher), ("student", student))}

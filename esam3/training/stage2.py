@@ -250,7 +250,7 @@ def run_stage2(variant: str = "es-tv-s", recipe: str = "toy", *, memory: str = "
     if not is_saved(folder):
         announce(stage, "clips")
         save_student(folder, student, train_stage2(student, teacher, stage.base, recipe, s, folder, run.seed,
-                                                   KEPT_MAPS, **stage.fitting))
+                                                   KEPT_MAPS, **stage.fitting(student)))
     student, trained = saved_student(folder, teacher.device)
     if not run.brief: score(stage, "teacher", teacher)
     score(stage, "student", student)

@@ -464,7 +464,7 @@ def run_stage3(variant: str = "es-tv-s", recipe: str = "toy", *, encoder_lr: flo
     if not is_saved(folder):
         announce(stage, "images")
         save_student(folder, student, train_stage3(student, teacher, recipe, s, query_sampling, folder, run.seed,
-                                                   KEPT_MAPS, **stage.fitting))
+                                                   KEPT_MAPS, **stage.fitting(student)))
     student, trained = saved_student(folder, teacher.device)
     score(stage, "student", student)
     return finish(stage, student, trained, controls={})
