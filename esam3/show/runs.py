@@ -160,6 +160,8 @@ def read_run(folder: Path, root: Path) -> RunRow:
 class Runs(list):
     "Rows of a table of runs, which a notebook shows as HTML."
 
+    def __repr__(self) -> str: return "\n".join(f"{r.run}: {main_scores(r)} ({r.state})" for r in self)
+
     def _repr_html_(self) -> str: return as_html(self)
 
 
