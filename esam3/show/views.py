@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from fastcore.basics import patch
 from ipympl.backend_nbagg import Canvas as WebCanvas
 from ipympl.backend_nbagg import FigureManager
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..core import Spaces
-from ..models.prompts import NEGATIVE, POSITIVE, disagreement
+from ..models.prompts import NEGATIVE, POSITIVE, mask_errors
 from ..models.teacher import Prompts
 from .figures import EDGE, ROLE, WIDTH, figure, role_colors, table
 
@@ -52,9 +51,9 @@ def outline(ax: Axes, mask: np.ndarray, role: str) -> None:
         ax.contour(x, y, m, [level], colors=ROLE[role], linewidths=1.5).set_path_effects(EDGE)
 
 # %% ../../nbs/62_views.ipynb #v031
-def tint(ax: Axes, region: np.ndarray, role: str) -> None:
-    "Fill a region bool [H, W] with the colour of its role."
-    rgba = np.concatenate([np.broadcast_to(to_rgb(ROLE[role]), (*region.shape, 3)), region[..., None] * 0.75], -1)
+def tint(ax: Axes, region: np.ndarray, role: str, opacity: float = 0.75) -> None:
+    "Fill a region bool [H, W] with the colour of its role; `opacity` in 0…1."
+    rgba = np.concatenate([np.broadcast_to(to_rgb(ROLE[role]), (*region.shape, 3)), region[..., None] * opacity], -1)
     ax.imshow(rgba, extent=(0, region.shape[1], region.shape[0], 0))
 
 # %% ../../nbs/62_views.ipynb #v032
@@ -75,7 +74,7 @@ def prompt_loop(images: Sequence[np.ndarray], spaces: Spaces,
     "Prompt, teacher's mask, student's mask, and their disagreement with the corrective point."
     rows = min(rows, len(teacher))
     fig, axes = figure(rows, 4, 1.6 * rows, squeeze=False)
-    missed, extra = disagreement(teacher, student, spaces.valid("student", teacher.shape[-1], prompts.image_index))
+    missed, extra = mask_errors(teacher, student, spaces.valid("student", teacher.shape[-1], prompts.image_index))
     at = lambda p, n: spaces.points(p.points[n][None], p.image_index[n][None], "student", "source")[0].numpy(force=True)
     back = lambda maps, n: spaces.to_source(maps[n][None].float(), "student",
                                             int(prompts.image_index[n]))[0].numpy(force=True)
@@ -232,7 +231,8 @@ class Canvas:
         self.widget = WebCanvas(self.figure)
         self.clicked, self.dragged, self._pressed, self._drawn = clicked, dragged, None, None
         FigureManager(self.widget, 0)
-        for bar in ("toolbar_visible", "header_visible", "footer_visible", "resizable"): setattr(self.widget, bar, False)
+        bars = ("toolbar_visible", "header_visible", "footer_visible", "resizable")
+        for bar in bars: setattr(self.widget, bar, False)
         self.widget.mpl_connect("button_press_event", self._press)
         self.widget.mpl_connect("motion_notify_event", self._move)
         self.widget.mpl_connect("button_release_event", self._release)
