@@ -193,6 +193,13 @@ def test_the_widget_does_what_the_functions_do(tmp_path):
     browser.choice.value = ["tiny/a/stage1", "tiny/b/stage1"]
     assert bytes(browser.curves.value).startswith(b"\x89PNG") and browser.curves.layout.display != "none"
     last = bytes(browser.curves.value)
+    browser.pick.value = "tiny/c; seed=42 /b/; nothing"
+    assert set(browser.choice.value) == {"tiny/b/stage1", "tiny/c/stage1"} and bytes(browser.curves.value) != last
+    browser.choice.value = ["tiny/a/stage1", "tiny/b/stage1"]
+    last = bytes(browser.curves.value)
+    browser.sort.value = "miou_bix"
+    assert "did you mean" in words(browser) and len(browser.visible) == 3
+    browser.sort.value = "miou_box"
     browser.go.click()
     assert "has no student" in words(browser) and not browser.go.disabled
     browser.text.value = "tiny/c"

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def cells(rows: Sequence[RunRow]) -> tuple[list[str], list[list[str]]]:
 
 # %% ../../nbs/63_runs.ipynb #b032
 LAYOUT = "width:100%;table-layout:fixed;overflow-wrap:anywhere;border-collapse:collapse;line-height:1.35"
-SHARES = (26, 24, 19, 6, 7, 11, 7)  # of the width, %
+SHARES = (24, 22, 19, 7, 10, 10, 8)  # of the width, %
 
 
 def as_html(rows: Sequence[RunRow]) -> str:
@@ -407,9 +408,11 @@ class RunsBrowser(w.VBox):
     def __init__(self, folder: str | Path = "runs"):
         self.place, self.rows, self.visible = folder, Runs(), Runs()
         wide, word = w.Layout(width="auto"), {"description_width": "initial"}
-        self.sort = w.Dropdown(options=FIELDS, description="Sort by", style=word)
+        typed = partial(w.Text, continuous_update=False, style=word)  # JupyterLab takes the keys of other controls
+        self.sort = w.Combobox(value="run", options=FIELDS, description="Sort by", continuous_update=False, style=word)
         self.down = w.Checkbox(description="descending", indent=False, layout=wide)
-        self.text = w.Text(placeholder="words that must occur", description="Filter", continuous_update=False)
+        self.text = typed(placeholder="words that must occur", description="Filter")
+        self.pick = typed(placeholder="stage1 seed=43; es-tv-s: the first of each", description="Choose")
         self.again = w.Button(description="Read again", layout=wide)
         self.words, self.table = w.HTML(), w.HTML()
         self.choice = w.SelectMultiple(description="Runs", rows=6, layout=w.Layout(width="98%"))
@@ -420,8 +423,9 @@ class RunsBrowser(w.VBox):
         tabs = w.Tab([self.curves, pair], titles=["Curves", "Side by side"])
         top = w.HBox([self.sort, self.down, self.text, self.again], layout=w.Layout(flex_flow="row wrap"))
         scrolled = w.Box([self.table], layout=w.Layout(max_height="420px", overflow="auto", display="block"))
-        super().__init__([top, self.words, scrolled, self.choice, tabs], layout=w.Layout(width="100%"))
+        super().__init__([top, self.words, scrolled, self.pick, self.choice, tabs], layout=w.Layout(width="100%"))
         for part in (self.sort, self.down, self.text): part.observe(self.guarded(self.fill), "value")
+        self.pick.observe(self.guarded(self.choose), "value")
         self.again.on_click(self.guarded(self.read))
         self.choice.observe(self.guarded(self.draw), "value")
         self.go.on_click(self.guarded(self.side_by_side))
@@ -449,7 +453,7 @@ def read(self: RunsBrowser) -> None:
     self.rows = runs_table(self.place)
     key = self.sort.value
     self.sort.options = sort_keys(self.rows)
-    self.sort.value = key if key in self.sort.options else "run"
+    if key not in self.sort.options: self.sort.value = "run"
     self.fill()
 
 # %% ../../nbs/63_runs.ipynb #b056
@@ -462,6 +466,13 @@ def fill(self: RunsBrowser) -> None:
     self.choice.options = [r.run for r in self.visible]
     self.choice.value = [run for run in kept if run in self.choice.options]
     self.say(f"{len(self.visible)} of {len(self.rows)} runs" if self.rows else f"no runs in {self.place}: {HOW}")
+
+
+@patch
+def choose(self: RunsBrowser) -> None:
+    "Choose by words: of each part between semicolons the first row of the table that matches."
+    found = [self.visible.matching(part)[:1] for part in self.pick.value.split(";") if part.strip()]
+    self.choice.value = [*dict.fromkeys(r.run for rows in found for r in rows)]
 
 
 @patch
