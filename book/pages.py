@@ -167,4 +167,5 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 def on_page_content(html: str, **_: Any) -> str:
     "Formulas as MathML, which browsers draw by themselves."
-    return re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: convert(unescape(m[1])), html, flags=re.S)
+    formula = lambda tex: convert(re.sub(r"(?<=\d)(?=[a-z])", " ", unescape(tex)))  # 2pt is a product, not a length
+    return re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: formula(m[1]), html, flags=re.S)

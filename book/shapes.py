@@ -7,10 +7,17 @@ import griffe
 
 
 def comments(lines: list[str]) -> dict[int, str]:
-    "Comments of some lines of code, by line from 1."
-    tokens = tokenize.generate_tokens(io.StringIO(textwrap.dedent("\n".join(lines)) + "\n").readline)
-    try: return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    except tokenize.TokenError: return {}
+    "Comments of some lines of code as Markdown, by line from 1."
+    found, code = {}, textwrap.dedent("\n".join(lines)) + "\n"
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.COMMENT: found[token.start[0]] = as_markdown(token.string.lstrip("# "))
+    return found
+
+
+def as_markdown(text: str) -> str:
+    "The same words, none of them read as emphasis, link or tag; code between backticks stays."
+    words = re.split(r"(`[^`]*`)", text)
+    return "".join(w if w.startswith("`") else re.sub(r"([*_<\[\]])", r"\\\1", w) for w in words)
 
 
 def linked(text: str) -> str:
@@ -25,42 +32,67 @@ def described(thing: griffe.Object, text: str) -> None:
 
 
 def parameters(function: griffe.Function) -> list[str]:
-    "A line of a list for each parameter with a comment behind it."
+    "A line of a list for each parameter with a comment behind it, and for what is returned."
     notes = comments(function.lines)
     node = ast.parse(textwrap.dedent("\n".join(function.lines))).body[0]
-    last = {a.end_lineno: a.arg for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]}
-    return [f"- `{name}`: {notes[line]}" for line, name in last.items() if line in notes]
+    names = {a.end_lineno: f"`{a.arg}`" for a in [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]}
+    if node.returns: names[node.returns.end_lineno] = "returns"
+    return [f"- {name}: {notes[line]}" for line, name in names.items() if line in notes]
+
+
+def field(thing: griffe.Attribute) -> str:
+    "A line of a list: a field with its type, its default and the comment behind it."
+    default = f" = {thing.value}" if thing.value is not None else ""
+    note = comments(thing.lines)
+    return f"- `{thing.name}: {thing.annotation}{default}`" + (f": {note[max(note)]}" if note else "")
+
+
+def fields(owner: griffe.Class) -> list[griffe.Attribute]:
+    "Annotated attributes of a class's body."
+    return [a for a in own(owner, griffe.Kind.ATTRIBUTE) if a.annotation is not None and not in_method(owner, a)]
+
+
+def in_method(owner: griffe.Class, thing: griffe.Attribute) -> bool:
+    "Whether an attribute is set by a method (`self.x = …`)."
+    return any(f.lineno < thing.lineno <= f.endlineno for f in own(owner, griffe.Kind.FUNCTION))
+
+
+def own(place: griffe.Object, kind: griffe.Kind) -> list[griffe.Object]:
+    "What of a kind is defined in a module or class itself."
+    return [m for m in place.members.values() if not m.is_alias and m.kind is kind]
 
 
 def parts(place: griffe.Object) -> Iterator[griffe.Object]:
     "What is defined in a module or class, and in what is defined there."
-    for member in [*place.members.values()]:
-        if member.is_alias: continue
+    for member in [m for m in place.members.values() if not m.is_alias]:
         yield member
         yield from parts(member)
 
 
-def patched(module: griffe.Module) -> Iterator[tuple[griffe.Function, str]]:
-    "Functions that are methods of a class of the module, and that class's name."
-    for f in [*module.functions.values()]:
-        if f.is_alias or not any(str(d.value) == "patch" for d in f.decorators): continue
-        for name in re.findall(r"\w+", str(f.parameters[0].annotation)): yield f, name
+def give_methods(module: griffe.Module) -> None:
+    "A function that is patched belongs to the classes that its `self` names."
+    for f in own(module, griffe.Kind.FUNCTION):
+        if not any(str(d.value) == "patch" for d in f.decorators): continue
+        module.del_member(f.name)
+        for name in re.findall(r"\w+", str(f.parameters[0].annotation)):
+            if name in module.members: module[name].set_member(f.name, f)
+
+
+def list_fields(owner: griffe.Class) -> None:
+    "Fields become a list in the class's docstring; what its methods keep for themselves is left out."
+    found = fields(owner)
+    if found: described(owner, "\n".join(map(field, found)))
+    for a in own(owner, griffe.Kind.ATTRIBUTE):
+        if a in found or in_method(owner, a): owner.del_member(a.name)
 
 
 class Notebooks(griffe.Extension):
     "Reads a package as its notebooks mean it."
 
     def on_package(self, *, pkg: griffe.Module, **_) -> None:
-        for module in [pkg, *(m for m in parts(pkg) if m.is_module)]:
-            for function, owner in patched(module): self._give(module, function, owner)
-        for thing in parts(pkg):
+        for module in [pkg, *(m for m in parts(pkg) if m.is_module)]: give_methods(module)
+        for thing in [*parts(pkg)]:
             if thing.docstring: thing.docstring.value = linked(thing.docstring.value)
-            if thing.is_attribute: self._attribute(thing)
+            if thing.is_class: list_fields(thing)
             if thing.is_function and (lines := parameters(thing)): described(thing, "\n".join(lines))
-
-    def _give(self, module: griffe.Module, function: griffe.Function, owner: str) -> None:
-        if owner in module.classes: module.classes[owner].set_member(function.name, function)
-        if function.name in module.members and owner in module.classes: module.del_member(function.name)
-
-    def _attribute(self, thing: griffe.Attribute) -> None:
-        if not thing.docstring and (notes := comments(thing.lines)): described(thing, notes[max(notes)])
+            if thing.is_attribute and (notes := comments(thing.lines)): described(thing, notes[max(notes)])
