@@ -18,18 +18,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = ("core", "schedules", "data", "models", "evaluation", "training", "show")
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in a kernel only: the book has the figure beside it
-FENCE = "`" * 6
-TEMPLATE = f"""{{%- extends 'markdown/index.md.j2' -%}}
-{{%- macro fenced(text, kind) %}}
-{FENCE}{{{{ '{{' }}}}.{{{{ kind }}}}{{{{ '}}' }}}}
-{{{{ text | strip_ansi }}}}
-{FENCE}
-{{% endmacro -%}}
-{{%- block input %}}{{{{ fenced(cell.source, cell.metadata.kind) }}}}{{%- endblock -%}}
-{{%- block stream %}}{{% if output.name == 'stdout' %}}{{{{ fenced(output.text, 'text .output') }}}}{{% endif %}}{{%- endblock -%}}
-{{%- block data_text scoped %}}{{{{ fenced(output.data['text/plain'], 'text .output') }}}}{{%- endblock -%}}
-"""
-EXPORTER = MarkdownExporter(raw_template=TEMPLATE)
+EXPORTER = MarkdownExporter(raw_template=Path(__file__).with_name("chapter.md.j2").read_text())
 
 
 # ---- what there is
@@ -41,9 +30,9 @@ def notebooks() -> list[Path]:
 
 def modules() -> dict[str, Path]:
     "The library's modules by name below `esam3`, floor by floor, without other names of them."
-    found = {".".join(p.relative_to(ROOT / "esam3").with_suffix("").parts): p for floor in FLOORS
-             for p in [*(ROOT / "esam3").glob(f"{floor}.py"), *sorted((ROOT / "esam3" / floor).glob("[!_]*.py"))]}
-    return found
+    top = ROOT / "esam3"
+    found = [p for floor in FLOORS for p in [*top.glob(f"{floor}.py"), *sorted((top / floor).glob("[!_]*.py"))]]
+    return {".".join(p.relative_to(top).with_suffix("").parts): p for p in found}
 
 
 def shown() -> dict[str, Path]:
@@ -58,9 +47,9 @@ def written_in(module: Path) -> str:
     return re.search(r"File to edit: \S*/(\S+)\.ipynb", module.read_text())[1]
 
 
-def first_line(path: Path, pattern: str) -> str:
-    "The first match in a notebook's first cell."
-    return re.search(pattern, nbformat.read(path, 4).cells[0].source, re.M)[1]
+def title(path: Path) -> str:
+    "A notebook's heading."
+    return re.match("# (.+)", nbformat.read(path, 4).cells[0].source)[1]
 
 
 # ---- how it becomes Markdown
@@ -72,27 +61,36 @@ def linked(text: str) -> str:
     return re.sub(r"(\]\((?:\.\./)*(?:data_recipes|slurm)/[\w.]+\.(?:yaml|sh|sbatch|py))\)", r"\1.md)", text)
 
 
-def printable(nb: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    "The same notebook without nbdev's directives and widgets; a cell that becomes the library says so."
-    for cell in (c for c in nb.cells if c.cell_type == "code"):
-        cell.metadata.kind = "python .library" if re.search(r"^#\|\s*export", cell.source, re.M) else "python"
-        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-        cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
-    nb.cells = [c for c in nb.cells if c.source.strip()]
-    return nb
+def as_page(cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    "A cell without nbdev's directives and widgets; one that becomes the library says so."
+    if cell.cell_type == "markdown":
+        cell.source = linked(cell.source)
+        return cell
+    cell.metadata.kind = "python .library" if re.search(r"^#\|\s*export", cell.source, re.M) else "python"
+    cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
+    cell.outputs = [o for o in cell.outputs if WIDGET not in o.get("data", {})]
+    for data in (o.data for o in cell.outputs if "text/markdown" in o.get("data", {})):
+        data["text/markdown"] = linked(data["text/markdown"])
+    return cell
+
+
+def origin(path: Path, code: str) -> str:
+    "A line that says which notebook a chapter is, and which module is made of it."
+    module = re.search(r"^#\| default_exp (\S+)", code, re.M)
+    home = f"Module [`esam3.{module[1]}`](../api/{module[1]}.md) · " if module else ""
+    return f'<p class="source" markdown>{home}Notebook `nbs/{path.name}`</p>'
 
 
 def chapter(path: Path) -> dict[str, str | bytes]:
     "A notebook's page and its figures, by where they lie in the book."
     nb = nbformat.read(path, 4)
-    module = re.search(r"^#\| default_exp (\S+)", "\n".join(c.source for c in nb.cells), re.M)
-    home = f"Module [`esam3.{module[1]}`](../api/{module[1]}.md) · " if module else ""
+    line = origin(path, "\n".join(c.source for c in nb.cells))
+    nb.cells = [c for c in map(as_page, nb.cells) if c.source.strip()]
     resources = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
-    body, resources = EXPORTER.from_notebook_node(printable(nb), resources)
-    line = f'\n\n<p class="source" markdown>{home}Notebook `nbs/{path.name}`</p>\n'
-    body = re.sub(r"\A(\s*# .*(?:\n\n>.*(?:\n.+)*)?)", lambda m: m[1] + line, body)
-    return {f"nbs/{path.stem}.md": linked(body),
-            **{f"nbs/{name}": data for name, data in resources["outputs"].items()}}
+    body, resources = EXPORTER.from_notebook_node(nb, resources)
+    head = re.match(r"\s*# .*(?:\n\n>.*(?:\n.+)*)?", body)[0]  # the title, and what it is
+    figures = {f"nbs/{name}": data for name, data in resources["outputs"].items()}
+    return {f"nbs/{path.stem}.md": f"{head}\n\n{line}\n{body.removeprefix(head)}", **figures}
 
 
 def api(name: str, path: Path) -> str:
@@ -113,7 +111,7 @@ def api_index() -> str:
 def as_it_is(path: Path) -> str:
     "A page that shows a file."
     kind = {".yaml": "yaml", ".cff": "yaml", ".py": "python", ".sh": "bash", ".sbatch": "bash"}.get(path.suffix, "text")
-    return f"# {path.name}\n\n{FENCE}{kind}\n{path.read_text()}\n{FENCE}\n"
+    return f"# {path.name}\n\n``````{kind}\n{path.read_text()}\n``````\n"
 
 
 # ---- what mkdocs calls
@@ -121,19 +119,15 @@ def as_it_is(path: Path) -> str:
 def name_of(page: str) -> str:
     "What a page is called in the navigation."
     where, _, name = page.removesuffix(".md").partition("/")
-    if where == "nbs": return f"{name.split('_')[0]} {first_line(ROOT / 'nbs' / f'{name}.ipynb', r'^# (.+)')}"
+    if where == "nbs": return f"{name.split('_')[0]} {title(ROOT / 'nbs' / f'{name}.ipynb')}"
     return name.rpartition(".")[2] if where == "api" else name
 
 
 def filled(nav: Any, pages: list[str], named: set[str]) -> Any:
-    "The navigation with pages put in for patterns."
-    if isinstance(nav, list): return [entry for part in nav for entry in _entries(part, pages, named)]
+    "The navigation with pages put in for patterns; not those that are `named` elsewhere."
+    if isinstance(nav, dict): return {name: filled(inner, pages, named) for name, inner in nav.items()}
+    if isinstance(nav, list): return [filled(part, pages, named) for part in nav]
     return [{name_of(p): p} for p in pages if fnmatch(p, nav) and p not in named] if "*" in nav else nav
-
-
-def _entries(part: str | dict, pages: list[str], named: set[str]) -> list:
-    if isinstance(part, dict): return [{title: filled(inner, pages, named) for title, inner in part.items()}]
-    return filled(part, pages, named) if "*" in part else [part]
 
 
 def leaves(nav: Any) -> list[str]:
@@ -150,8 +144,8 @@ def on_config(config: MkDocsConfig) -> None:
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     "Add the pages and their figures."
-    made = {"index.md": linked((ROOT / "README.md").read_text()), "api/index.md": api_index()}
-    made |= {name: linked((ROOT / name).read_text()) for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
+    made = {"index.md": (ROOT / "README.md").read_text(), "api/index.md": api_index()}
+    made |= {name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "CHANGELOG.md")}
     made |= {f"nbs/images/{p.name}": p.read_bytes() for p in (ROOT / "nbs" / "images").iterdir()}
     for path in notebooks(): made |= chapter(path)
     made |= {f"api/{name}.md": api(name, path) for name, path in modules().items()}
@@ -160,12 +154,15 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    "Homes of the glossary's terms are links to the API."
-    if page.file.src_uri != "nbs/00b_glossary.md": return markdown
-    return re.sub(r"\| `([\w.]+)` \|$", r"| [`\1`][esam3.\1] |", markdown, flags=re.M)
+    "Links lead to pages (a chapter's do already), and the homes of the glossary's terms to the API."
+    where = page.file.src_uri
+    if where == "nbs/00b_glossary.md":
+        return re.sub(r"\| `([\w.]+)` \|$", r"| [`\1`][esam3.\1] |", markdown, flags=re.M)
+    return markdown if where.startswith("nbs/") else linked(markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:
     "Formulas as MathML, which browsers draw by themselves."
-    formula = lambda tex: convert(re.sub(r"(?<=\d)(?=[a-z])", " ", unescape(tex)))  # 2pt is a product, not a length
+    apart = lambda m: f" {' '.join(m[0])}"  # 2pt is a product, not a length
+    formula = lambda tex: convert(re.sub(r"(?<=\d)[a-z]+", apart, unescape(tex)))
     return re.sub(r'<span class="arithmatex">\\\((.*?)\\\)</span>', lambda m: formula(m[1]), html, flags=re.S)

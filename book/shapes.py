@@ -54,7 +54,7 @@ def fields(owner: griffe.Class) -> list[griffe.Attribute]:
 
 def in_method(owner: griffe.Class, thing: griffe.Attribute) -> bool:
     "Whether an attribute is set by a method (`self.x = …`)."
-    return any(f.lineno < thing.lineno <= f.endlineno for f in own(owner, griffe.Kind.FUNCTION))
+    return any(f.lineno <= thing.lineno <= f.endlineno for f in own(owner, griffe.Kind.FUNCTION))
 
 
 def own(place: griffe.Object, kind: griffe.Kind) -> list[griffe.Object]:
