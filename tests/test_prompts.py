@@ -13,8 +13,8 @@ from esam3.core import Spaces
 from esam3.data.batches import collate_images
 from esam3.data.samples import ImageSample, components
 from esam3.models.prompts import (
-    CORNERS, NEGATIVE, PADDING, POSITIVE, append, chances, corrective_points, deepest, disagreement, draw_cell,
-    initial_prompts, refine, to_space)
+    CORNERS, NEGATIVE, PADDING, POSITIVE, append, chances, corrective_points, deepest, draw_cell,
+    initial_prompts, mask_errors, refine, to_space)
 from esam3.models.teacher import Prompts
 
 SIDES = ((144, 128), (1008, 1024))  # teacher's and student's squares: the toy's and the real ones
@@ -172,7 +172,7 @@ def test_no_loop_over_masks(how):
         valid = Spaces(torch.tensor([[96, 128]]), 144, 128).valid("student", 32, image_index)
         with Calls() as calls:
             initial_prompts(boxes, boxes[:, :2], image_index, torch.rand(n), p_box=1)
-            append(prompts, *corrective_points(*disagreement(a, b, valid), 128, how, chance=torch.rand(n)))
+            append(prompts, *corrective_points(*mask_errors(a, b, valid), 128, how, chance=torch.rand(n)))
         return calls.count
     assert operations(2) == operations(200) < 300
 

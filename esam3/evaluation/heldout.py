@@ -23,7 +23,7 @@ from ..core import Spaces
 from ..data.batches import ImageBatch, collate_images
 from .metrics import region_similarity  # chapter 4's definition
 from ..models.prompts import (  # chapter 1's loop, against the truth
-    CORNERS, POSITIVE, append, corrective_points, disagreement)
+    CORNERS, POSITIVE, append, corrective_points, mask_errors)
 from ..models.teacher import Features, Prompts, Sam3
 from ..models.tracker import as_batch, look
 
@@ -76,7 +76,7 @@ def clicking(model: Sam3, seen: Features, batch: ImageBatch, start: str,
     yield prompts, logits
     for _ in range(more):
         click = torch.rand(n, generator=draw, dtype=torch.float64).to(logits.device)
-        wrong = disagreement(truth - 0.5, logits, valid)
+        wrong = mask_errors(truth - 0.5, logits, valid)
         prompts = append(prompts, *corrective_points(*wrong, model.image_size, "deepest", min_pixels=0, chance=click))
         logits = best_masks(model, seen, prompts)
         yield prompts, logits
