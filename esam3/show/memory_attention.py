@@ -706,7 +706,8 @@ def controls(clips: int) -> dict[str, ipywidgets.Widget]:
     made = _texts() | _buttons() | {
         "clip": number("clip", max=max(0, clips - 1)), "instance": number("object"), "x": number("x"), "y": number("y"),
         "layer": choose("layer"), "head": choose("head"),
-        "mouse": ipywidgets.ToggleButtons(options=MOUSE, description="click", style={"button_width": "auto"}),
+        "mouse": ipywidgets.ToggleButtons(options=MOUSE, description="click", style={"button_width": "auto"},
+                                          layout={"width": "450px"}),
         "play": ipywidgets.Play(min=1, max=1, interval=1000),
         "frame": ipywidgets.IntSlider(description="frame", max=1, continuous_update=False)}
     for name, widget in made.items(): widget.add_class(f"esam3-{name}")
@@ -730,7 +731,7 @@ class Explorer:
         self.readings: Readings | None = None
         self.controls, self.line = controls(len(reader)), ipywidgets.HTML()
         self.canvas = Canvas(self.clicked, self.dragged, height=2.6)
-        self.image = ipywidgets.Image(format="jpeg", layout={"max_width": "100%"})
+        self.image = ipywidgets.Image(format="jpeg", layout={"width": "880px", "max_width": "100%", "align_self": "flex-start"})
         for name, widget in (("line", self.line), ("canvas", self.canvas.widget), ("reading", self.image)):
             widget.add_class(f"esam3-{name}")
         wrap = ipywidgets.Layout(flex_flow="row wrap", align_items="center")
