@@ -38,7 +38,7 @@ def project_files() -> list[Path]:
 FLOORS = ("core", "schedules", "data", "models", "evaluation", "training", "show")  # from below
 # other names of modules
 DOORS = {"teacher": "models", "student": "models", "perceiver": "models", "samples": "data", "evaluate": "evaluation",
-         "metrics": "evaluation"}
+         "metrics": "evaluation", "disagreement": "show"}
 
 
 def modules() -> list[Path]:
@@ -82,7 +82,7 @@ def test_doors_lead_to_their_modules(door):
 def test_names_import_from_where_they_are_promised():
     for place, names in {"core": "VARIANTS", "teacher": "load_teacher", "student": "EfficientSam3 build_student",
                          "perceiver": "SpatialPerceiver", "samples": "Video BadSample",
-                         "data": "load_recipe open_dataset", "evaluate": "evaluate",
+                         "data": "load_recipe open_dataset", "evaluate": "evaluate", "disagreement": "disagreement",
                          "metrics": "davis ytvos pcs_image pcs_video prompt_miou"}.items():
         for name in names.split(): assert getattr(importlib.import_module(f"esam3.{place}"), name)
 

@@ -247,7 +247,7 @@ FROZEN = {  # what the recipes said when each still said all of it
     "tiny": TOY | {
         "name": "tiny",
         "about": "A handful of samples of the toy world, for tests. Colour × shape × pattern in images and clips, "
-                 "written by 01_toyworld in the formats of the real data sets.",
+                 "written by 01k_toyfiles in the formats of the real data sets.",
         "root": "toyworld/tiny", "ranks": 1, "splits": {"train": PARTS, "held_out": PARTS | LONG},
         "stages": {1: {"steps": 3, "batch_size": 4, "lr": 0.001, "inherited": 0.1, "linear_warmup": 0.05,
                        "max_norm": 5.0},

@@ -6,4 +6,5 @@ from esam3.core import lends
 __all__, __getattr__ = lends(__name__, {
     "figures": "figure markdown_table table",
     "views": "show_image outline clip_strip prompt_loop curves bars",
+    "disagreement": "Pair open_pair",
     "memory_attention": "attention_weights"})

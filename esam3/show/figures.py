@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib_inline.backend_inline import set_matplotlib_formats
+from matplotlib_inline.config import InlineBackend
 
 # %% ../../nbs/06_figures.ipynb #f011
 ROLE: Mapping[str, str] = {"truth": "#000000", "teacher": "#0072B2", "student": "#E69F00", "before": "#CC79A7",
@@ -39,7 +39,8 @@ STYLE = {"figure.dpi": 110, "font.size": LETTERS, "axes.titlesize": "medium", "f
          "lines.markersize": 4, "axes.prop_cycle": plt.cycler(color=[*ROLE.values()][1:4] + [*OTHERS])}
 
 plt.rcParams.update(STYLE)
-if get_ipython() is not None: set_matplotlib_formats("jpeg")  # a noisy image is ten times smaller than as PNG
+if get_ipython() is not None:  # a noisy image is ten times smaller than as PNG
+    InlineBackend.instance(parent=get_ipython()).figure_formats = {"jpeg"}
 
 # %% ../../nbs/06_figures.ipynb #f022
 def figure(rows: int = 1, columns: int = 1, height: float = 2.2, width: float = WIDTH,  # inches

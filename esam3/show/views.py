@@ -9,13 +9,13 @@ __all__ = ['DRAG', 'show_image', 'outline', 'tint', 'prompt_marks', 'prompt_loop
 # %% ../../nbs/62_views.ipynb #c003
 import json, threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 from fastcore.basics import patch
-from ipympl.backend_nbagg import Canvas as WebCanvas
-from ipympl.backend_nbagg import FigureManager
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import MouseButton, MouseEvent
@@ -219,6 +219,15 @@ def _inside(ax: Axes, event: MouseEvent) -> tuple[float, float]:
 DRAG = 4  # px on the screen; a shorter way of the pressed mouse is a click
 
 
+@cache
+def _browser() -> tuple[type, type]:
+    "ipympl's canvas and its manager. Its import takes all figures over, so what drew them before is put back."
+    before = matplotlib.get_backend()
+    from ipympl.backend_nbagg import Canvas, FigureManager
+    matplotlib.use(before)
+    return Canvas, FigureManager
+
+
 class Canvas:
     """A figure in a notebook that hears the mouse: `widget` is what to display, `figure` what to draw on.
 
@@ -228,9 +237,10 @@ class Canvas:
                  dragged: Callable[[Box], object] = lambda box: None,
                  height: float = 2.4, width: float = WIDTH):  # inches
         self.figure = Figure((width, height), layout="compressed")
-        self.widget = WebCanvas(self.figure)
+        browser, manager = _browser()
+        self.widget = browser(self.figure)
         self.clicked, self.dragged, self._pressed, self._drawn = clicked, dragged, None, None
-        FigureManager(self.widget, 0)
+        manager(self.widget, 0)
         bars = ("toolbar_visible", "header_visible", "footer_visible", "resizable")
         for bar in bars: setattr(self.widget, bar, False)
         self.widget.mpl_connect("button_press_event", self._press)
@@ -292,6 +302,10 @@ class Work:
     def cancel(self) -> None:
         "Stop before the next layer, and wait until that is so."
         self._stop.set()
+        self.wait()
+
+    def wait(self) -> None:
+        "Until nothing is being done."
         if self._thread is not None: self._thread.join()
 
     def _checked(self, *_: object) -> None:
