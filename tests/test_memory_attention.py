@@ -180,7 +180,7 @@ def tracked(explorer, **controls):
     return explorer.line.value
 
 
-def test_what_cannot_be_is_one_line(explorer, tmp_path, stage1_student):
+def test_what_cannot_be_is_one_line(explorer, tmp_path):
     "And the last figure and the last clip stay."
     before, figure = explorer.readings, explorer.image.value
     (tmp_path / "no.mp4").write_text("no video")

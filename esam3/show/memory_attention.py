@@ -665,7 +665,7 @@ def open_clip(clip: int | str,   # a number in the reader, or the path of a vide
 
 
 def open_student(name: str, teacher: Sam3) -> EfficientSam3:
-    "A student of this teacher by folder or name. `ValueError` for what is none, and for one on another grid."
+    "A student of this teacher, as `load_model` names it. `ValueError` for what is none, and for one on another grid."
     if "/" in name and not any((p / "config.json").exists() for p in (Path(name), runs_folder(name))):
         raise ValueError(f"no student in {name}: train one, or name another folder")
     model = load_model(name)
@@ -706,9 +706,8 @@ def controls(clips: int) -> dict[str, ipywidgets.Widget]:
     made = _texts() | _buttons() | {
         "clip": number("clip", max=max(0, clips - 1)), "instance": number("object"), "x": number("x"), "y": number("y"),
         "layer": choose("layer"), "head": choose("head"),
-        "mouse": ipywidgets.ToggleButtons(options=MOUSE, description="click", style={"button_width": "auto"},
-                                          layout={"width": "450px"}),
-        "play": ipywidgets.Play(min=1, max=1, interval=1000),
+        "mouse": ipywidgets.Dropdown(options=MOUSE, description="click", layout={"width": "210px"}),
+        "play": ipywidgets.Play(max=1, interval=1000),
         "frame": ipywidgets.IntSlider(description="frame", max=1, continuous_update=False)}
     for name, widget in made.items(): widget.add_class(f"esam3-{name}")
     ipywidgets.jslink((made["play"], "value"), (made["frame"], "value"))
@@ -716,7 +715,7 @@ def controls(clips: int) -> dict[str, ipywidgets.Widget]:
 
 # %% ../../nbs/61_memory_attention.ipynb #m160
 ROWS = (("clip", "video", "student"), ("prompts", "track", "cancel"), ("play", "back", "frame", "next", "fall"),
-        ("mouse",), ("instance", "x", "y", "layer", "head"), ("place", "save", "load"))
+        ("mouse", "instance", "x", "y", "layer", "head"), ("place", "save", "load"))
 
 
 class Explorer:
@@ -731,7 +730,7 @@ class Explorer:
         self.readings: Readings | None = None
         self.controls, self.line = controls(len(reader)), ipywidgets.HTML()
         self.canvas = Canvas(self.clicked, self.dragged, height=2.6)
-        self.image = ipywidgets.Image(format="jpeg", layout={"width": "880px", "max_width": "100%", "align_self": "flex-start"})
+        self.image = ipywidgets.Image(format="jpeg", layout={"width": "880px", "align_self": "flex-start"})
         for name, widget in (("line", self.line), ("canvas", self.canvas.widget), ("reading", self.image)):
             widget.add_class(f"esam3-{name}")
         wrap = ipywidgets.Layout(flex_flow="row wrap", align_items="center")
