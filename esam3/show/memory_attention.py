@@ -533,10 +533,10 @@ def laid(self: Record, who: str, kind: str) -> np.ndarray:
 @patch
 def source_boxes(self: Record, who: str, cells: Tensor  # [K, 4] xyxy in cells of the model's grid
                  ) -> np.ndarray:                       # [K, 4]
-    "The same in source px."
+    "The same in source px, as far as it is on the image and not in the padding."
     model, at = self.readings.models[who], torch.full((len(cells),), self.frame)
-    px = cells.cpu() * model.image_size / model.grid
-    return self.readings.batch.spaces.boxes(px, at, model.space, "source").numpy()
+    (height, width), px = self.readings.batch.spaces.shapes[self.frame], cells.cpu() * model.image_size / model.grid
+    return self.readings.batch.spaces.boxes(px, at, model.space, "source").numpy().clip(0, [width, height] * 2)
 
 
 @patch
