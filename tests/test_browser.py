@@ -126,3 +126,18 @@ def test_what_is_wrong_is_said_in_one_line(opened):
     lab.wait(SAYS, "no such file")
     lab.shot("60_wrong")
     assert canvas(lab).is_visible() and not lab.failures(), "the last figure stays, and no traceback is shown"
+
+
+NAME = "e => [...(e?.closest('[class*=esam3-]')?.classList ?? [])].find(c => c.startsWith('esam3-'))"
+
+
+def test_the_keyboard_reaches_every_control(opened):
+    page = opened.page
+    wanted = set(page.evaluate(f"""() => [...document.querySelectorAll('[class*=esam3-]')].filter(
+        e => e.offsetParent && (e.matches('button') || e.querySelector('input, select, .noUi-handle'))).map({NAME})"""))
+    opened.field("number").focus()
+    reached = set()
+    for _ in range(3 * len(wanted)):
+        reached.add(page.evaluate(f"() => ({NAME})(document.activeElement)"))
+        page.keyboard.press("Tab")
+    assert {"esam3-prompts", "esam3-step", "esam3-opacity"} <= wanted <= reached, wanted - reached
