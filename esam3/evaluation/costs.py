@@ -32,8 +32,8 @@ def load_model(name: str) -> Sam3:
     if folder is None:
         here = sorted(str(p.relative_to(runs_folder("runs").parent)) for p in runs_folder("runs").glob("*/*/*/student"))
         if name in teachers or name.count("/") == 1 and not name.startswith("runs/"): return load_teacher(name)
-        raise ValueError(f"{nearest(name, [*teachers, TOY_STUDENT, 'facebook/sam3', *here], 'model')} (or a folder that holds "
-                         f"config.json)")
+        valid = [*teachers, TOY_STUDENT, "facebook/sam3", *here]
+        raise ValueError(f"{nearest(name, valid, 'model')} (or a folder that holds config.json)")
     if json.loads((folder / "config.json").read_text()).get("model_type") == "efficient_sam3":
         return EfficientSam3.from_pretrained(folder).eval().requires_grad_(False)
     return load_teacher(str(folder))

@@ -43,7 +43,7 @@ from ..models.prompts import NEGATIVE, POSITIVE, chances, refine, to_space
 from ..models.teacher import Features, Prompts, Sam3
 from ..models.tracker import as_batch, look
 from ..schedules import ImageSchedule
-from .figures import EDGE, ROLE, WIDTH
+from .figures import EDGE, ROLE, figure
 from .views import Box, Canvas, Click, Work, outline, prompt_marks, show_image, tint
 from ..training.stage1 import prompt_teacher, round_losses, stage1_schedule
 from ..training.tracks import propose
@@ -308,8 +308,8 @@ def draw(self: Disagreement, axes: Sequence[Axes],  # three
 @patch
 def figure(self: Disagreement, how: Look = PLAIN) -> Figure:
     "A new figure."
-    fig = plt.figure(figsize=(WIDTH, 2.6), layout="compressed")
-    self.draw(fig.subplots(1, 3), how)
+    fig, axes = figure(1, 3, height=2.6)
+    self.draw(axes, how)
     return fig
 
 # %% ../../nbs/60_disagreement.ipynb #d051
@@ -388,8 +388,8 @@ def draw(self: Step, axes: np.ndarray,  # [2, 3]
 @patch
 def figure(self: Step, how: Look = PLAIN) -> Figure:
     "A new figure."
-    fig = plt.figure(figsize=(WIDTH, 5.2), layout="compressed")
-    self.draw(fig.subplots(2, 3), how)
+    fig, axes = figure(2, 3, height=5.2)
+    self.draw(axes, how)
     return fig
 
 # %% ../../nbs/60_disagreement.ipynb #d061
@@ -472,7 +472,7 @@ def _instance(ax: Axes, one: Instance, role: str, label: str, how: Look) -> None
     "An instance and what is written at its box."
     _mask(ax, one.mask, role, how)
     x0, y0, *_ = one.box
-    ax.text(x0, y0, label, color=ROLE[role], va="bottom", fontsize=9, path_effects=EDGE)
+    ax.text(x0, y0, label, color=ROLE[role], va="bottom", path_effects=EDGE)
 
 
 def _centre(one: Instance) -> tuple[float, float]: return tuple((one.box[:2] + one.box[2:]) / 2)
@@ -499,8 +499,8 @@ def draw(self: ConceptDisagreement, axes: Sequence[Axes],  # two, of one figure
 @patch
 def figure(self: ConceptDisagreement, thresholds: tuple[float, float] = (0.5, 0.5), how: Look = PLAIN) -> Figure:
     "A new figure."
-    fig = plt.figure(figsize=(WIDTH, 3.2), layout="compressed")
-    self.draw(fig.subplots(1, 2), thresholds, how)
+    fig, axes = figure(1, 2, height=3.2)
+    self.draw(axes, thresholds, how)
     return fig
 
 # %% ../../nbs/60_disagreement.ipynb #d081
@@ -584,8 +584,8 @@ def draw_sheet(axes: np.ndarray,  # `SHEET`
 
 def contact_sheet(worst: Sequence[Ranked], records: Sequence[Disagreement]) -> Figure:
     "The same as a new figure."
-    fig = plt.figure(figsize=(WIDTH, 6), layout="compressed")
-    draw_sheet(fig.subplots(*SHEET), worst, records)
+    fig, axes = figure(*SHEET, height=5)
+    draw_sheet(axes, worst, records)
     return fig
 
 # %% ../../nbs/60_disagreement.ipynb #d091
@@ -629,10 +629,9 @@ def _button(name: str, call: Callable[[], object], tip: str) -> ui.Button:
     return button
 
 # %% ../../nbs/60_disagreement.ipynb #d102
-def known_models() -> list[str]:
+def known_models(runs: str = "runs") -> list[str]:
     "Names for `load_model` that are here: the toy's, and every student below `runs`."
-    root = runs_folder("runs")
-    return ["toy", "toy-student", *sorted(printable(p) for p in root.glob("*/*/*/student"))]
+    return ["toy", "toy-student", *sorted(printable(p) for p in runs_folder(runs).glob("*/*/*/student"))]
 
 
 def _numbers(rows: Mapping[str, tuple[float, ...]], heads: Sequence[str]) -> str:
@@ -646,8 +645,9 @@ class DisagreementView:
     """The widget: `box` is what to display. `record`, `taken` and `concept` are what it shows; `prompts` is what was
     clicked, in words."""
 
-    def __init__(self, pair: Pair, reader: Reader, item: int = 0, frame: int = 0, recipe: str = "toy"):
-        self.pair, self.reader, self.work, self.tries = pair, reader, Work(), 0
+    def __init__(self, pair: Pair, reader: Reader, item: int = 0, frame: int = 0, recipe: str = "toy",
+                 runs: str = "runs"):
+        self.pair, self.reader, self.runs, self.work, self.tries = pair, reader, runs, Work(), 0
         self.schedule = stage1_schedule(load_recipe(recipe))
         self.record = self.taken = self.concept = self.sample = self.awaited = None
         self.worst: list[Ranked] = []
@@ -667,7 +667,7 @@ def _make_controls(self: DisagreementView, item: int, frame: int) -> None:
     self.choose = ui.Box([self.item, _button("previous", lambda: turn(-1), "the image before"),
                           _button("next", lambda: turn(1), "the next image"), self.frame], layout=ROW)
     self.path = _named(ui.Text(placeholder="an image, a video or a folder of yours", description="path"), "path")
-    self.first, self.second = (_named(ui.Combobox(description=d, options=known_models(), ensure_option=False,
+    self.first, self.second = (_named(ui.Combobox(description=d, options=known_models(self.runs), ensure_option=False,
                                                   placeholder="name or folder"), d) for d in ("first", "second"))
     self.own = ui.Box([self.path, _button("open", self.open_path, "look at this path instead"), self.first, self.second,
                        _button("load", self.load_models, "compare these two models")], layout=ROW)
@@ -693,7 +693,7 @@ def _prompt_tab(self: DisagreementView) -> ui.VBox:
     self.prompts = _named(ui.Text(description="prompts", continuous_update=False,
                                   placeholder="+x,y or -x,y or [x0,y0,x1,y1]"), "prompts", width="30em")
     self.prompts.observe(lambda _: self.show(), "value")
-    self.file = _named(ui.Text("runs/seen/disagreement", description="file"), "file")
+    self.file = _named(ui.Text(f"{self.runs}/seen/disagreement", description="file"), "file")
     buttons = [_button("undo", self.undo, "take the last prompt back"),
                _button("clear", lambda: setattr(self.prompts, "value", ""), "take all prompts back"),
                _button("draw", self.draw_prompt, "let the sampler draw a box or a point"),
@@ -914,14 +914,14 @@ def save(self: DisagreementView) -> None:
     record = self.concept if self.tabs.selected_index == 1 else self.record
     if record is None: return self.say("nothing to save yet", wrong=True)
     drawing = {"how": self.how()} | ({"thresholds": self.levels()} if record is self.concept else {})
-    try: self.say("written: " + " and ".join(printable(p) for p in save(record, self.file.value, **drawing)))
+    try: self.say(" and ".join(map(printable, save(record, runs_folder(self.file.value), **drawing))) + " are written")
     except SAID as e: self.fail(e)
 
 
 @patch
 def load(self: DisagreementView) -> None:
     "Write down prompts that were saved."
-    try: self.prompts.value = write_places(read_places(load(self.file.value)["prompts"]))
+    try: self.prompts.value = write_places(read_places(load(runs_folder(self.file.value))["prompts"]))
     except SAID as e: self.fail(e)
 
 # %% ../../nbs/60_disagreement.ipynb #d118
