@@ -108,6 +108,14 @@ class Lab:
         self.times[what] = round(time.perf_counter() - start, 2)
         return self.times[what]
 
+    def drawn(self, what: str, area: dict[str, float], before: bytes) -> None:
+        "Wait until a part of the window looks another way than `before`; keep how many seconds that took."
+        start = time.perf_counter()
+        while self.page.screenshot(clip=area) == before:
+            assert time.perf_counter() - start < 30, f"{what}: the picture does not change"
+            time.sleep(0.02)
+        self.times[what] = round(time.perf_counter() - start, 2)
+
     def shot(self, name: str) -> bytes:
         "A screenshot, kept."
         SHOTS.mkdir(parents=True, exist_ok=True)

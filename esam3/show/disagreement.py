@@ -968,6 +968,7 @@ def rank(self: DisagreementView) -> None:
     def done(found: tuple[list[Ranked], list[Disagreement]]) -> None:
         self.worst, self.records = found
         self.list.options = [f"{k + 1}: number {r.item}, {100 * r.iou:.0f} %" for k, r in enumerate(self.worst[:100])]
+        self.list.index = 0 if self.worst else None
         self.show_worst()
 
     self.off_the_way("ranking", call, done)
