@@ -27,10 +27,13 @@ def jupyter(folder: Path) -> Iterator[str]:
     "A JupyterLab server on a folder; its address."
     port = free_port()
     options = ["--no-browser", f"--port={port}", "--IdentityProvider.token=", "--allow-root",
-               "--ServerApp.ip=127.0.0.1", "--LabApp.news_url=None", "--ServerApp.log_level=ERROR"]
+               "--ServerApp.ip=127.0.0.1", "--ServerApp.log_level=ERROR"]
     there = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {
         "PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(folder / ".settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / ".workspaces")}
+    quiet = folder / ".settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
     with (folder / "lab.log").open("w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=there, stdout=log,
                                   stderr=subprocess.STDOUT)

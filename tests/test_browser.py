@@ -43,8 +43,8 @@ def opened(lab):
 
 
 def canvas(lab: Lab, number: int = 0):
-    "A figure that hears the mouse: the upper of its two layers."
-    return lab.page.locator(".jupyter-matplotlib canvas:nth-of-type(2)").nth(number)
+    "A figure that is shown and hears the mouse: the upper of its two layers."
+    return lab.page.locator(".jupyter-matplotlib canvas:nth-of-type(2):visible").nth(number)
 
 
 def test_a_fresh_kernel_runs_the_notebook_without_an_error(opened):
@@ -71,9 +71,10 @@ def test_clicks_and_boxes_give_the_numbers_of_the_function(opened):
     lab.until("60: a second click answered", SHOWN, "numbers", numbers)
     assert lab.field("prompts").input_value().split()[1].startswith("-"), "the right button is a negative point"
     x, y = area["x"] + 60, area["y"] + area["height"] / 2 - 40
-    numbers = lab.at("numbers").inner_html()
+    numbers, before = lab.at("numbers").inner_html(), page.screenshot(clip=area)
     page.mouse.move(x, y); page.mouse.down(); page.mouse.move(x + 60, y + 70, steps=5); page.mouse.up()
     lab.until("60: a box answered", SHOWN, "numbers", numbers)
+    lab.drawn("60: a box drawn", area, before)
     lab.shot("60_box")
     words = lab.field("prompts").input_value()
     assert words.startswith("[") and "+" in words and " -" in words
@@ -111,8 +112,12 @@ def test_concepts_thresholds_and_the_worst(opened):
     assert lab.says() != counts, "a threshold of 1 leaves nothing of the first model"
     page.get_by_role("tab", name="worst first").click()
     lab.write("count", "6")
+    canvas(lab).scroll_into_view_if_needed()
+    area = canvas(lab).bounding_box()
+    before = page.screenshot(clip=area)
     lab.at("rank").click()
     lab.until("60: six images ranked", SAYS, "instances")
+    lab.drawn("60: and shown", area, before)
     lab.shot("60_worst")
     lab.at("open-this").click()
     lab.wait(SAYS, "agree")
