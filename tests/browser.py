@@ -71,15 +71,18 @@ class Lab:
         self.page.wait_for_function(condition, arg=list(args), timeout=1000 * seconds)
 
     def done(self, seconds: float = 300) -> None:
-        "Until every cell has been run."
+        "Until every cell has been run; `AssertionError` when one raised, since the rest is left out then."
         self.wait("""() => { const cells = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
-                             return cells.length && cells.every(c => /[0-9]/.test(c.textContent)) }""", seconds=seconds)
+            return cells.length && cells.every(c => !c.textContent.includes('*')) }""", seconds=seconds)
+        assert not self.failures()
+        left = self.page.locator(".jp-CodeCell .jp-InputPrompt", has_text="[ ]").count()
+        assert not left, f"{left} cells were not run"
 
     def failures(self) -> list[str]:
         "Errors that cells show, and those of the browser's console."
-        return [*self.page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").all_inner_texts(),
-                *(t[:300] for t in self.page.locator(".jp-RenderedText[data-mime-type*=error]").all_inner_texts()),
-                *self.errors]
+        shown = self.page.locator(".jp-OutputArea-output[data-mime-type*=stderr], .jp-RenderedText "
+                                  ".ansi-red-fg").all_inner_texts()
+        return [*(text[:300] for text in shown if text.strip()), *self.errors]
 
     def at(self, name: str):
         "The control of a name (`_named` of 60 and 61)."

@@ -149,3 +149,54 @@ def test_the_keyboard_reaches_every_control(opened):
         reached.add(page.evaluate(f"() => ({NAME})(document.activeElement)"))
         page.keyboard.press("Tab")
     assert {"esam3-prompts", "esam3-step", "esam3-opacity"} <= wanted <= reached, wanted - reached
+
+
+@pytest.fixture(scope="module")
+def reading(lab):
+    "61_memory_attention, run whole, its explorer in sight."
+    lab.run_all("61_memory_attention.ipynb")
+    lab.until("61: run all to the first figure", "() => document.querySelector('.jp-RenderedImage img')")
+    lab.done()
+    lab.wait("() => document.querySelector('img.esam3-reading, .esam3-reading img')?.naturalWidth > 100")
+    lab.at("canvas").scroll_into_view_if_needed()
+    return lab
+
+
+def picture(lab: Lab) -> str:
+    "The address of the reading's picture, another one for each."
+    return lab.page.locator("img.esam3-reading, .esam3-reading img").first.get_attribute("src")
+
+
+OTHER = "([src]) => document.querySelector('img.esam3-reading, .esam3-reading img').src != src"
+
+
+def test_memory_is_read_frame_by_frame(reading):
+    lab = reading
+    assert not lab.failures()
+    before = picture(lab)
+    lab.at("next").click()
+    lab.until("61: the next frame read", OTHER, before)
+    lab.shot("61_next")
+    before = picture(lab)
+    lab.at("frame").locator(".noUi-handle").focus()
+    lab.page.keyboard.press("ArrowRight")
+    lab.until("61: a frame by the keyboard", OTHER, before)
+    assert lab.at("frame").locator(".widget-readout").inner_text() == "3", "from 1 by a button and a key"
+
+
+def test_a_click_chooses_the_pixel_that_reads(reading):
+    lab, page = reading, reading.page
+    before, place = picture(lab), [lab.field(name).input_value() for name in "xy"]
+    canvas(lab).scroll_into_view_if_needed()
+    area = canvas(lab).bounding_box()
+    page.mouse.click(area["x"] + area["width"] * 0.62, area["y"] + area["height"] * 0.6)
+    lab.until("61: a click answered", OTHER, before)
+    lab.shot("61_click")
+    assert [lab.field(name).input_value() for name in "xy"] != place
+    page.mouse.click(area["x"] + 3, area["y"] + 3)
+    lab.wait("() => document.querySelector('.esam3-line').innerText.includes('outside')")
+    lab.at("fall").click()
+    lab.wait("() => /frame|does not fall/.test(document.querySelector('.esam3-line').innerText)")
+    lab.shot("61_fall")
+    assert not lab.failures()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "no sideways scrolling"
