@@ -1615,7 +1615,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'esam3.show.views.Canvas._move': ('views.html#canvas._move', 'esam3/show/views.py'),
                                   'esam3.show.views.Canvas._press': ('views.html#canvas._press', 'esam3/show/views.py'),
                                   'esam3.show.views.Canvas._release': ('views.html#canvas._release', 'esam3/show/views.py'),
-                                  'esam3.show.views.Canvas.show': ('views.html#canvas.show', 'esam3/show/views.py'),
+                                  'esam3.show.views.Canvas.redraw': ('views.html#canvas.redraw', 'esam3/show/views.py'),
                                   'esam3.show.views.Click': ('views.html#click', 'esam3/show/views.py'),
                                   'esam3.show.views.Work': ('views.html#work', 'esam3/show/views.py'),
                                   'esam3.show.views.Work.__init__': ('views.html#work.__init__', 'esam3/show/views.py'),

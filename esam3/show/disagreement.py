@@ -837,14 +837,14 @@ def show_prompts(self: DisagreementView) -> None:
     "The masks of the prompts that are written."
     places = read_places(self.prompts.value)
     if not places:
-        self.canvas.show(lambda fig: show_image(fig.subplots(1, 1), self.sample.image))
+        self.canvas.redraw(lambda fig: show_image(fig.subplots(1, 1), self.sample.image))
         self.numbers.value = ""
         return self.say("click on the image for a point, drag a box, or let one be drawn")
     if self.record is None or self.record.places != places:
         self.record = self.pair.compare(self.sample, places)
         self.step_box.layout.display = "none"
     record = self.record
-    self.canvas.show(lambda fig: record.draw(fig.subplots(1, 3), self.how()))
+    self.canvas.redraw(lambda fig: record.draw(fig.subplots(1, 3), self.how()))
     self.numbers.value = _numbers({n: (a.predicted, a.there) for n, a in zip(record.names, record.answers)}
                                   | {"IoU of both": (record.iou,)}, ("predicted IoU", "an object is there"))
     self.say(f"{self.sample.name}: both agree to {100 * record.iou:.1f} % IoU")
@@ -860,7 +860,7 @@ def step(self: DisagreementView) -> None:
     except SAID as e: return self.fail(e)
     self.tries += 1
     self.step_box.layout.display = ""
-    self.step_canvas.show(lambda fig: taken.draw(fig.subplots(2, 3), self.how()))
+    self.step_canvas.redraw(lambda fig: taken.draw(fig.subplots(2, 3), self.how()))
     cells = lambda row: "".join(f"<td title='{v!r}' style='padding:0 1em'>{v:.4f}</td>" for v in row)
     self.terms.value = ("<table><tr><th>loss</th><th>before</th><th>after</th></tr>"
                         + "".join(f"<tr><td>{k}</td>{cells(v)}</tr>" for k, v in taken.losses.items()) + "</table>")
@@ -939,7 +939,7 @@ def show_concept(self: DisagreementView) -> None:
     if self.concept is None or (self.concept.phrase, self.concept.exemplars) != (self.phrase.value.strip(), boxes):
         self.concept = self.pair.concept(self.sample, self.phrase.value, boxes)
     concept, levels = self.concept, self.levels()
-    self.concept_canvas.show(lambda fig: concept.draw(fig.subplots(1, 2), levels, self.how()))
+    self.concept_canvas.redraw(lambda fig: concept.draw(fig.subplots(1, 2), levels, self.how()))
     match = concept.matched(levels)
     self.counts.value = _numbers({n: (p,) for n, p in zip(concept.names, concept.presence)}, ("presence",))
     self.say(f"{len(match.pairs)} of both, {len(match.missed)} missed, {len(match.invented)} invented")
@@ -978,7 +978,7 @@ def rank(self: DisagreementView) -> None:
 def show_worst(self: DisagreementView) -> None:
     "The contact sheet."
     if not self.worst: return self.say("press rank: it takes a moment for each image, and is kept")
-    self.sheet.show(lambda fig: draw_sheet(fig.subplots(*SHEET), self.worst, self.records))
+    self.sheet.redraw(lambda fig: draw_sheet(fig.subplots(*SHEET), self.worst, self.records))
     self.say(f"{len(self.worst)} instances; click one to open it")
 
 

@@ -880,7 +880,7 @@ def draw(self: Explorer) -> None:
     "Both figures, as the controls stand; the reading stays as it is where there is none."
     with self.lock:
         try:
-            self.canvas.show(self._draw_frame)
+            self.canvas.redraw(self._draw_frame)
             if self.readings is None: return
             found = io.BytesIO()
             self.record().figure().savefig(found, format="jpeg", pil_kwargs={"quality": 92})
@@ -969,7 +969,7 @@ def _mark(self: Explorer, **mark: list) -> None:
     last = prompts[-1]
     for name, value in mark.items(): last[name] = value if name == "box" else last.get(name, []) + value
     self.put(frame=0, mouse="mark", prompts=json.dumps(prompts))
-    self.canvas.show(self._draw_frame)
+    self.canvas.redraw(self._draw_frame)
     self.say(f"objects that are marked: {len(prompts)}; go on, or track")
 
 # %% ../../nbs/61_memory_attention.ipynb #m171

@@ -208,7 +208,7 @@ class Canvas:
 
 # %% ../../nbs/62_views.ipynb #m005
 @patch
-def show(self: Canvas, draw: Callable[[Figure], object]) -> None:
+def redraw(self: Canvas, draw: Callable[[Figure], object]) -> None:
     "Draw the figure anew. When `draw` raises, what was there before stays."
     self.figure.clear()
     try: draw(self.figure)
