@@ -428,7 +428,7 @@ class ConceptDisagreement:
         "Which of them are the same: an IoU above one half, as many as can be."
         a, b = self.at(thresholds)
         iou = np.array([[overlap(x.mask, y.mask) for y in b] for x in a]).reshape(len(a), len(b))
-        pairs = [(i, j) for i, j in zip(*linear_sum_assignment(-iou)) if iou[i, j] > 0.5]
+        pairs = [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-iou)) if iou[i, j] > 0.5]
         rest = lambda n, taken: [k for k in range(n) if k not in taken]
         return Matching(pairs, rest(len(a), {i for i, _ in pairs}), rest(len(b), {j for _, j in pairs}))
 
