@@ -38,7 +38,7 @@ from ..evaluation.mask_metrics import region_similarity
 from ..models.student import EfficientSam3
 from ..models.teacher import Bank, Features, Memory, Prompts, Sam3, gate, rotate, rotation
 from ..models.tracker import History, first_prompts, see
-from .figures import EDGE, OTHERS, ROLE, STYLE, WIDTH
+from .figures import EDGE, OTHERS, ROLE, WIDTH
 from .views import Box, Cancelled, Canvas, Click, Work, outline, prompt_marks, show_image
 
 # %% ../../nbs/61_memory_attention.ipynb #c010
@@ -651,7 +651,7 @@ def save(self: Record, place: str | Path, clip: int | str) -> list[Path]:
     "Write the figure as PLACE.png and the choice as PLACE.json; their paths."
     files = [Path(f"{place}.{end}") for end in ("png", "json")]
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    with atomically(files[0]) as new: self.figure().savefig(new, format="png", dpi=2 * STYLE["figure.dpi"])
+    with atomically(files[0]) as new: self.figure().savefig(new, format="png")
     write_json(files[1], asdict(self.choice(clip)))
     return files
 
