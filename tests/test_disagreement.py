@@ -4,13 +4,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from elsewhere import elsewhere
 from PIL import Image
 
 from esam3.data.batches import load_recipe, open_dataset
 from esam3.data.samples import BadSample
 from esam3.disagreement import (
-    Instance, Pair, as_prompts, disagreement, draw_places, load, open_images, open_pair, overlap, read_places,
-    sample_at, save, write_places)
+    Instance, Pair, as_prompts, disagreement, draw_places, load, open_images, open_pair, read_places, sample_at, save,
+    write_places)
+from esam3.evaluation import load_model
+from esam3.evaluation.mask_metrics import region_similarity
 from esam3.models.prompts import POSITIVE, chances
 from esam3.models.student import build_student
 from esam3.models.teacher import load_teacher
@@ -71,8 +74,8 @@ def test_errors_are_the_difference_of_the_masks(pair, sample):
     record = pair.compare(sample, draw_places(sample, 0, 0.2))
     first, second = record.masks
     assert (record.missed == (first & ~second)).all() and (record.extra == (second & ~first)).all()
-    assert record.iou == overlap(first, second) and 0 <= record.iou <= 1
-    assert overlap(first & False, second & False) == 1.0, "two empty masks agree"
+    assert record.iou == region_similarity(first, second) and 0 <= record.iou <= 1
+    assert region_similarity(first & False, second & False) == 1.0, "two empty masks agree"
 
 
 @pytest.mark.parametrize("coin", [0.2, 0.7], ids=["box", "point"])
@@ -160,3 +163,27 @@ def test_work_is_cancelled_before_the_next_layer(pair, sample):
     assert work.busy
     work.cancel()
     assert isinstance(ended[0], Cancelled) and not work.busy and not fresh.knows(sample)
+
+
+def test_the_same_on_a_second_device(sample):
+    "Masks, a step and what is found, by a phrase and by an exemplar: nothing is left on the CPU."
+    models = lambda: (load_teacher("toy").eval(), load_model("toy-student"))
+    schedule, places = stage1_schedule(load_recipe("tiny")), draw_places(sample, 0, 0.7)
+    words, box = sample.phrases[0].text, tuple(sample.boxes[0].tolist())
+
+    def figures(pair: Pair) -> list[float]:
+        taken, found = pair.step(sample, places, schedule), pair.concept(sample, words, [box])
+        scores = [i.score for of in (*found.found, *pair.concept(sample, words).found) for i in of]
+        return [taken.before.iou, taken.after.iou, *sum(taken.losses.values(), ()), *found.presence, *scores]
+
+    wanted = figures(Pair(*models()))
+    with elsewhere() as device:
+        pair = Pair(*(m.to(device) for m in models()))
+        assert figures(pair) == pytest.approx(wanted, abs=1e-4)
+        bare = replace(sample, masks=sample.masks[:0], phrases=[])
+        assert pair.ranked_image(bare, 0), "the teacher finds instances there"
+
+
+def test_two_students_have_nobody_to_find_instances(pair, sample):
+    alike, bare = Pair(pair.models[1], pair.models[1]), replace(sample, masks=sample.masks[:0], phrases=[])
+    with pytest.raises(ValueError, match="choose a teacher"): alike.ranked_image(bare, 0)

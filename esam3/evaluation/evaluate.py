@@ -25,6 +25,7 @@ from accelerate import PartialState
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+# %% ../../nbs/40_evaluate.ipynb #c005e
 from ..core import (
     atomically, autocast, cache_dir, fingerprint, machine, nearest, open_run, pick_device, pick_precision,
     runs_folder, seed_at, weights_digest, write_json)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Place', 'NUMBER', 'WRITTEN', 'PLAIN', 'LEAST', 'SHEET', 'SAID', 'ROW', 'open_images', 'is_clips', 'sample_at', 'Seen',
            'Pair', 'open_pair', 'as_prompts', 'box_places', 'read_places', 'write_places', 'check_places',
-           'draw_places', 'Answer', 'answer', 'overlap', 'Disagreement', 'as_sample', 'disagreement', 'Look', 'Step',
+           'draw_places', 'Answer', 'answer', 'Disagreement', 'as_sample', 'disagreement', 'Look', 'Step',
            'nearest_instance', 'Instance', 'Matching', 'ConceptDisagreement', 'check_phrase', 'find', 'Ranked',
            'draw_sheet', 'contact_sheet', 'save', 'load', 'known_models', 'DisagreementView']
 
@@ -14,6 +14,7 @@ import json, re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,19 +27,23 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
+from pycocotools import mask as coco
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import box_convert
 from tqdm.auto import tqdm
 
 # %% ../../nbs/60_disagreement.ipynb #d006
 from ..core import (
-    autocast, cache_dir, fingerprint, pick_precision, printable, runs_folder, seed_at, weights_digest, write_json)
+    autocast, cache_dir, fingerprint, pick_device, pick_precision, printable, runs_folder, seed_at, weights_digest,
+    write_json)
 from ..data.batches import ImageBatch, collate_images, load_recipe, open_dataset
 from ..data.folder import FolderImages
+from ..data.mask_files import rle
 from ..data.readers import Reader, Videos
 from ..data.samples import IMAGES, VIDEOS, BadSample, ImageSample, boxes_of, is_media, read_image
 from ..evaluation.concept_scores import answers
 from ..evaluation.costs import load_model
+from ..evaluation.mask_metrics import region_similarity
 from ..models.prompts import NEGATIVE, POSITIVE, chances, refine, to_space
 from ..models.teacher import Features, Prompts, Sam3
 from ..models.tracker import as_batch, look
@@ -122,10 +127,10 @@ def _digest(sample: ImageSample) -> str:
 # %% ../../nbs/60_disagreement.ipynb #d023
 def open_pair(models: str,  # two names or folders, a comma between, as of `load_model`
               keep: int = 8) -> Pair:
-    "Load two models. `ValueError` for another number of them, or for a name that is not known."
+    "Load two models, on a GPU where there is one. `ValueError` for another number of them, or for an unknown name."
     given = [m.strip() for m in models.split(",")]
     if len(given) != 2: raise ValueError(f"models: two of them with a comma between, not {models!r}")
-    loaded = [load_model(name) for name in given]
+    loaded = [load_model(name).to(pick_device()) for name in given]
     kinds = [m.space for m in loaded]
     return Pair(*loaded, tuple(kinds) if kinds == ["teacher", "student"] else ("before", "student"), keep)
 
@@ -133,11 +138,12 @@ def open_pair(models: str,  # two names or folders, a comma between, as of `load
 Place = tuple[float, float, int]  # x, y in source px, and SAM's label; a box is two places, labels 2 and 3
 
 
-def as_prompts(places: Sequence[Place]) -> Prompts:
+def as_prompts(places: Sequence[Place], device: torch.device | str = "cpu") -> Prompts:
     "One object's prompts [1, P, 2], source px."
-    points = torch.tensor([[p[:2] for p in places]], dtype=torch.float32).reshape(1, -1, 2)
-    labels = torch.tensor([[p[2] for p in places]], dtype=torch.int32)
-    return Prompts(torch.zeros(1, dtype=torch.long), points, labels, None, [p[2] for p in places] == [POSITIVE])
+    points = torch.tensor([[p[:2] for p in places]], dtype=torch.float32, device=device).reshape(1, -1, 2)
+    labels = torch.tensor([[p[2] for p in places]], dtype=torch.int32, device=device)
+    index = torch.zeros(1, dtype=torch.long, device=device)
+    return Prompts(index, points, labels, None, [p[2] for p in places] == [POSITIVE])
 
 
 def box_places(x0: float, y0: float, x1: float, y1: float) -> list[Place]:
@@ -201,19 +207,11 @@ class Answer(NamedTuple):
 def answer(seen: Seen, prompts: Prompts) -> Answer:
     "The best mask for prompts [1, P, 2] in source px."
     model, spaces = seen.model, seen.batch.spaces
-    at = replace(prompts, image_index=prompts.image_index.to(model.device), points=prompts.points.to(model.device),
-                 labels=prompts.labels.to(model.device))
     with autocast(model.device, pick_precision(model.device)):
-        given = model.decode(seen.features, to_space(at, spaces, "source", model.space))
+        given = model.decode(seen.features, to_space(prompts, spaces, "source", model.space))
     mask, predicted, _ = given.best()
     return Answer(spaces.to_source(mask.float(), model.space, 0)[0].numpy(force=True), float(predicted[0]),
                   float(given.object_logits[0].sigmoid()))
-
-# %% ../../nbs/60_disagreement.ipynb #d042
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    "IoU of two masks (bool) in 0…1; of two empty ones 1."
-    either = (a | b).sum()
-    return float((a & b).sum() / either) if either else 1.0
 
 # %% ../../nbs/60_disagreement.ipynb #d042b
 @dataclass
@@ -230,7 +228,9 @@ class Disagreement:
         return tuple(a.mask > 0 for a in self.answers)
 
     @property
-    def iou(self) -> float: return overlap(*self.masks)
+    def iou(self) -> float:
+        "Of both masks, 0…1; two empty ones agree."
+        return float(region_similarity(*self.masks))
 
     @property
     def missed(self) -> np.ndarray:
@@ -247,8 +247,8 @@ class Disagreement:
 def compare(self: Pair, sample: ImageSample, places: Sequence[Place]) -> Disagreement:
     "Both answers to the same prompts. `ValueError` for prompts that are none, or outside the image."
     check_places(places, sample)
-    prompts = as_prompts(places)
-    return Disagreement(sample, list(places), self.names, tuple(answer(s, prompts) for s in self.see(sample)))
+    answers = tuple(answer(s, as_prompts(places, s.model.device)) for s in self.see(sample))
+    return Disagreement(sample, list(places), self.names, answers)
 
 
 def as_sample(image: str | Path | np.ndarray | ImageSample) -> ImageSample:
@@ -325,8 +325,9 @@ class Step:
 def nearest_instance(sample: ImageSample, mask: np.ndarray  # [H, W] bool
                      ) -> int | None:
     "The annotated instance that a mask means: the one with the highest IoU; None where none touches it."
-    ious = [overlap(np.asarray(m), mask) for m in np.asarray(sample.masks)]
-    return int(np.argmax(ious)) if ious and max(ious) > 0 else None
+    if not len(sample.masks): return None
+    ious = region_similarity(np.asarray(sample.masks), np.broadcast_to(mask, sample.masks.shape))
+    return int(ious.argmax()) if ious.max() > 0 else None
 
 
 def _together(pair: Pair, sample: ImageSample, instance: int | None) -> ImageBatch:
@@ -347,9 +348,10 @@ def step(self: Pair, sample: ImageSample, places: Sequence[Place], schedule: Ima
     instance = nearest_instance(sample, before.masks[0])
     batch = _together(self, sample, instance)
     if instance is None: schedule = replace(schedule, task=0.0)
-    prompts = to_space(as_prompts(places), batch.spaces, "source", "student")
+    prompts = to_space(as_prompts(places, batch.boxes.device), batch.spaces, "source", "student")
     terms, answered, masks = self._round(sample, batch, prompts, schedule)
-    longer = refine(prompts, answered, masks, batch.spaces, schedule.corrective, chance=torch.tensor([chance]))
+    drawn = torch.tensor([chance], device=masks.device)
+    longer = refine(prompts, answered, masks, batch.spaces, schedule.corrective, chance=drawn)
     point = None
     if int(longer.labels[0, -1]) in (POSITIVE, NEGATIVE):
         x, y = to_space(longer, batch.spaces, "student", "source").points[0, -1].tolist()
@@ -367,10 +369,11 @@ def _round(self: Pair, sample: ImageSample, batch: ImageBatch, prompts: Prompts,
     size = 4 * student.grid
     truth = torch.zeros(1, size, size)
     if len(batch.image_index): truth = batch.spaces.rasterise(batch.masks, "student", size)
-    given = prompt_teacher(teacher, t.features, batch, prompts, size)
     valid = batch.spaces.valid("student", size, prompts.image_index)
-    terms, masks = round_losses(student, s.features, prompts, given, truth.to(given.masks), valid, schedule, 1,
-                                given.iou.new_ones(1))
+    with autocast(student.device, pick_precision(student.device)):
+        given = prompt_teacher(teacher, t.features, batch, prompts, size)
+        terms, masks = round_losses(student, s.features, prompts, given, truth.to(given.iou), valid, schedule, 1,
+                                    given.iou.new_ones(1))
     return {k: float(v) for k, v in terms.items()}, given.best()[0], masks
 
 # %% ../../nbs/60_disagreement.ipynb #d058
@@ -420,6 +423,12 @@ class ConceptDisagreement:
     found: tuple[list[Instance], list[Instance]]    # best first, scores from `LEAST` up
     presence: tuple[float, float]                   # 0…1
 
+    @cached_property
+    def ious(self) -> np.ndarray:
+        "[A, B] IoU of each instance of the first model with each of the second's, in 0…1."
+        a, b = ([rle(i.mask) for i in found] for found in self.found)
+        return np.asarray(coco.iou(a, b, [0] * len(b))).reshape(len(a), len(b))
+
     def at(self, thresholds: tuple[float, float]) -> tuple[list[Instance], list[Instance]]:
         "The instances whose scores are above each model's threshold."
         return tuple([i for i in found if i.score > t] for found, t in zip(self.found, thresholds))
@@ -427,7 +436,7 @@ class ConceptDisagreement:
     def matched(self, thresholds: tuple[float, float] = (0.5, 0.5)) -> Matching:
         "Which of them are the same: an IoU above one half, as many as can be."
         a, b = self.at(thresholds)
-        iou = np.array([[overlap(x.mask, y.mask) for y in b] for x in a]).reshape(len(a), len(b))
+        iou = self.ious[:len(a), :len(b)]  # thresholds cut sorted lists
         pairs = [(int(i), int(j)) for i, j in zip(*linear_sum_assignment(-iou)) if iou[i, j] > 0.5]
         rest = lambda n, taken: [k for k in range(n) if k not in taken]
         return Matching(pairs, rest(len(a), {i for i, _ in pairs}), rest(len(b), {j for _, j in pairs}))
@@ -458,9 +467,9 @@ def find(seen: Seen, phrase: str, exemplars: Sequence[Sequence[float]]  # [E, 4]
 # %% ../../nbs/60_disagreement.ipynb #d065
 @patch
 def concept(self: Pair, sample: ImageSample, phrase: str = "",
-         exemplars: Sequence[tuple[float, float, float, float]] = ()) -> ConceptDisagreement:
+            exemplars: Sequence[tuple[float, float, float, float]] = ()) -> ConceptDisagreement:
     "What both find of a concept. `ValueError` for none, and for a phrase that a model knows no word of."
-    if not phrase.strip() and not exemplars: 
+    if not phrase.strip() and not exemplars:
         raise ValueError("no concept yet: write a phrase or drag an exemplar's box")
     if phrase.strip():
         for model in self.models: check_phrase(model, phrase)
@@ -514,10 +523,12 @@ class Ranked(NamedTuple):
 
 @patch
 def _boxes(self: Pair, sample: ImageSample) -> np.ndarray:
-    "Boxes [N, 4], source px, of the marked instances; of those that the first model sees where nobody has marked any."
+    """Boxes [N, 4], source px, of the marked instances; of those that the teacher sees where nobody has marked any.
+    `ValueError` where there is no teacher either."""
     if len(sample.masks): return sample.boxes[~np.isnan(sample.boxes).any(1)]
-    first = self.see(sample)[0]
-    return boxes_of(propose(first.model, first.features, first.batch, 16)[0].numpy(force=True))
+    teacher = next((s for s in self.see(sample) if s.model.space == "teacher"), None)
+    if teacher is None: raise ValueError("nobody has marked instances here: choose a teacher, which finds them")
+    return boxes_of(propose(teacher.model, teacher.features, teacher.batch, 16)[0].numpy(force=True))
 
 
 @patch

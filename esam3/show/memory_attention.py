@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
+# %% ../../nbs/61_memory_attention.ipynb #c005e
 from ..core import Spaces, atomically, runs_folder, write_json
 from ..data.batches import ClipBatch, collate_clips
 from ..data.readers import Reader, Videos

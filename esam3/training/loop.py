@@ -373,7 +373,7 @@ def stop(self: Training, step: int) -> None:
 # %% ../../nbs/05_training.ipynb #c014p
 @patch
 def end(self: Training) -> dict[str, object]:
-    "All steps are done, or those of this session: the account."
+    "All steps are done, or as many as this call was given: the account."
     if self.log: self.log.close()
     if self.log_to: self.accelerator.end_training()
     self.accelerator.wait_for_everyone()

@@ -20,6 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+# %% ../../nbs/10_stage1.ipynb #c005e
 from ..core import Part, autocast, cache_dir, fingerprint, nearest
 from ..data.batches import ImageBatch, Steps, changed, collate_images, open_dataset, teacher_pixels
 from ..data.samples import BadSample, ImageSample

@@ -20,6 +20,7 @@ import torch
 from fastcore.basics import patch
 from torch import Generator, Tensor, nn
 
+# %% ../../nbs/20_stage2.ipynb #c005e
 from ..core import nearest
 from ..data.batches import ClipBatch, Steps, changed, collate_clips, open_dataset
 from ..data.samples import ClipSample

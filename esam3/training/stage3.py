@@ -22,6 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+# %% ../../nbs/30_stage3.ipynb #c005e
 from ..core import Part, onto
 from ..data.batches import (
     ClipBatch, ImageBatch, Steps, augment, collate_images, frame_batch, open_dataset, some_instances)
