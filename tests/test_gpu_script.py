@@ -92,6 +92,26 @@ def test_time_is_kept(gpu, report, tmp_path):
     assert [rows[k]["status"] for k in "ab"] == ["skipped for time", "ok"]
 
 
+def test_words_choose(gpu, table):
+    "By section or by name; what a chosen case builds on is taken as well done where it was not chosen."
+    sections = lambda *words: {c.name for s in gpu.chosen(gpu.Cases(gpu.Sizes(), Path("nowhere")).sections(), words)
+                               for c in s.cases}
+    assert sections("8 workers") == {"full size, stage 1, 8 workers", "full size, stage 2, 8 workers"}
+    assert sections("toy world") < sections("toy world", "compiled") < sections() and not sections("nothing")
+
+
+def test_answers_of_before_stay(gpu, report, tmp_path):
+    "Those that are, of the same machine and versions, where there is none this time."
+    said = lambda n: gpu.Case("a", lambda _: {"n": n})
+    assert report(said(1), gpu.Case("b", lambda _: {}, "c"))["b"]["status"] == "ok", "c was not chosen"
+    late = report(said(2), limit=10.0, begun=11.0)
+    assert late["a"]["n"] == 1 and late["b"]["status"] == "ok"
+    assert report(said(3))["a"]["n"] == 3
+    written = json.loads((tmp_path / "out.json").read_text())
+    (tmp_path / "out.json").write_text(json.dumps(written | {"torch": "another"}))
+    assert [*report(said(4))] == ["a"]
+
+
 def test_first_calls_are_told_apart(gpu, report):
     def work(phases) -> None:
         for seconds in (0.2, 0.01, 0.02): phases.noted("work", time.sleep)(seconds)
