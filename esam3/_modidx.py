@@ -1923,6 +1923,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'esam3.training.loop.fit': ('training.html#fit', 'esam3/training/loop.py'),
                                      'esam3.training.loop.for_training': ('training.html#for_training', 'esam3/training/loop.py'),
                                      'esam3.training.loop.in_ranks': ('training.html#in_ranks', 'esam3/training/loop.py'),
+                                     'esam3.training.loop.leave_autocast': ('training.html#leave_autocast', 'esam3/training/loop.py'),
                                      'esam3.training.loop.loader': ('training.html#loader', 'esam3/training/loop.py'),
                                      'esam3.training.loop.parameter_groups': ('training.html#parameter_groups', 'esam3/training/loop.py'),
                                      'esam3.training.loop.pick_workers': ('training.html#pick_workers', 'esam3/training/loop.py'),

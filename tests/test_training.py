@@ -68,6 +68,15 @@ def test_accumulated_micro_batches_are_one_step(tmp_path):
         twice.net.weight)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_an_interrupt_within_autocast_is_forgotten(precision, tmp_path):
+    "What it leaves open would keep the weights as they were: the next training is that of a fresh process."
+    fresh = train(tmp_path / "a", precision=precision)[0]
+    torch.autocast("cpu", torch.bfloat16).__enter__()
+    assert torch.equal(train(tmp_path / "b", precision=precision)[0].net.weight, fresh.net.weight)
+    assert [line["loss"] for line in lines(tmp_path / "a")] == [line["loss"] for line in lines(tmp_path / "b")]
+
+
 # ---- row 7: dropout follows its parent, drop path is off
 
 def test_perceivers_dropout_trains_with_it():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TRAINS', 'THAW', 'NEW_GROUPS', 'NOT_FINITE', 'select_trainable', 'train_mode', 'parameter_groups', 'Parts', 'Made',
-           'loader', 'pick_workers', 'Clock', 'Together', 'added', 'Training', 'fit', 'recomputed', 'for_training',
-           'in_ranks']
+           'loader', 'pick_workers', 'Clock', 'Together', 'added', 'leave_autocast', 'Training', 'fit', 'recomputed',
+           'for_training', 'in_ranks']
 
 # %% ../../nbs/05_training.ipynb #c003
 import json, math, os, re, socket, statistics, sys, time
@@ -248,10 +248,19 @@ def _tracker(name: str) -> str | None:
                          f"used); TensorBoard's is pip install tensorboard")
     return name or None
 
+# %% ../../nbs/05_training.ipynb #c01aW
+def leave_autocast(device: torch.device) -> None:
+    "Leave every autocast context that an interrupt has left open, and forget its casts of weights."
+    torch.autocast_increment_nesting()
+    while torch.autocast_decrement_nesting() > 0: pass
+    torch.clear_autocast_cache()
+    if torch.amp.is_autocast_available(device.type): torch.set_autocast_enabled(device.type, False)
+
 # %% ../../nbs/05_training.ipynb #c014A
 def _accelerator(task: nn.Module, folder: Path, precision: str, log_to: str) -> Accelerator:
     "Ranks, precision and trackers of a task, where it lies."
     device, steady = next(task.parameters()).device, getattr(task, "steady", False)
+    leave_autocast(device)
     AcceleratorState._reset_state()  # a process may train again in another precision
     return Accelerator(mixed_precision=pick_precision(device, precision), cpu=device.type == "cpu",
                        log_with=_tracker(log_to), project_dir=folder,
