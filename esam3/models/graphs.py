@@ -178,7 +178,7 @@ def map_places(model: EfficientSam3) -> Tensor:
 class MemoryEncode(Graph):
     "What is remembered of a frame."
     dynamic = {"masks": {0: "objects", 1: "height", 2: "width"}, "object_logits": {0: "objects"},
-               "prompted": {0: "objects"}}
+               "prompted": {0: "objects"}, "rounded": {0: "objects"}}
     outputs = ("memories",)
     strict = True
 
@@ -188,10 +188,11 @@ class MemoryEncode(Graph):
 
     def example(self) -> dict[str, Tensor]:
         return {"coarse": self.maps["coarse"], "masks": torch.randn(3, 20, 24), "object_logits": torch.randn(3),
-                "prompted": torch.tensor([True, False, True])}
+                "prompted": torch.tensor([True, False, True]), "rounded": torch.zeros(3, dtype=torch.bool)}
 
-    def forward(self, coarse: Tensor, masks: Tensor, object_logits: Tensor, prompted: Tensor) -> Tensor:
-        "Masks [N, h, w] gated logits, object logits [N], whether the frame is `prompted` [N]: memories [N, L, 64]."
+    def forward(self, coarse: Tensor, masks: Tensor, object_logits: Tensor, prompted: Tensor, rounded: Tensor) -> Tensor:
+        """Masks [N, h, w] gated logits, object logits [N], whether the frame is `prompted` [N], and whether the map is
+        `rounded` [N] to bfloat16 before it is compressed, as the library does for instances: memories [N, L, 64]."""
         t, side = self.model.tracker_model, self.model.image_size
         high = F.interpolate(masks[:, None], (side, side), mode="bilinear", align_corners=False)
         entered = torch.where(prompted[:, None, None, None], (high > 0).float(), high.sigmoid())
@@ -200,6 +201,7 @@ class MemoryEncode(Graph):
         if t.occlusion_spatial_embedding_parameter is not None:
             absent = (object_logits <= 0).float().view(-1, 1, 1, 1)
             maps = maps + absent * t.occlusion_spatial_embedding_parameter[..., None, None]
+        maps = torch.where(rounded[:, None, None, None], maps.bfloat16().float(), maps)
         return self.model.compress(maps, self.places.expand(masks.shape[0], -1, -1, -1))[0]
 
 # %% ../../nbs/50a_graphs.ipynb #g044

@@ -1,0 +1,7 @@
+"""An exported student on numpy and onnxruntime alone: images, prompts, concepts and video. Imports from no other floor."""
+
+# Written by hand.
+from .exported import Exported
+from .image import ImagePredictor
+
+__all__ = ["Exported", "ImagePredictor"]
