@@ -3,5 +3,6 @@
 # Written by hand.
 from .exported import Exported
 from .image import ImagePredictor
+from .video import VideoPredictor
 
-__all__ = ["Exported", "ImagePredictor"]
+__all__ = ["Exported", "ImagePredictor", "VideoPredictor"]
