@@ -18,7 +18,7 @@ import torch
 from onnx.external_data_helper import set_external_data
 
 # %% ../../nbs/50_export.ipynb #x006
-from ..core import atomically, versions, write_json
+from ..core import atomically, nearest, versions, write_json
 from .concept_video import of_one_image
 from .graphs import GRAPHS, Graph, MemoryRead, traceable
 from .predictor import check_phrase
@@ -146,18 +146,22 @@ def description(model: EfficientSam3, phrases: Sequence[str], objects: int, conc
 def export(model: EfficientSam3,
            out: str | Path,               # a new folder, or one that an export has made
            concepts: Sequence[str] = (),  # phrases of the concept bank
-           objects: int = 64, at_once: int = 16  # most objects of a video; most concepts in one pass
+           objects: int = 64, at_once: int = 16,  # most objects of a video; most concepts in one pass
+           graphs: Sequence[str] = (*GRAPHS,)     # which; images alone need the first four
            ) -> dict[str, Any]:           # what `model.json` holds
     """Write a student's graphs, weights and concept bank, and `model.json` that says how to use them.
 
-    `ValueError` for a teacher, for phrases as `concept_bank`, and where `out` is another folder that is not empty."""
+    `ValueError` for a teacher, for an unknown graph, for phrases as `concept_bank`, and where `out` is another folder that
+    is not empty."""
     out, model = Path(out), traceable(model)
+    for name in graphs:
+        if name not in GRAPHS: raise ValueError(nearest(name, GRAPHS, "graph"))
     if out.exists() and any(out.iterdir()) and not (out / "model.json").exists():
         raise ValueError(f"{out} holds other files: give a new folder")
     bank, said = concept_bank(model, concepts), description(model, concepts, objects, at_once)
     with atomically(out) as folder:
         folder.mkdir()
-        protos = {name: traced(graph(model)) for name, graph in GRAPHS.items()}
+        protos = {name: traced(GRAPHS[name](model)) for name in graphs}
         said["graphs"] = {name: {"file": f"{name}.onnx", "precision": "fp32", **signature(p)} for name, p in protos.items()}
         save_together(protos, folder)
         for name in protos: onnx.checker.check_model(folder / f"{name}.onnx", full_check=True)
