@@ -17,6 +17,7 @@ from esam3.models.export import export  # noqa: E402
 from esam3.models.predictor import ImagePredictor, VideoPredictor  # noqa: E402
 from esam3.models.quantise import quantise  # noqa: E402
 from esam3 import runtime  # noqa: E402
+from esam3.runtime import Exported  # noqa: E402
 
 WORDS = ["red circle", "square"]
 REFUSED = ("torch", "torchvision", "transformers", "timm", "scipy", "fastcore")
@@ -155,7 +156,8 @@ def test_fewer_bits_are_fewer_bytes(folder, clip, tmp_path):
     box = box_of(clip[1][0, 0])
     a, b = (runtime.ImagePredictor(f).set_image(clip[0][0]).predict(box=box)[0][0] for f in (folder, tmp_path / "w8"))
     assert (a & b).sum() / (a | b).sum() > 0.9
-    with pytest.raises(ValueError, match="int8 needs ranges of detect"): quantise(folder, tmp_path / "x", {"detect": "int8"})
+    with pytest.raises(ValueError, match="int8 needs ranges of detect"):
+        quantise(folder, tmp_path / "x", {"detect": "int8"})
 
 
 def test_a_teacher_is_not_exported(tmp_path):

@@ -59,7 +59,8 @@ class ImageEncode(Graph):
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         "Of `pixels` [1, 3, S, S]: three maps for the detector, three for the tracker, and `unread`."
         seen = self.model.encode(pixels)
-        return *seen.detector, *seen.tracker, seen.tracker[2] + self.model.tracker_model.no_memory_embedding.view(1, -1, 1, 1)
+        unread = seen.tracker[2] + self.model.tracker_model.no_memory_embedding.view(1, -1, 1, 1)
+        return *seen.detector, *seen.tracker, unread
 
 # %% ../../nbs/50a_graphs.ipynb #g021
 class ExemplarEncode(Graph):
@@ -102,7 +103,7 @@ class Detect(Graph):
 # %% ../../nbs/50a_graphs.ipynb #g031
 def all_masks(decoder: nn.Module, base: Tensor, places: Tensor, sparse: Tensor, dense: Tensor, fine: Tensor,
               middle: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The single mask and the three: logits [N, 4, 4g, 4g], predicted IoU [N, 4], object logit [N], tokens [N, 4, C]."""
+    "The single mask and the three: logits [N, 4, 4g, 4g], predicted IoU [N, 4], object logit [N], tokens [N, 4, C]."
     kept, choose = [], decoder._dynamic_multimask_via_stability
     watch = decoder.transformer.register_forward_hook(lambda module, given, out: kept.append(out[0]))
     decoder.__dict__["_dynamic_multimask_via_stability"] = lambda masks, iou: (masks, iou)
@@ -137,13 +138,14 @@ class PromptDecode(Graph):
 @patch
 def forward(self: PromptDecode, fine: Tensor, middle: Tensor, base: Tensor, points: Tensor, labels: Tensor,
             hints: Tensor, hinted: Tensor) -> tuple[Tensor, ...]:
-    """`base` [N, C, g, g]: `unread`, or a map that has read memory. Points [N, P, 2] px of the canvas and labels [N, P] (1,
-    0; 2 and 3 a box's corners; -1 no point), hints [N, 1, 4g, 4g] logits where `hinted` [N]. Masks [N, 4, 4g, 4g], predicted
-    IoU [N, 4], object logits [N], pointers [N, 4, C]; row 0 is the single mask."""
+    """`base` [N, C, g, g]: `unread`, or a map that has read memory. Points [N, P, 2] px of the canvas and labels [N,
+    P] (1, 0; 2 and 3 a box's corners; -1 no point), hints [N, 1, 4g, 4g] logits where `hinted` [N]. Masks [N, 4, 4g,
+    4g], predicted IoU [N, 4], object logits [N], pointers [N, 4, C]; row 0 is the single mask."""
     t, each = self.model.tracker_model, lambda m: m.expand(base.shape[0], -1, -1, -1)
     sparse, plain = t.prompt_encoder((points - 0.5)[:, None], labels[:, None], input_boxes=None, input_masks=None)
     dense = torch.where(hinted[:, None, None, None], t.prompt_encoder.mask_embed(hints), plain)
-    masks, iou, score, tokens = all_masks(t.mask_decoder, base, each(self.places), sparse, dense, each(fine), each(middle))
+    masks, iou, score, tokens = all_masks(t.mask_decoder, base, each(self.places), sparse, dense, each(fine),
+                                          each(middle))
     pointers = torch.where((score > 0)[:, None, None], t.object_pointer_proj(tokens), t.no_object_pointer)
     return masks, iou, score, pointers
 
@@ -160,8 +162,9 @@ class MaskInit(PromptDecode):
         "Masks [N, 1, S, S] in {0, 1}: logits [N, 4g, 4g], object logits [N], pointers [N, C]."
         t, n, low = self.model.tracker_model, masks.shape[0], [4 * self.model.grid] * 2
         none = masks.new_zeros(n, 1, 2), masks.new_full((n, 1), -1).int()
-        _, iou, _, pointers = super().forward(fine, middle, coarse.expand(n, -1, -1, -1), *none, t.mask_downsample(masks),
-                                              torch.ones_like(masks[:, 0, 0, 0], dtype=torch.bool))
+        hinted = torch.ones_like(masks[:, 0, 0, 0], dtype=torch.bool)
+        _, iou, _, pointers = super().forward(fine, middle, coarse.expand(n, -1, -1, -1), *none,
+                                              t.mask_downsample(masks), hinted)
         best = iou[:, 1:].argmax(1)[:, None, None].expand(-1, 1, pointers.shape[-1])
         there = (masks > 0).flatten(1).any(1)
         pointer = torch.where(there[:, None], pointers[:, 1:].gather(1, best)[:, 0], t.no_object_pointer)
@@ -190,7 +193,8 @@ class MemoryEncode(Graph):
         return {"coarse": self.maps["coarse"], "masks": torch.randn(3, 20, 24), "object_logits": torch.randn(3),
                 "prompted": torch.tensor([True, False, True]), "rounded": torch.zeros(3, dtype=torch.bool)}
 
-    def forward(self, coarse: Tensor, masks: Tensor, object_logits: Tensor, prompted: Tensor, rounded: Tensor) -> Tensor:
+    def forward(self, coarse: Tensor, masks: Tensor, object_logits: Tensor, prompted: Tensor,
+                rounded: Tensor) -> Tensor:
         """Masks [N, h, w] gated logits, object logits [N], whether the frame is `prompted` [N], and whether the map is
         `rounded` [N] to bfloat16 before it is compressed, as the library does for instances: memories [N, L, 64]."""
         t, side = self.model.tracker_model, self.model.image_size
@@ -210,14 +214,15 @@ ABSENT = -1e4  # of a logit: exp of it is 0, in float16, too
 
 class MemoryRead(Graph):
     "The coarse map of one image after N objects have read their banks."
-    dynamic = {name: {0: "objects", 1: many} for many, names in (
-        ("memories", "memories slots remembered"), ("pointers", "pointers distances pointed")) for name in names.split()}
+    dynamic = {**{k: {0: "objects", 1: "memories"} for k in ("memories", "slots", "remembered")},
+               **{k: {0: "objects", 1: "pointers"} for k in ("pointers", "distances", "pointed")}}
     outputs = ("read",)
 
     def example(self) -> dict[str, Tensor]:
         m, n, often = self.model, 3, 4
         yes = lambda k: torch.ones(n, k, dtype=torch.bool)
-        return {"coarse": self.maps["coarse"], "memories": torch.randn(n, often, len(self.places), m.tracker_model.mem_dim),
+        tokens = len(self.places), m.tracker_model.mem_dim
+        return {"coarse": self.maps["coarse"], "memories": torch.randn(n, often, *tokens),
                 "slots": torch.arange(often).repeat(n, 1), "remembered": yes(often),
                 "pointers": torch.randn(n, 5, m.hidden), "distances": torch.rand(n, 5), "pointed": yes(5)}
 
@@ -252,8 +257,8 @@ def tokens_of(self: MemoryRead, memories: Tensor, slots: Tensor, pointers: Tenso
 @patch
 def forward(self: MemoryRead, coarse: Tensor, memories: Tensor, slots: Tensor, remembered: Tensor, pointers: Tensor,
             distances: Tensor, pointed: Tensor) -> Tensor:
-    """Memories [N, M, L, 64] with slots [N, M] (0 prompted, k: k frames ago) where `remembered` [N, M]; pointers [N, P, C]
-    with distances [N, P] (frames over span - 1) where `pointed` [N, P]. Maps [N, C, g, g]."""
+    """Memories [N, M, L, 64] with slots [N, M] (0 prompted, k: k frames ago) where `remembered` [N, M]; pointers [N,
+    P, C] with distances [N, P] (frames over span - 1) where `pointed` [N, P]. Maps [N, C, g, g]."""
     (n, m, length, width), attention = memories.shape, self.model.tracker_model.memory_attention
     tokens, pos = self.tokens_of(memories, slots, pointers, distances)
     rest = tokens.shape[1] - m * length  # tokens of pointers: they stand nowhere

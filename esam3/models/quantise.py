@@ -6,7 +6,7 @@
 __all__ = ['WAYS', 'narrowed', 'Recorded', 'Calls', 'quantised', 'quantise']
 
 # %% ../../nbs/50b_quantise.ipynb #z003
-import json, tempfile
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
 from ..core import atomically, nearest, write_json
-from .export import OPSET, save_together
+from .export import save_together
 from ..runtime.exported import Exported, read_description
 
 # %% ../../nbs/50b_quantise.ipynb #z011
@@ -29,14 +29,14 @@ def narrowed(proto: onnx.ModelProto, way: str,  # "fp16" or "w8"
     for tensor in proto.graph.initializer:
         value = numpy_helper.to_array(tensor)
         small = value.dtype != np.float32 or value.nbytes < least or (way == "w8" and value.ndim < 2)
-        parts, node = ([tensor], []) if small else _as_half(tensor.name, value) if way == "fp16" else _as_bytes(tensor.name, value)
+        parts, node = ([tensor], []) if small else _NARROW[way](tensor.name, value)
         kept += parts; nodes += node
     old = [*proto.graph.node]
     del proto.graph.initializer[:], proto.graph.node[:]
     proto.graph.initializer.extend(kept); proto.graph.node.extend([*nodes, *old])
     return proto
 
-
+# %% ../../nbs/50b_quantise.ipynb #z011b
 def _as_half(name: str, value: np.ndarray) -> tuple[list, list]:
     "A weight in float16, and the node that widens it."
     return [numpy_helper.from_array(value.astype(np.float16), f"{name}.half")], [
@@ -44,7 +44,7 @@ def _as_half(name: str, value: np.ndarray) -> tuple[list, list]:
 
 
 def _as_bytes(name: str, value: np.ndarray) -> tuple[list, list]:
-    "A weight in int8 with a scale for each row of its last axis or first, whichever errs less, and the node that widens it."
+    "A weight in int8, with scales along its first or last axis, whichever errs less, and the node that widens it."
     ways = []
     for axis in (0, value.ndim - 1):
         others = tuple(k for k in range(value.ndim) if k != axis)
@@ -54,6 +54,9 @@ def _as_bytes(name: str, value: np.ndarray) -> tuple[list, list]:
     _, axis, small, scale = min(ways, key=lambda w: w[0])
     return [numpy_helper.from_array(small, f"{name}.small"), numpy_helper.from_array(scale, f"{name}.scale")], [
         helper.make_node("DequantizeLinear", [f"{name}.small", f"{name}.scale"], [name], axis=axis)]
+
+
+_NARROW = {"fp16": _as_half, "w8": _as_bytes}
 
 # %% ../../nbs/50b_quantise.ipynb #z021
 class Recorded(Exported):
@@ -112,7 +115,7 @@ def quantise(folder: str | Path, out: str | Path,  # an exported student; a new 
         write_json(place / "model.json", said)
     return chosen
 
-
+# %% ../../nbs/50b_quantise.ipynb #z041b
 def _in_way(file: Path, way: str, calls: Sequence | None) -> onnx.ModelProto:
     "A graph in one of `WAYS`."
     if way == "int8": return quantised(file, calls)

@@ -27,7 +27,8 @@ def as_pixels(image: Any) -> np.ndarray:
         except OSError as e: raise ValueError(f"{image}: not a readable image ({type(e).__name__})") from e
     if isinstance(image, Image.Image): return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     if not isinstance(image, np.ndarray) or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise ValueError(f"{getattr(image, 'shape', type(image).__name__)} is no image: give [height, width, 3], in RGB")
+        what = getattr(image, "shape", type(image).__name__)
+        raise ValueError(f"{what} is no image: give [height, width, 3], in RGB")
     if image.dtype == np.uint8: return image
     if not np.issubdtype(image.dtype, np.floating) or not (np.nan_to_num(image, nan=-1) >= 0).all() or image.max() > 1:
         raise ValueError(f"an image of {image.dtype} that is not in 0…1: give uint8, or float in 0…1")
@@ -60,8 +61,8 @@ def given_points(points: Any, labels: Any, size: tuple[int, int]) -> tuple[np.nd
     inside(xy, size, "the point")
     kinds = np.ones(xy.shape[:2], int) if labels is None else np.asarray(labels).reshape(-1)
     if kinds.size != xy[..., 0].size or not np.isin(kinds, (0, 1)).all():
-        raise ValueError(f"labels {np.asarray(labels).tolist()} for {xy[..., 0].size} point(s): give one for each, 1 on "
-                         "the object and 0 beside it")
+        raise ValueError(f"labels {np.asarray(labels).tolist()} for {xy[..., 0].size} point(s): give one for each, 1 "
+                         "on the object and 0 beside it")
     return xy, kinds.reshape(xy.shape[:2]).astype(int), several
 
 
@@ -89,10 +90,12 @@ def given_masks(mask: Any, size: tuple[int, int], low: int) -> tuple[np.ndarray,
     "Masks [N, H, W] bool, or logits [N, low, low] float, and whether there was an axis N."
     m = np.asarray(mask)
     logits = np.issubdtype(m.dtype, np.floating) and m.shape[-2:] == (low, low)
-    if m.ndim not in (2, 3) or not (logits or m.shape[-2:] == tuple(size)) or not (logits or set(np.unique(m)) <= {0, 1}):
+    binary = m.shape[-2:] == tuple(size) and {*np.unique(m).tolist()} <= {0, 1}
+    if m.ndim not in (2, 3) or not (logits or binary):
         raise ValueError(f"a mask of shape {m.shape} and {m.dtype}: give bool {[*size]} like the image, or the logits "
                          f"[{low}, {low}] of an earlier answer")
-    if logits and not np.isfinite(m).all(): raise ValueError("logits that are NaN or infinite: give an earlier answer's")
+    if logits and not np.isfinite(m).all():
+        raise ValueError("logits that are NaN or infinite: give an earlier answer's")
     several, m = m.ndim == 3, m.reshape(-1, *m.shape[-2:])
     if not logits and not m.any((1, 2)).all(): raise ValueError("an empty mask shows no object: leave it out")
     return (m.astype(np.float32) if logits else m.astype(bool)), several
@@ -231,8 +234,8 @@ def exemplar_boxes(shown: Any, size: tuple[int, int]  # boxes or bool masks, or 
     boxes = boxes_of(given_masks(shown, size, -1)[0]) if shown.dtype == bool else given_boxes(shown, size)[0]
     labels = np.ones(len(boxes), int) if labels is None else np.asarray(labels, int).reshape(-1)
     if len(labels) != len(boxes) or not np.isin(labels, (0, 1)).all() or not labels.any():
-        raise ValueError(f"labels {labels.tolist()} for {len(boxes)} exemplar(s): 1 for those like the concept, at least "
-                         "one, 0 for those unlike it")
+        raise ValueError(f"labels {labels.tolist()} for {len(boxes)} exemplar(s): 1 for those like the concept, at "
+                         "least one, 0 for those unlike it")
     return boxes, labels
 
 
@@ -292,17 +295,19 @@ def predict_text(self: ImagePredictor, phrases: str | Sequence[str] | None = Non
     out = []
     for i in images:
         seen, canvas = self.seen[i]
-        found = detect(self.student, seen, [concept_tokens(self.student, p, seen, canvas, shown) for p in phrases or [None]])
+        asked = [concept_tokens(self.student, p, seen, canvas, shown) for p in phrases or [None]]
+        found = detect(self.student, seen, asked)
         for n, p in enumerate(phrases or ["exemplar"]): out += _instances(found, n, canvas, threshold, p, i)
     return out
 
 
-def _instances(found: dict[str, np.ndarray], n: int, canvas: Canvas, least: float, name: str, image: int) -> list[Instance]:
+ImagePredictor.predict_text = predict_text
+
+# %% ../../nbs/52a_runtime_prompts.ipynb #q047b
+def _instances(found: dict[str, np.ndarray], n: int, canvas: Canvas, least: float, name: str,
+               image: int) -> list[Instance]:
     "Instances of concept n above `least`, best first; none overlaps a better one by an IoU above 0.5."
     sure = found["scores"][n] > least
     masks, scores = canvas.to_source(found["masks"][n, sure]) > 0, found["scores"][n, sure]
     return [Instance(masks[k], boxes_of(masks[k:k + 1])[0], float(scores[k]), float(found["presence"][n]), name, image)
             for k in nms(mask_iou(masks, masks), scores, 0.5) if masks[k].any()]
-
-
-ImagePredictor.predict_text = predict_text

@@ -10,7 +10,6 @@ __all__ = ['runs_of', 'areas', 'mended', 'Known', 'tidy', 'Found', 'detections',
 # %% ../../nbs/52c_runtime_instances.ipynb #i003
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,7 +102,8 @@ class Found(NamedTuple):
 
 def detections(student: Exported, seen: Mapping[str, np.ndarray], concepts: Mapping[int, Any]) -> Found:
     "Candidates above the detection threshold, after mask NMS within each concept of `concepts` (number → tokens)."
-    least, overlap, low = *(student.said["rules"][k] for k in ("score_threshold_detection", "det_nms_thresh")), 4 * student.grid
+    least, overlap = (student.said["rules"][k] for k in ("score_threshold_detection", "det_nms_thresh"))
+    low = 4 * student.grid
     if not concepts: return Found(np.zeros((0, low, low), np.float32), np.zeros(0, np.float32), [])
     found, kept, of = detect(student, seen, [*concepts.values()]), [], []
     for n, number in enumerate(concepts):
@@ -123,7 +123,8 @@ class Matched(NamedTuple):
     hidden: list[int]            # instances without a pixel
 
 
-def matched(rules: Mapping[str, Any], found: Found, masks: np.ndarray, ids: Sequence[int], of: Sequence[int]) -> Matched:
+def matched(rules: Mapping[str, Any], found: Found, masks: np.ndarray, ids: Sequence[int],
+            of: Sequence[int]) -> Matched:
     "Match detections with tracked masks [N, h, w] of instances `ids`, within their concepts `of`."
     if not len(masks): return Matched([*range(len(found.masks))], [], {}, {}, [])
     there, pick = (masks > 0).any((1, 2)), lambda rows: [int(ids[i]) for i in np.flatnonzero(rows)]
@@ -215,7 +216,8 @@ def follow(student: Exported, known: Known, frame: int, seen: Mapping[str, np.nd
     return Frame(raw, mended(raw, rules["fill_hole_area"]), out.object_logits)
 
 # %% ../../nbs/52c_runtime_instances.ipynb #i062
-def confirmed(known: Known, frame: int, rules: Mapping[str, Any], m: Matched, found: Found, now: Frame) -> dict[int, np.ndarray]:
+def confirmed(known: Known, frame: int, rules: Mapping[str, Any], m: Matched, found: Found,
+              now: Frame) -> dict[int, np.ndarray]:
     "Instances that a sure detection confirms on this frame, which becomes a conditioning one: masks by their place."
     every = rules["recondition_every_nth_frame"]
     if not (every > 0 and frame % every == 0): return {}

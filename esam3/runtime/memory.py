@@ -7,13 +7,13 @@ __all__ = ['MANY', 'Memory', 'Bank', 'History', 'bank', 'evicted', 'keep', 'padd
            'Step', 'tracked', 'track', 'prompted', 'taken', 'begun']
 
 # %% ../../nbs/52b_runtime_memory.ipynb #m003
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 
-from .exported import Canvas, Exported, resized
+from .exported import Canvas, Exported
 from .image import CERTAIN, Answer, Given, as_hints, decode, repeated
 
 # %% ../../nbs/52b_runtime_memory.ipynb #m011
@@ -30,7 +30,7 @@ class Bank:
     memories: list[tuple[int, np.ndarray]]  # slot (0: prompted, k: k frames ago) and tokens [L, 64]
     pointers: list[tuple[int, np.ndarray]]  # distance in frames and pointer [C]
 
-
+# %% ../../nbs/52b_runtime_memory.ipynb #m011h
 @dataclass
 class History:
     "What a tracker keeps of the frames that it has seen, for one object; `layout` is `bank` of `model.json`."
@@ -57,7 +57,8 @@ def bank(self: History, frame: int) -> Bank:
     memories = [(0, self.prompted[t].tokens) for t in chosen]
     memories += [(k, recent[frame - k].tokens) for k in ago if frame - k in recent]
     pointers = [(frame - t, m.pointer) for t, m in self.prompted.items() if t <= frame]
-    pointers += [(k, self.tracked[frame - k].pointer) for k in range(1, self.layout["most"]) if frame - k in self.tracked]
+    near = (k for k in range(1, self.layout["most"]) if frame - k in self.tracked)
+    pointers += [(k, self.tracked[frame - k].pointer) for k in near]
     return Bank(memories, pointers)
 
 
@@ -153,8 +154,8 @@ def track(student: Exported, seen: Mapping[str, np.ndarray], banks: Sequence[Ban
 def prompted(student: Exported, seen: Mapping[str, np.ndarray], canvas: Canvas, prompts: Given,
              bank: Bank | None = None  # of the one object that is corrected, and has memories
              ) -> Step:
-    """N objects with prompts on a frame. A mask alone is the answer; beside points it is a hint. A correction is decoded
-    from what the object's memory says."""
+    """N objects with prompts on a frame. A mask alone is the answer; beside points it is a hint. A correction is
+    decoded from what the object's memory says."""
     n, count = prompts.labels.shape
     if prompts.masks is not None and not count and bank is None: return taken(student, seen, canvas, prompts.masks)
     base = repeated(seen["unread"], n) if bank is None else read(student, seen, [bank])
@@ -172,7 +173,8 @@ def taken(student: Exported, seen: Mapping[str, np.ndarray], canvas: Canvas, mas
     return Step(np.where((object_logits > 0)[:, None, None], logits, np.float32(-1024)), object_logits, kept)
 
 
-def begun(student: Exported, seen: Mapping[str, np.ndarray], sure: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def begun(student: Exported, seen: Mapping[str, np.ndarray],
+          sure: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Logits [N, 4g, 4g], object logits [N] and pointers [N, C] of masks [N, S, S] in {0, 1}."
     maps = {k: seen[k] for k in ("fine", "middle", "coarse")}
     out = student("mask_init", **maps, masks=sure[:, None])
