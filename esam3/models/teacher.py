@@ -712,18 +712,15 @@ def begin_reading(self: Sam3, features: Features, checkpoint: bool = False) -> F
     if features.started is not None: return features
     return replace(features, started=self._first_look(features.tracker[2], checkpoint))
 
-# %% ../../nbs/03_teacher.ipynb #c020r
+# %% ../../nbs/03_teacher.ipynb #c020t
 @patch
 @in_own_precision
-def recall(self: Sam3, features: Features, image_index: Tensor, bank: Bank) -> Tensor:
-    "The 1× maps of images `image_index` [N] after reading a bank: [N, C, g, g]."
-    t, coarse, started = self.tracker_model, features.tracker[2], features.started
-    if started is None and len(coarse) <= len(image_index): started = self._first_look(coarse)
-    if started is None: started = self._first_look(coarse.index_select(0, image_index))
-    else: started = started.index_select(0, image_index)
-    tokens = [m.tokens.to(coarse) for _, m in bank.memories]
-    slots = t.memory_temporal_positional_encoding
-    pos = [m.pos.to(coarse.device, torch.float32) + slots[k - 1, 0] for k, m in bank.memories]
+def bank_tokens(self: Sam3, bank: Bank, like: Tensor  # a map, for its device and type
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    "A bank as tokens [N, K, 64] with their positions [N, K, 64], places [K, 2] and bias [K]."
+    tokens = [m.tokens.to(like) for _, m in bank.memories]
+    slots = self.tracker_model.memory_temporal_positional_encoding
+    pos = [m.pos.to(like.device, torch.float32) + slots[k - 1, 0] for k, m in bank.memories]
     xy = [self.memory_xy()] * len(tokens)
     if bank.pointers:
         p, at = self._pointer_tokens(bank)
@@ -731,5 +728,24 @@ def recall(self: Sam3, features: Features, image_index: Tensor, bank: Bank) -> T
     tokens, bias = torch.cat(tokens, 1), self.memory_bias()
     if bias is not None:
         bias = F.pad(bias.repeat(len(bank.memories)), (0, tokens.shape[1] - len(bias) * len(bank.memories)))
-    out = read_on(t.memory_attention, started, tokens, torch.cat(pos, 1), torch.cat(xy), bias)
+    return tokens, torch.cat(pos, 1), torch.cat(xy), bias
+
+# %% ../../nbs/03_teacher.ipynb #c020r
+@patch
+@in_own_precision
+def read_tokens(self: Sam3, features: Features, image_index: Tensor, tokens: Tensor, pos: Tensor, xy: Tensor,
+                bias: Tensor | None = None) -> Tensor:
+    "The 1× maps of images `image_index` [N] after reading tokens of `bank_tokens`: [N, C, g, g]."
+    coarse, started = features.tracker[2], features.started
+    if started is None and len(coarse) <= len(image_index): started = self._first_look(coarse)
+    if started is None: started = self._first_look(coarse.index_select(0, image_index))
+    else: started = started.index_select(0, image_index)
+    out = read_on(self.tracker_model.memory_attention, started, tokens, pos, xy, bias)
     return out.transpose(1, 2).unflatten(2, coarse.shape[-2:])
+
+
+@patch
+@in_own_precision
+def recall(self: Sam3, features: Features, image_index: Tensor, bank: Bank) -> Tensor:
+    "The 1× maps of images `image_index` [N] after reading a bank: [N, C, g, g]."
+    return self.read_tokens(features, image_index, *self.bank_tokens(bank, features.tracker[2]))
