@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PREDICT', 'TOY', 'RUN', 'numbers', 'a_box', 'a_point', 'forms_of', 'parser', 'check_prompts', 'found_in', 'images_of',
            'said', 'predict_images', 'start_video', 'rate_of', 'with_images', 'predict_video', 'note_of', 'run_predict',
-           'run_evaluate', 'main']
+           'run_evaluate', 'run_demo', 'main']
 
 # %% ../../nbs/53_command_line.ipynb #c003
 import argparse, io, sys, textwrap
@@ -69,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
     e.add_argument("--limit", type=int, default=0, help="samples of each kind; 0: all")
     e.add_argument("--runs", default="runs", help="where predictions and the table go (runs)")
     commands.add_parser("doctor", help="what this machine has, what is missing, and what brings it")
+    d = commands.add_parser("demo", help="a page to try a model on (extra [demo])")
+    d.add_argument("--model", default=TOY_STUDENT)
     return p
 
 # %% ../../nbs/53_command_line.ipynb #c009
@@ -208,7 +210,7 @@ def predict_video(model: Any, given: argparse.Namespace) -> int:
 
 # %% ../../nbs/53_command_line.ipynb #c020
 TOY = ("the toy models know discs, rings, squares, triangles and stars on textured grounds, and nothing else: on other images "
-       "their answers are an exercise, not a finding; --model facebook/sam3, or a student of it, knows the world")
+       "their answers are an exercise, not a finding; facebook/sam3 or a student of it knows the world")
 
 
 def note_of(name: str, model: Any) -> str:
@@ -237,7 +239,14 @@ def run_evaluate(given: argparse.Namespace) -> int:
     return 0
 
 
-RUN = {"predict": run_predict, "evaluate": run_evaluate, "doctor": lambda _: doctor()}
+def run_demo(given: argparse.Namespace) -> int:
+    "`esam3 demo`: a page on this machine until Ctrl-C."
+    from esam3.use.demo import page  # needs Gradio
+    page(given.model).launch()
+    return 0
+
+
+RUN = {"predict": run_predict, "evaluate": run_evaluate, "doctor": lambda _: doctor(), "demo": run_demo}
 
 
 def main(words: Sequence[str] | None = None) -> int:
