@@ -49,7 +49,7 @@ def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> np.ndarr
     """[H, W, 3] uint8, RGB, upright, of a file, a `PIL` image, an array [H, W, 3] or a tensor [3, H, W] (uint8, or float
     in 0…1). `BadSample` for anything else, and for pixels that are no numbers."""
     if isinstance(image, str | Path): return read_image(Path(image))
-    if isinstance(image, Image.Image): return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if isinstance(image, Image.Image): return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, Tensor): image = image.detach().movedim(0, -1).numpy(force=True)
     if not isinstance(image, np.ndarray):
         raise BadSample(f"{type(image).__name__} is no image: give a path, a PIL image, an array or a tensor")
