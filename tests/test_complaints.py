@@ -87,11 +87,12 @@ def test_the_best_candidates_score(name, models, reader):
 
 
 def test_false_accepts_are_counted_by_kind(monkeypatch):
-    scores = np.array([[0.9, 0.9], [0.6, 0.7], [0.2, 0.8], [0.1, 0.3]])
+    scores = np.array([[0.9, 0.9], [0.6, 0.7], [0.2, 0.8], [0.1, 0.3], [0.4, 0.8]])
     monkeypatch.setattr(concept_scores, "top_scores", lambda *_: scores)
-    phrases = [Phrase("a", (0,)), Phrase("b", (), "shape"), Phrase("c", (), "shape"), Phrase("d", ())]
+    phrases = [Phrase("a", (0,)), Phrase("b", (), "shape"), Phrase("c", (), "shape"), Phrase("d", ()),
+               Phrase("e", (0,))]
     sample = ImageSample("x", np.zeros((8, 8, 3), np.uint8), np.ones((1, 8, 8), bool), phrases)
-    assert accept_rates(None, [sample]) == {"there": 1.0, "absent": pytest.approx(1 / 3), "no_presence_there": 1.0,
+    assert accept_rates(None, [sample]) == {"there": 0.5, "absent": pytest.approx(1 / 3), "no_presence_there": 1.0,
                                             "no_presence_absent": pytest.approx(2 / 3), "absent_shape": 0.5,
                                             "absent_easy": 0.0}
     assert accept_rates(None, [sample], 0.15)["absent"] == pytest.approx(2 / 3)
