@@ -37,8 +37,8 @@ def project_files() -> list[Path]:
 
 FLOORS = ("core", "schedules", "data", "models", "evaluation", "training", "show")  # from below
 # other names of modules
-DOORS = {"teacher": "models", "student": "models", "perceiver": "models", "samples": "data", "evaluate": "evaluation",
-         "metrics": "evaluation", "disagreement": "show"}
+DOORS = {"teacher": "models", "student": "models", "perceiver": "models", "predictor": "models", "samples": "data",
+         "evaluate": "evaluation", "metrics": "evaluation", "disagreement": "show"}
 
 
 def modules() -> list[Path]:
@@ -83,6 +83,7 @@ def test_names_import_from_where_they_are_promised():
     for place, names in {"core": "VARIANTS", "teacher": "load_teacher", "student": "EfficientSam3 build_student",
                          "perceiver": "SpatialPerceiver", "samples": "Video BadSample",
                          "data": "load_recipe open_dataset", "evaluate": "evaluate", "disagreement": "disagreement",
+                         "predictor": "ImagePredictor VideoPredictor",
                          "metrics": "davis ytvos pcs_image pcs_video prompt_miou"}.items():
         for name in names.split(): assert getattr(importlib.import_module(f"esam3.{place}"), name)
 

@@ -29,7 +29,7 @@ from ..data.samples import ImageSample, Phrase, boxes_of, rle_area
 from .heldout import in_parts
 from .metrics import (  # chapter 4's definitions
     cgf1, pcs_image, pcs_video, region_similarity, unit_counts)
-from ..models.concept_video import Kernels, follow_concepts, meaning
+from ..models.concept_video import confident, follow_concepts, meaning
 from ..models.teacher import Concepts, Detections, Sam3, keep_concepts
 from ..models.tracker import as_batch, look
 
@@ -38,14 +38,7 @@ def answers(model: Sam3, found: Detections, n: int, batch: ImageBatch, b: int, l
             overlap: float = 0.5) -> list[tuple[float, np.ndarray]]:
     """Scores (in 0…1, above `least`) and masks (bool, source px) of what is found for concept n in image b, best first;
     none overlaps a better one by an IoU above `overlap`."""
-    p = found.scores()[n]
-    sure = p > least
-    if not sure.any(): return []
-    masks = batch.spaces.to_source(found.masks[n, sure].float(), model.space, b) > 0
-    flat, p = masks.flatten(1).float(), p[sure]
-    both = flat @ flat.T
-    kept = Kernels.generic_nms(both / (flat.sum(1)[:, None] + flat.sum(1) - both).clamp(min=1), p, overlap)
-    return [(float(p[k]), masks[k].numpy(force=True)) for k in kept.tolist()]
+    return confident(model, found, n, batch.spaces, b, least, overlap)
 
 # %% ../../nbs/33_concept_scores.ipynb #c009
 SHOWN = ("", "own", "other", "crop")  # how a concept is shown: by its phrase, or an exemplar

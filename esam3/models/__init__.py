@@ -1,4 +1,4 @@
-"""Teacher and student and what they are made of: backbones, Perceiver, prompts, tracker. Imports from `data` and below."""
+"""Teacher and student and what they are made of: backbones, Perceiver, prompts, tracker, predictors. Imports from `data` and below."""
 
 # Written by hand; `lends` is of 00_core.
 from esam3.core import lends
@@ -8,4 +8,5 @@ __all__, __getattr__ = lends(__name__, {
     "student": "EfficientSam3 build_student",
     "perceiver": "SpatialPerceiver",
     "tracker": "track follow_video",
-    "concept_video": "follow_concepts"})
+    "concept_video": "follow_concepts",
+    "predictor": "ImagePredictor VideoPredictor"})
