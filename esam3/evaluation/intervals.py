@@ -96,13 +96,15 @@ def without_negatives(found: Added) -> Added:
 
 def added(folder: Path,            # of an evaluation, as `evaluate` leaves it
           kind: str, protocol: str) -> Added:
-    "What each sample adds to a protocol's scores. `ValueError` where the folder has none, or its score is no mean of them."
+    """What each sample adds to a protocol's scores. `ValueError` where the folder has none, or its score is no mean of
+    them."""
     place = Path(folder) / kind / protocol
     if not place.is_dir():
         there = sorted(f"{p.parent.name} {p.name}" for p in Path(folder).glob("*/*") if p.is_dir())
         raise ValueError(f"{folder}: {nearest(f'{kind} {protocol}', there, 'protocol')}")
     if kind == "images": return of_instances(place)
-    if kind in CONCEPTS: return CONCEPTS[kind](place) if protocol == "phrase" else without_negatives(CONCEPTS[kind](place))
+    if kind in CONCEPTS:
+        return CONCEPTS[kind](place) if protocol == "phrase" else without_negatives(CONCEPTS[kind](place))
     if protocol in BY_FRAME: return of_tracks(place)
     if "G" in json.loads((place / "scores.json").read_text()): raise ValueError(f"{place}: G is of categories, no mean")
     return of_sequences(place)
@@ -146,7 +148,8 @@ def paired_bootstrap(a: Added, b: Added, draws: int = 1000, seed: int = 42) -> d
     return {k: out[k] for k in first if k in out}
 
 # %% ../../nbs/48_intervals.ipynb #c022
-def differences(a: Path, b: Path, rows: Sequence[Mapping],  # of a's and b's folders; rows of either, for kinds and protocols
+# of a's and b's folders; rows of either, for kinds and protocols
+def differences(a: Path, b: Path, rows: Sequence[Mapping],
                 draws: int = 1000, seed: int = 42) -> list[dict[str, Any]]:
     "An interval for each score of each protocol that both have; a protocol that cannot be paired has the `reason`."
     out = []
@@ -162,8 +165,10 @@ def difference_table(found: Sequence[Mapping]) -> str:
     lines = ["| data | protocol | score | first | second | difference and its 95 % interval | |",
              "| --- | --- | --- | ---: | ---: | ---: | --- |"]
     for row in found:
-        if "reason" in row: lines.append(f"| {row['kind']} | {row['protocol']} | – | – | – | {row['reason']} | |"); continue
+        if "reason" in row:
+            lines.append(f"| {row['kind']} | {row['protocol']} | – | – | – | {row['reason']} | |"); continue
         i = row["interval"]
-        lines.append(f"| {row['kind']} | {row['protocol']} | {row['score']} | {100 * i.a:.1f} | {100 * i.b:.1f} | {i} | "
+        lines.append(f"| {row['kind']} | {row['protocol']} | {row['score']} | {100 * i.a:.1f} | {100 * i.b:.1f} | {i} "
+                     f"| "
                      f"{'' if i.decided else 'undecided'} |")
     return "\n".join(lines)

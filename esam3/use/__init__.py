@@ -4,4 +4,6 @@
 from esam3.core import lends
 
 __all__, __getattr__ = lends(__name__, {
-    "answers": "Answer overlay VideoAnswers"})
+    "answers": "Answer overlay VideoAnswers",
+    "demo": "Demo page to_space",
+    "sharing": "model_card push to_share"})
