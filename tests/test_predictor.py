@@ -567,9 +567,9 @@ if kind == "blinking":
     video = t.VideoPredictor(model, patience=20).start(t.blinking(clip[0], 10**9, on=30, off=30))
     for w in t.WORDS: video.add_concept(w)
 else: video = t.prompted(model, clip, int(kind))
-memory, seconds, last = {}, [], time.perf_counter()
+memory, seconds, last = {}, [], time.process_time()
 for n, _ in video.propagate():
-    now = time.perf_counter(); seconds.append(now - last); last = now
+    now = time.process_time(); seconds.append(now - last); last = now
     if n + 1 in (300, frames): gc.collect(); memory[n + 1] = rss()
     if n + 1 == frames: break
 print(json.dumps({"memory": memory, "seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
@@ -577,7 +577,7 @@ print(json.dumps({"memory": memory, "seconds": seconds, "peak": resource.getrusa
 
 
 def measured(root, kind: str, frames: int) -> dict:
-    "A stream in a process of its own: resident bytes, seconds of each frame, peak in KiB."
+    "A stream in a process of its own: resident bytes, CPU seconds of each frame, peak in KiB."
     place = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     run = subprocess.run([sys.executable, "-c", LONG, str(root / "tests"), kind, str(frames)], capture_output=True,
                          text=True, env=place)
