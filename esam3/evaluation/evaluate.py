@@ -39,6 +39,7 @@ from .costs import costs, load_model, model_label
 from .mask_metrics import (
     NEVER_SCORED, by_category, category_means, load_json, object_means, sequence_scores)
 from .metrics import pcs_image, pcs_video, prompt_miou
+from .peers import Peer
 from esam3.evaluation.predictions import (
     instances, masklet_answer, phrase_answers, prompt_answers, some_pairs, some_phrases, write_labels,
     write_objects)
@@ -417,15 +418,20 @@ def append_rows(path: Path, rows: Sequence[Mapping]) -> int:
     return len(new)
 
 # %% ../../nbs/40_evaluate.ipynb #c023t
+def _counted(row: Mapping) -> str:
+    "How many samples a row is of, and of how many it is not."
+    left = [f"{row[k]} {word}" for k, word in (("skipped", "skipped"), ("unscored", "not scored")) if row.get(k)]
+    return f"{row['samples']}" + (f" ({', '.join(left)})" if left else "")
+
+
 def as_table(rows: Sequence[Mapping], kind: str) -> str:
     "Markdown of the rows of one kind of data: scores × 100."
     rows = [r for r in rows if r["kind"] == kind]
     keys = list(dict.fromkeys(k for r in rows for k, v in r["scores"].items() if isinstance(v, float) and v == v))
-    lines = [f"| {kind} | protocol | " + " | ".join(keys) + " | samples | skipped | not scored |",
-             "| --- | --- |" + " ---: |" * (len(keys) + 3)]
+    lines = [f"| {kind} | protocol | {' | '.join(keys)} | samples |", "| --- | --- |" + " ---: |" * (len(keys) + 1)]
     per_cent = lambda v: "–" if v is None or v != v else f"{100 * v:.1f}"
     lines += [f"| {r['model']} | {r['protocol']} | " + " | ".join(per_cent(r["scores"].get(k)) for k in keys)
-              + f" | {r['samples']} | {r['skipped']} | {r.get('unscored', 0)} |" for r in rows]
+              + f" | {_counted(r)} |" for r in rows]
     return "\n".join(lines)
 
 # %% ../../nbs/40_evaluate.ipynb #c026
@@ -483,6 +489,18 @@ def _readers(recipe: Mapping, split: str, kinds: Sequence[str]) -> dict[str, Any
         raise ValueError(f"{recipe['name']}, {split}, {mixed[0]} is a mixture: evaluate its parts by their recipes")
     return readers
 
+# %% ../../nbs/40_evaluate.ipynb #c027pe
+def _answerable(net: Sam3 | Peer, model: str, wanted: Mapping[str, list[str]], named: bool) -> dict[str, list[str]]:
+    """The protocols that a model can answer. `ValueError` for one that was `named` and cannot be, and where none is
+    left."""
+    if not isinstance(net, Peer): return dict(wanted)
+    able = {kind: [n for n in names if n not in CONTROLS] for kind, names in wanted.items() if kind in net.kinds}
+    lost = sorted({n for names in wanted.values() for n in names} - {n for names in able.values() for n in names})
+    does = f"{model} answers {' and '.join(net.kinds)}"
+    if lost and (named or not any(able.values())): raise ValueError(f"{does}: not the protocols {', '.join(lost)}")
+    if left := sorted({*wanted} - {*able}): print(f"{does}; {', '.join(left)} are left out")
+    return able
+
 # %% ../../nbs/40_evaluate.ipynb #c027y
 def _run_name(folder: Path, label: str) -> str:
     "The name of the run in a folder; new where it has none."
@@ -518,13 +536,13 @@ def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split
     found = load_recipe(recipe)
     wanted = _wanted(found, split, protocols, frames)
     readers = _readers(found, split, [*wanted])
-    net = load_model(model).to(pick_device())
+    wanted = _answerable(net := load_model(model).to(pick_device()), model, wanted, bool(protocols.strip()))
     label = model_label(model, net)
     bounds = {"instances": instances, "frames": frames, "precision": pick_precision(net.device, precision)}
     settings = {"weights": label, "seed": seed, **{k: v for k, v in bounds.items() if v not in (0, "no")}}
     folder = open_run(runs_folder(runs), found["name"], label, f"evaluate-{split}", settings, resume)
     run, rows, why = _run_name(folder, label), [], []
-    for kind, names in wanted.items():
+    for kind, names in wanted.items():  # what is left out of a peer has no row
         gold = gold_readers(found, split) if kind == "concept_images" else ()
         task = Task(net, readers[kind], kind, folder / kind, seed, gold, options=found["splits"][split][kind], **bounds)
         for name, result in _results(task, names, limit):
@@ -665,13 +683,15 @@ def teacher_scores(teacher: Sam3, recipe: Mapping, wanted: Mapping[str, Sequence
 
 # %% ../../nbs/40_evaluate.ipynb #c033
 def cost_table(rows: Sequence[Mapping]) -> str:
-    "Markdown: latency in ms, parameters in millions, memory in MB, a line for each model."
-    by_model = {r["model"]: r for r in rows}
-    lines = ["| model | encode | decode | recall | detect | encoder | memory | decoder | text | total | peak MB |",
-             "| --- |" + " ---: |" * 10]
+    "Markdown: parameters in millions by part, GFLOPs, latency in ms, memory in MB; a line for each model."
+    by_model, parts = {r["model"]: r for r in rows}, ("encoder", "memory", "decoder", "text")
+    calls, works = ("encode", "decode", "recall", "detect", "frame"), ("box", "phrase", "video frame")
+    lines = [f"| model | M parameters: all ({', '.join(parts)}) | GFLOPs: {', '.join(works)} | ms: {', '.join(calls)} "
+             "| peak MB |", "| --- | ---: | ---: | ---: | ---: |"]
+    several = lambda of, names, scale, digits: ", ".join(f"{of[n] * scale:.{digits}f}" if n in of else "–"
+                                                         for n in names)
     for name, r in by_model.items():
-        times = [f"{1e3 * r['latency'][k]:.1f}" if k in r["latency"] else "–"
-                 for k in ("encode", "decode", "recall", "detect")]
-        sizes = [f"{r['params'][k] / 1e6:.2f}" for k in ("encoder", "memory", "decoder", "text", "total")]
-        lines.append("| " + " | ".join([name, *times, *sizes, f"{r['peak_memory'] / 1e6:.0f}"]) + " |")
+        sizes = f"{r['params']['total'] / 1e6:.2f} ({several(r['params'], parts, 1e-6, 2)})"
+        spent, times = several(r.get("gflops", {}), works, 1, 2), several(r["latency"], calls, 1e3, 1)
+        lines.append(f"| {name} | {sizes} | {spent} | {times} | {r['peak_memory'] / 1e6:.0f} |")
     return "\n".join(lines)

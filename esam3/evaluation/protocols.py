@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'CONTROLS', 'BY_FRAME', 'CLICKS', 'FOLLOWERS', 'Protocol', 'chosen_protocols', 'answer_images',
-           'FirstAnswer', 'FirstPrompt', 'follow', 'FrameScores', 'mean_rows', 'clip_scores']
+           'FirstAnswer', 'FirstPrompt', 'begin_following', 'follow', 'FrameScores', 'mean_rows', 'clip_scores']
 
 # %% ../../nbs/44_protocols.ipynb #c003
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from ..core import nearest
 from ..data.samples import ClipSample, ImageSample
 from .heldout import clicking, in_parts, opening
 from .mask_metrics import frame_scores
+from .peers import Peer, PeerFollower
 from ..models.teacher import NO_OBJECT, Features, MaskSet, Prompts, Sam3, gate
 from ..models.tracker import Follower, as_batch, look, use_multimask  # chapter 2's tracker, frame by frame
 
@@ -98,6 +99,15 @@ class FirstPrompt(Follower):
 FOLLOWERS: Mapping[str, Any] = {"full": Follower, "pointers": partial(Follower, maps=False), "copy": FirstAnswer,
                                 "none": FirstPrompt}
 
+# %% ../../nbs/44_protocols.ipynb #c017q
+def begin_following(model: Sam3 | Peer, memory: str,  # a key of `FOLLOWERS`
+                    frames: int, start: int            # of the clip; where the objects begin
+                    ) -> Follower | PeerFollower:
+    "What follows objects through a clip. `ValueError` for a control of a peer: they are of the five calls."
+    if not isinstance(model, Peer): return FOLLOWERS[memory](model)
+    if memory != "full": raise ValueError(f"the controls {', '.join(CONTROLS)} take apart a memory of ours: no peer's")
+    return PeerFollower(model, frames, start)
+
 # %% ../../nbs/44_protocols.ipynb #c019
 @torch.no_grad()
 def follow(model: Sam3, sample: ClipSample, wanted: Sequence[str],  # names in PROTOCOLS
@@ -115,7 +125,8 @@ def follow(model: Sam3, sample: ClipSample, wanted: Sequence[str],  # names in P
         for start, more, memory in groups if len(rows) else ():
             prompts = (opening(model, batch, start) if start == "mask"
                        else list(clicking(model, seen, batch, start, more, seed))[-1][0])
-            groups[start, more, memory].append((rows, FOLLOWERS[memory](model), prompts))
+            follower = begin_following(model, memory, len(sample.frames), t)
+            groups[start, more, memory].append((rows, follower, prompts))
         out = {way: np.full((len(first), *image.shape[:2]), NO_OBJECT, np.float32) for way in groups}
         for way, begun in groups.items():
             for rows, follower, prompts in begun:
