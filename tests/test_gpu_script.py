@@ -48,7 +48,7 @@ def table(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     "The cases by name, at toy size."
     monkeypatch.setenv("ESAM3_DATA", str(gpu.prepare()))
     few = "tracks: 2, frames: [4, 4], instances: 2, phrases: 2"
-    sizes = gpu.Sizes("toy", "toy", ("tiny",) * 3, few, "es-ev-s", ("es-rv-s",), micro=(1, 2), steps=2, workers=(1, 0),
+    sizes = gpu.Sizes("toy", "toy", "toy", ("tiny",) * 3, few, "es-ev-s", ("es-rv-s",), (1, 2), steps=2, workers=(1, 0),
                       objects=(1, 2), repeats=1, canvas=(128, 144), precisions=("bf16", "no"))
     def made(**more) -> dict:
         sections = gpu.Cases(replace(sizes, **more), tmp_path).sections()
@@ -157,11 +157,12 @@ def test_cases_on_the_cpu(report, table):
     "One of each kind; phases are timed anew in every case, and not where speed is measured."
     full = [f"full size, stage 1, {what}" for what in ("micro-batch 1", "micro-batch 2", "1 workers",
                                                        "host waits a step", "checkpoint_encoder")]
-    names = ("first use", "thin, stage 1, bf16", *full, "encode, es-rv-s, channels-last", "tracker step, es-ev-s")
+    names = ("first use", "thin, stage 1, bf16", *full, "encode, es-rv-s, channels-last", "tracker step, es-ev-s",
+             "predictors")
     cases = table()
     rows = report(*map(cases.get, names))
     assert ended(rows) == dict.fromkeys(names, "ok")
-    _, thin, one, two, waited, host, again, latency, follow = rows.values()
+    _, thin, one, two, waited, host, again, latency, follow, people = rows.values()
     assert thin["precision"] == "bf16" and len(thin["loss"]) == 2 and "miou_box" in thin["student"]
     assert {"load the teacher", "build the student", "backward", "step", "run scores"} <= {*thin["phases"]}
     for row, steps in ((thin, 2), (host, 3)):
@@ -169,7 +170,7 @@ def test_cases_on_the_cpu(report, table):
         assert "Stage1" in row["first_steps"]
     for row in (one, two, waited, again): assert "step" not in row.get("phases", {}) and row["a second"] > 0
     assert 0 <= waited["share of waiting"] <= 1 and len(host["of each"]) == 3 and host["a step"] == 0, "here is no GPU"
-    assert [*follow["ms"]] == ["1", "2"] and latency["ms"] > 0
+    assert [*follow["ms"]] == ["1", "2"] and latency["ms"] > 0 and people["masks"] > 20 and people["least"] == 1
     assert not hasattr(training._step, "__wrapped__"), "nothing stays patched"
 
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
-    EdgeTamConfig, EdgeTamModel, Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor, Sam2VideoProcessor, Sam2VideoVideoProcessor,
-    Sam3ImageProcessor, SamImageProcessor, SamProcessor)
+    EdgeTamConfig, EdgeTamModel, Sam2Config, Sam2ImageProcessor, Sam2Model, Sam2Processor, Sam2VideoProcessor,
+    Sam2VideoVideoProcessor, Sam3ImageProcessor, SamImageProcessor, SamProcessor)
 
 from esam3.data.batches import open_dataset
 from esam3.data.samples import ImageSample
+from esam3.evaluation.costs import measure
 from esam3.evaluation.evaluate import evaluate
 from esam3.evaluation.heldout import opening
 from esam3.evaluation.peers import PeerFollower, load_peer
@@ -80,7 +81,8 @@ def own_way(peer, clip, start: str) -> list[torch.Tensor]:
     session = session(video=video.pixel_values_videos[0], video_height=h, video_width=w, dtype=torch.float32)
     first = ImageSample(clip.name, clip.frames[0], clip.masks[:, 0])
     ids = [*range(len(first.masks))]
-    given = {"input_masks": [*torch.from_numpy(np.asarray(first.masks))]} if start == "mask" else prompts_of(first, start)
+    masks = {"input_masks": [*torch.from_numpy(np.asarray(first.masks))]}
+    given = masks if start == "mask" else prompts_of(first, start)
     processor.add_inputs_to_inference_session(session, 0, ids, **given)
     peer.net(session, frame_idx=0)
     return [out.pred_masks for out in peer.net.propagate_in_video_iterator(session)]
@@ -116,8 +118,9 @@ def test_phrases_as_the_peers_own_processor(samples):
         assert near(ours.masks[n], theirs.pred_masks[0]) and near(ours.logits[n], theirs.pred_logits[0])
 
 
-def test_a_peer_goes_through_the_evaluation(tmp_path, capsys):
+def test_a_peer_goes_through_the_evaluation(tmp_path, capsys, monkeypatch):
     "All that it can answer, with costs; the rest is left out and said, or refused where it was named."
+    monkeypatch.setattr("esam3.evaluation.evaluate.costs", measure)  # a process of its own takes ten seconds
     found = {name: evaluate(name, "tiny", runs=str(tmp_path), limit=1, repeats=1)[1]
              for name in ("random-sam", "random-edgetam", "random-lite-text")}
     kinds = {name: {r["kind"] for r in rows} for name, rows in found.items()}

@@ -35,7 +35,7 @@ def project_files() -> list[Path]:
     return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 
-FLOORS = ("runtime", "core", "schedules", "data", "models", "evaluation", "training", "show")  # from below
+FLOORS = ("runtime", "core", "schedules", "data", "models", "evaluation", "training", "show", "use")  # from below
 # other names of modules
 DOORS = {"teacher": "models", "student": "models", "perceiver": "models", "predictor": "models", "samples": "data",
          "evaluate": "evaluation", "metrics": "evaluation", "disagreement": "show"}

@@ -852,6 +852,30 @@ def _decode(self: Video, numbers: list[int]) -> np.ndarray:
         except (av.FFmpegError, OSError) as e: raise self._damaged(rest[0]) from e
     return out
 
+# %% ../../nbs/01a_samples.ipynb #c35w
+@patch
+def walk(self: Video, first: int = 0) -> Iterator[np.ndarray]:
+    "Frames `first`, `first` + 1 … [H, W, 3] uint8, decoded once. `BadSample` at the first that cannot be decoded."
+    index, n = self.index, first
+    try:
+        if index.clean:
+            number = {t: k for k, t in enumerate(index.times)}
+            decoded, key = index.key(first)
+            with _opened(self.path) as (box, stream):
+                for k, frame in _shown(_from(box, stream, decoded, index.times[key]), number, set()):
+                    if k < n: continue
+                    if k > n or frame.is_corrupt: raise LookupError(k)
+                    yield np.rot90(_pixels(frame, (frame.height, frame.width)), frame.rotation // 90 % 4)
+                    n += 1
+        else:
+            with closing(_numbered(self.path, index, first)) as frames:
+                for k, frame in frames:
+                    if k < n: continue
+                    yield np.rot90(_pixels(frame, index.size), index.turn)
+                    n += 1
+    except (av.FFmpegError, OSError, LookupError) as e: raise self._damaged(n) from e
+    if n < len(self): raise self._damaged(n)
+
 # %% ../../nbs/01a_samples.ipynb #c036
 def video_frames(path: str | Path,                       # an mp4 without annotation
                  indices: Sequence[int] | None = None,   # frame numbers; the first `max_frames` when missing

@@ -491,7 +491,8 @@ def _readers(recipe: Mapping, split: str, kinds: Sequence[str]) -> dict[str, Any
 
 # %% ../../nbs/40_evaluate.ipynb #c027pe
 def _answerable(net: Sam3 | Peer, model: str, wanted: Mapping[str, list[str]], named: bool) -> dict[str, list[str]]:
-    "The protocols that a model can answer. `ValueError` for one that was `named` and cannot be, and where none is left."
+    """The protocols that a model can answer. `ValueError` for one that was `named` and cannot be, and where none is
+    left."""
     if not isinstance(net, Peer): return dict(wanted)
     able = {kind: [n for n in names if n not in CONTROLS] for kind, names in wanted.items() if kind in net.kinds}
     lost = sorted({n for names in wanted.values() for n in names} - {n for names in able.values() for n in names})
@@ -535,8 +536,7 @@ def evaluate(model: str = "toy", recipe: str = "toy", protocols: str = "", split
     found = load_recipe(recipe)
     wanted = _wanted(found, split, protocols, frames)
     readers = _readers(found, split, [*wanted])
-    net = load_model(model).to(pick_device())
-    wanted = _answerable(net, model, wanted, bool(protocols.strip()))
+    wanted = _answerable(net := load_model(model).to(pick_device()), model, wanted, bool(protocols.strip()))
     label = model_label(model, net)
     bounds = {"instances": instances, "frames": frames, "precision": pick_precision(net.device, precision)}
     settings = {"weights": label, "seed": seed, **{k: v for k, v in bounds.items() if v not in (0, "no")}}
@@ -687,10 +687,11 @@ def cost_table(rows: Sequence[Mapping]) -> str:
     by_model, parts = {r["model"]: r for r in rows}, ("encoder", "memory", "decoder", "text")
     calls, works = ("encode", "decode", "recall", "detect", "frame"), ("box", "phrase", "video frame")
     lines = [f"| model | M parameters: all ({', '.join(parts)}) | GFLOPs: {', '.join(works)} | ms: {', '.join(calls)} "
-             "| peak MB |", "| --- | ---: | ---: | ---: | ---: |"]
-    several = lambda of, names, scale, digits: ", ".join(f"{of[n] * scale:.{digits}f}" if n in of else "–" for n in names)
+             "| form, threads | peak MB |", "| --- | ---: | ---: | ---: | --- | ---: |"]
+    several = lambda of, names, scale, digits: ", ".join(f"{of[n] * scale:.{digits}f}" if n in of else "–"
+                                                         for n in names)
     for name, r in by_model.items():
         sizes = f"{r['params']['total'] / 1e6:.2f} ({several(r['params'], parts, 1e-6, 2)})"
         spent, times = several(r.get("gflops", {}), works, 1, 2), several(r["latency"], calls, 1e3, 1)
-        lines.append(f"| {name} | {sizes} | {spent} | {times} | {r['peak_memory'] / 1e6:.0f} |")
+        lines.append(f"| {name} | {sizes} | {spent} | {times} | {r.get('form', 'as loaded')}, {r['threads']} | {r['peak_memory'] / 1e6:.0f} |")
     return "\n".join(lines)

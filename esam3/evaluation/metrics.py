@@ -213,8 +213,8 @@ def _video_counts(true: list[Masklet], pred: list[Masklet], video: dict,
 def video_units(gt_json: str | Path,   # SA-Co/VEval
                 pred_json: str | Path  # [{"video_id", "category_id", "score", "segmentations": [RLE or null, a frame]}]
                 ) -> dict[Any, tuple[list[np.ndarray], np.ndarray]]:
-    """What each video adds: `unit_counts` of its phrases, and the sum of their `hota_counts`. `ValueError` for files that
-    do not belong together."""
+    """What each video adds: `unit_counts` of its phrases, and the sum of their `hota_counts`. `ValueError` for files
+    that do not belong together."""
     gt = load_json(gt_json, "videos", "annotations", "video_np_pairs")
     found = records(pred_json, "video_id", "category_id", "score", "segmentations")
     videos, phrases = {v["id"]: v for v in gt["videos"]}, defaultdict(dict)

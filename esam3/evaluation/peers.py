@@ -180,24 +180,28 @@ class PeerFollower:
             video_storage_device=device, dtype=peer.net.dtype)
         self.session.processed_frames = dict.fromkeys(range(frames))
 
-    def _prompt(self, prompts: Prompts) -> None:
-        "What the library's processor does with prompts in the model's own space."
-        for k in range(len(prompts.labels)):
-            index = self.session.obj_id_to_idx(k)
-            if prompts.masks is not None: self.session.add_mask_inputs(index, self.time, prompts.masks[k][None])
-            else:
-                points = {"point_coords": prompts.points[k][None, None], "point_labels": prompts.labels[k][None, None]}
-                self.session.add_point_inputs(index, self.time, points)
-        self.session.obj_with_new_inputs = [*range(len(prompts.labels))]
+# %% ../../nbs/47_peers.ipynb #c027p
+@patch
+def _prompt(self: PeerFollower, prompts: Prompts) -> None:
+    "What the library's processor does with prompts in the model's own space."
+    for k in range(len(prompts.labels)):
+        index = self.session.obj_id_to_idx(k)
+        if prompts.masks is not None: self.session.add_mask_inputs(index, self.time, prompts.masks[k][None])
+        else:
+            points = {"point_coords": prompts.points[k][None, None], "point_labels": prompts.labels[k][None, None]}
+            self.session.add_point_inputs(index, self.time, points)
+    self.session.obj_with_new_inputs = [*range(len(prompts.labels))]
 
-    def step(self, seen: Seen, prompts: Prompts | None = None) -> MaskSet:
-        "The answer in the next frame, whose features alone are given; prompts on the first."
-        if prompts is not None: self._prompt(prompts)
-        self.session.cache.cache_vision_features(self.time, seen.frame)
-        out = self.net(self.session, frame_idx=self.time)
-        self.frame, self.time = self.frame + 1, self.time + 1
-        score = out.object_score_logits.view(-1).float()
-        return MaskSet(out.pred_masks, torch.ones_like(score)[:, None], score, score[:, None, None])
+
+@patch
+def step(self: PeerFollower, seen: Seen, prompts: Prompts | None = None) -> MaskSet:
+    "The answer in the next frame, whose features alone are given; prompts on the first."
+    if prompts is not None: self._prompt(prompts)
+    self.session.cache.cache_vision_features(self.time, seen.frame)
+    out = self.net(self.session, frame_idx=self.time)
+    self.frame, self.time = self.frame + 1, self.time + 1
+    score = out.object_score_logits.view(-1).float()
+    return MaskSet(out.pred_masks, torch.ones_like(score)[:, None], score, score[:, None, None])
 
 # %% ../../nbs/47_peers.ipynb #c030
 class LiteText(Peer):
@@ -276,8 +280,8 @@ def strictly(make: type[PreTrainedModel], name: str) -> PreTrainedModel:
 
 # %% ../../nbs/47_peers.ipynb #c038
 def load_peer(name: str) -> Peer:
-    """A peer by hub id or folder; `random-sam`, `random-sam2`, `random-edgetam` and `random-lite-text` are small, with random
-    weights. `ValueError` for what transformers does not have, and for a checkpoint that is not whole."""
+    """A peer by hub id or folder; `random-sam`, `random-sam2`, `random-edgetam` and `random-lite-text` are small, with
+    random weights. `ValueError` for what transformers does not have, and for a checkpoint that is not whole."""
     if why := refusal(name): raise ValueError(f"{name}: {why}")
     kind = peer_kind(name)
     if not kind: raise ValueError(f"{name}: no configuration of {', '.join(LIBRARY)} is there")

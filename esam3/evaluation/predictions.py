@@ -87,12 +87,13 @@ def submission(masks: Path,      # CLIP/FRAME.png, as `write_labels` leaves them
                benchmark: str,   # a key of `ROOTS`
                place: Path       # of the archive, a .zip
                ) -> int:
-    """Write a server's archive; how many frames are in it. `ValueError` for an unknown benchmark, no masks, or a folder for
-    each object, which these servers do not take."""
+    """Write a server's archive; how many frames are in it. `ValueError` for an unknown benchmark, no masks, or a folder
+    for each object, which these servers do not take."""
     if benchmark not in ROOTS: raise ValueError(nearest(benchmark, ROOTS, "benchmark with a server"))
     files = {f"{ROOTS[benchmark]}{clip}/{f.name}": f for clip in folders_in(masks) for f in masks_in(masks / clip)}
     if nested := [clip for clip in folders_in(masks) if folders_in(masks / clip)]:
-        raise ValueError(f"{masks / nested[0]} has a folder for each object; {benchmark}'s server takes one PNG a frame")
+        raise ValueError(
+            f"{masks / nested[0]} has a folder for each object; {benchmark}'s server takes one PNG a frame")
     if not files: raise ValueError(f"{masks}: no masks; run 40_evaluate with the protocol `mask` first")
     with atomically(place) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as archive:
         for name, file in sorted(files.items()): archive.write(file, name)

@@ -52,7 +52,6 @@ class ConceptStream(ConceptSession):
     def remove(self, instance: int) -> None:
         "Forget an instance. Its concept may find it again, as another."
         self.remove_object(instance)
-        tidy(self)
 
 # %% ../../nbs/51b_concept_stream.ipynb #b011
 PER_INSTANCE = ("obj_id_to_score", "obj_first_frame_idx", "trk_keep_alive", "unmatched_frame_inds", "met",
@@ -120,6 +119,14 @@ def _follow_frame(self: Sam3, session: ConceptStream, frame: int, seen: Features
     _carry_on(session, after)
     return shown, scores
 
+# %% ../../nbs/51b_concept_stream.ipynb #b019
+def _source_masks(model: Sam3, session: ConceptStream, shown: Mapping[int, Tensor], scores: Mapping[int, float],
+                  ids: Sequence[int], hidden: set[int]) -> np.ndarray:
+    "Masks bool [N, H, W] in source px of the instances of one concept; hidden ones are empty and claim nothing."
+    masks = torch.cat([session.spaces.to_source(shown[k], model.space, 0) > 0 for k in ids])
+    out = masks & ~torch.tensor([k in hidden for k in ids], device=masks.device)[:, None, None]
+    return claim(out, torch.tensor([scores.get(k, 0.0) for k in ids], device=masks.device)).numpy(force=True)
+
 # %% ../../nbs/51b_concept_stream.ipynb #b018
 def follow_frame(model: Sam3, session: ConceptStream, frame: int, seen: Features,
                  patience: int = 100) -> dict[int, Met]:
@@ -136,11 +143,3 @@ def follow_frame(model: Sam3, session: ConceptStream, frame: int, seen: Features
     for k in [k for k in met if frame - session.met.setdefault(k, frame) >= patience]: session.remove_object(k)
     tidy(session)
     return {k: m for k, m in sorted(met.items()) if k in session.obj_ids}
-
-# %% ../../nbs/51b_concept_stream.ipynb #b019
-def _source_masks(model: Sam3, session: ConceptStream, shown: Mapping[int, Tensor], scores: Mapping[int, float],
-                  ids: Sequence[int], hidden: set[int]) -> np.ndarray:
-    "Masks bool [N, H, W] in source px of the instances of one concept; hidden ones are empty and claim nothing."
-    masks = torch.cat([session.spaces.to_source(shown[k], model.space, 0) > 0 for k in ids])
-    out = masks & ~torch.tensor([k in hidden for k in ids], device=masks.device)[:, None, None]
-    return claim(out, torch.tensor([scores.get(k, 0.0) for k in ids], device=masks.device)).numpy(force=True)

@@ -40,16 +40,16 @@ def _bytes_of(x: np.ndarray) -> np.ndarray:
         raise BadSample(f"an image of shape {x.shape}: give [height, width, 3], in RGB")
     if x.dtype == np.uint8: return x
     if not np.issubdtype(x.dtype, np.floating): raise BadSample(f"an image of {x.dtype}: give uint8, or float in 0…1")
-    if not np.isfinite(x).all(): raise BadSample("an image with pixels that are NaN or infinite: repair or leave it out")
+    if not np.isfinite(x).all(): raise BadSample("an image with NaN or infinite pixels: repair it or leave it out")
     if x.min() < 0 or x.max() > 1: raise BadSample(f"pixels in {x.min():g}…{x.max():g}: give uint8, or float in 0…1")
     return np.round(x * 255).astype(np.uint8)
 
 
 def as_pixels(image: str | Path | Image.Image | np.ndarray | Tensor) -> np.ndarray:
-    """[H, W, 3] uint8, RGB, upright, of a file, a `PIL` image, an array [H, W, 3] or a tensor [3, H, W] (uint8, or float
-    in 0…1). `BadSample` for anything else, and for pixels that are no numbers."""
+    """[H, W, 3] uint8, RGB, upright, of a file, a `PIL` image, an array [H, W, 3] or a tensor [3, H, W] (uint8, or
+    float in 0…1). `BadSample` for anything else, and for pixels that are no numbers."""
     if isinstance(image, str | Path): return read_image(Path(image))
-    if isinstance(image, Image.Image): return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    if isinstance(image, Image.Image): return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if isinstance(image, Tensor): image = image.detach().movedim(0, -1).numpy(force=True)
     if not isinstance(image, np.ndarray):
         raise BadSample(f"{type(image).__name__} is no image: give a path, a PIL image, an array or a tensor")
@@ -129,7 +129,7 @@ def _given_masks(mask: Any, size: tuple[int, int], low: int) -> tuple[np.ndarray
     if m.ndim not in (2, 3) or not (logits or m.shape[-2:] == size) or not (logits or set(np.unique(m)) <= {0, 1}):
         raise ValueError(f"a mask of shape {m.shape} and {m.dtype}: give bool {[*size]} like the image, or the logits "
                          f"[{low}, {low}] of an earlier answer")
-    if logits and not np.isfinite(m).all(): raise ValueError("logits that are NaN or infinite: give an earlier answer's")
+    if logits and not np.isfinite(m).all(): raise ValueError("NaN or infinite logits: give those of an earlier answer")
     m = m.reshape(-1, *m.shape[-2:])
     if not logits and not m.any((1, 2)).all(): raise ValueError("an empty mask shows no object: leave it out")
     return (m if logits else m.astype(bool)), np.ndim(mask) == 3
@@ -201,10 +201,10 @@ def predict(self: ImagePredictor, points: Any = None, labels: Any = None, box: A
             multimask: bool | None = None, image: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Masks of one object: bool [M, H, W] in source px, scores [M] (predicted IoU, 0…1), logits [M, 4g, 4g].
 
-    `points` [P, 2] with `labels` [P] (1 on the object, 0 beside it; all 1 where none are given), `box` [4] xyxy, both in
-    continuous source px; `mask` bool [H, W], or the logits [4g, 4g] of an earlier answer, as a hint. N objects in one
-    pass: `points` [N, P, 2], `box` [N, 4], `mask` [N, ., .]; the answers have an axis N then. `multimask`: three masks, or
-    the best guess alone; None: three for a single positive point. `image`: which, of several that are set.
+    `points` [P, 2] with `labels` [P] (1 on the object, 0 beside it; all 1 where none are given), `box` [4] xyxy, both
+    in continuous source px; `mask` bool [H, W], or the logits [4g, 4g] of an earlier answer, as a hint. N objects in
+    one pass: `points` [N, P, 2], `box` [N, 4], `mask` [N, ., .]; the answers have an axis N then. `multimask`: three
+    masks, or the best guess alone; None: three for a single positive point. `image`: which, of several that are set.
 
     `ValueError` before `set_image`, without a prompt, and for one outside the image or of another shape."""
     prompts = given(self._size(image), 4 * self.model.grid, points, labels, box, mask)
@@ -232,8 +232,8 @@ def check_phrase(model: Sam3, phrase: str) -> None:
     tokenizer = model.tokenizer
     if not isinstance(phrase, str) or not phrase.strip(): raise ValueError(f"{phrase!r} is no phrase: give words")
     words = tokenizer(phrase.lower(), add_special_tokens=False).input_ids
-    small = tokenizer.unk_token not in (None, tokenizer.eos_token)
-    if small and all(w == tokenizer.unk_token_id for w in words):
+    closed = tokenizer.unk_token not in (None, tokenizer.eos_token)
+    if closed and all(w == tokenizer.unk_token_id for w in words):
         known = sorted(w for w in tokenizer.get_vocab() if w.isalpha())
         raise ValueError(f"'{phrase}': the model's text encoder knows no word of it; {nearest(phrase, known, 'word')}")
 
@@ -247,8 +247,8 @@ def exemplar_boxes(given: Any, size: tuple[int, int]  # boxes or bool masks, or 
     else: boxes = _given_boxes(shown, size)[0]
     labels = np.ones(len(boxes), int) if labels is None else np.asarray(labels, int).reshape(-1)
     if len(labels) != len(boxes) or not np.isin(labels, (0, 1)).all() or not labels.any():
-        raise ValueError(f"labels {labels.tolist()} for {len(boxes)} exemplar(s): 1 for those like the concept, at least "
-                         "one, 0 for those unlike it")
+        raise ValueError(f"labels {labels.tolist()} for {len(boxes)} exemplar(s): 1 for those like the concept, at "
+                         "least one, 0 for those unlike it")
     return boxes, labels
 
 
@@ -268,8 +268,8 @@ def predict_text(self: ImagePredictor, phrases: str | Sequence[str] | None = Non
                  threshold: float = 0.5, image: int | None = None) -> list[Instance]:
     """Instances with scores above `threshold` (0…1), best first for each image and phrase; all in one pass.
 
-    `exemplars` show what is meant: boxes [E, 4] xyxy or masks bool [E, H, W], in source px, or (these, labels [E]) with 0
-    for "not like this". They go with one phrase, or with none. `image`: which, of several that are set; None: all.
+    `exemplars` show what is meant: boxes [E, 4] xyxy or masks bool [E, H, W], in source px, or (these, labels [E]) with
+    0 for "not like this". They go with one phrase, or with none. `image`: which, of several that are set; None: all.
 
     `ValueError` before `set_image`, without a concept, and for a phrase of which the model knows no word."""
     images = range(len(self.images)) if image is None and self.images else [image or 0]
@@ -291,8 +291,16 @@ def predict_text(self: ImagePredictor, phrases: str | Sequence[str] | None = Non
 
 # %% ../../nbs/51_predictor.ipynb #p051
 def _of_file(video: Video, numbers: Sequence[int], many: int = 8) -> Iterator[Any]:
-    "Frames of a video file, in any order, decoded `many` at a time; in the place of a broken one its `BadSample`."
-    for start in range(0, len(numbers), many):
+    """Frames of a video file; in the place of a broken one its `BadSample`. Forwards they are decoded once, in turn;
+    backwards, and from a broken one on, `many` at a time."""
+    done = 0
+    if len(numbers) > 1 and numbers[1] == numbers[0] + 1:
+        try:
+            for frame, _ in zip(video.walk(numbers[0]), numbers):
+                yield frame
+                done += 1
+        except BadSample: pass  # which one is found below
+    for start in range(done, len(numbers), many):
         part = numbers[start:start + many]
         try: yield from video.frames(part)
         except BadSample:
@@ -319,12 +327,12 @@ class Frames:
     def _opened(source: Any) -> Any:
         "What is behind a path; anything else as it is."
         if not isinstance(source, str | Path):
-            if not hasattr(source, "__iter__"): raise ValueError(f"{type(source).__name__} is no video: give a path or frames")
-            return source
+            if hasattr(source, "__iter__"): return source
+            raise ValueError(f"{type(source).__name__} is no video: give a path or frames")
         path = Path(source)
         if path.is_dir(): return images_in(path)
         if not path.exists(): raise ValueError(f"{source}: there is no such file or folder")
-        if not is_media(path, IMAGES | VIDEOS): raise ValueError(f"{path.name}: neither a video nor an image known here")
+        if not is_media(path, IMAGES | VIDEOS): raise ValueError(f"{path.name}: no video or image that is known here")
         return Video(path) if is_media(path, VIDEOS) else [path]
 
 # %% ../../nbs/51_predictor.ipynb #p053
@@ -357,7 +365,8 @@ class Report:
 
     def skip(self, number: int, fault: BadSample) -> None:
         "Count a broken frame; the first is also a warning."
-        if not self.skipped: warnings.warn(f"frame {number} is left out ({fault}); further ones are counted", stacklevel=3)
+        if not self.skipped:
+            warnings.warn(f"frame {number} is left out ({fault}); further ones are counted", stacklevel=3)
         self.skipped += 1
         self.last.append((number, str(fault)))
 
@@ -479,8 +488,8 @@ class VideoPredictor:
     `model` stays as it is. Rules: an object that was prompted is followed until it is removed, seen or not. An instance
     that a concept has found is dropped after `patience` frames in which it was not seen; when it returns, its concept
     finds it as a new one. Of the frames on which an object was prompted or confirmed, the first and the latest are
-    remembered, as many as the model's `max_object_pointers_in_encoder`. Concepts and prompted objects do not know of each
-    other: the same object can be both."""
+    remembered, as many as the model's `max_object_pointers_in_encoder`. Concepts and prompted objects do not know of
+    each other: the same object can be both."""
 
     def __init__(self, model: Sam3, patience: int = 100):
         self.model, self.patience, self.frames = fast_form(model), patience, None
@@ -495,19 +504,25 @@ class VideoPredictor:
         self._rewind()
         return self
 
-    def _rewind(self) -> None:
-        "Before the first frame, with nothing remembered."
-        self._now, self._stream, self._found, self._first, self._over = None, None, {}, None, False
-        for target in self._targets.values(): target.history, target.began = self._history(), None
+# %% ../../nbs/51_predictor.ipynb #p072r
+@patch
+def _history(self: VideoPredictor) -> History:
+    "Nothing remembered."
+    return History(self.model.tracker_model.config)
 
-    def _history(self) -> History:
-        "Nothing remembered."
-        return History(self.model.tracker_model.config)
 
-    def _new_id(self) -> int:
-        "The next number."
-        self._count += 1
-        return self._count - 1
+@patch
+def _rewind(self: VideoPredictor) -> None:
+    "Before the first frame, with nothing remembered."
+    self._now, self._stream, self._found, self._first, self._over = None, None, {}, None, False
+    for target in self._targets.values(): target.history, target.began = self._history(), None
+
+
+@patch
+def _new_id(self: VideoPredictor) -> int:
+    "The next number."
+    self._count += 1
+    return self._count - 1
 
 # %% ../../nbs/51_predictor.ipynb #p074
 @patch
@@ -520,7 +535,8 @@ def _frame_size(self: VideoPredictor) -> tuple[int, int]:
             read.append((n, frame))
             if not isinstance(frame, BadSample): self._size = frame.shape[:2]; break
         if self.frames.count is None: self._ahead = read
-        if self._size is None: raise ValueError(f"no frame of the video can be used: {read[-1][1] if read else 'it is empty'}")
+        fault = read[-1][1] if read else "it is empty"
+        if self._size is None: raise ValueError(f"no frame of the video can be used: {fault}")
     return self._size
 
 
@@ -553,7 +569,7 @@ def add(self: VideoPredictor, points: Any = None, labels: Any = None, box: Any =
     if self._now and number == self._now.number: self._prompt({id: self._targets[id]})
     return id
 
-
+# %% ../../nbs/51_predictor.ipynb #p075s
 @patch
 def _drawn(self: VideoPredictor, logits: np.ndarray) -> np.ndarray:
     "Logits [1, 4g, 4g] as a mask bool [1, H, W]."
@@ -571,9 +587,9 @@ def _spaces(self: VideoPredictor) -> Spaces:
 @patch
 def add_concept(self: VideoPredictor, phrase: str | None = None, box: Any = None, mask: Any = None,
                 labels: Any = None, image: Any = None, frame: int | None = None) -> int:
-    """Find and follow all instances of a concept; the concept's id. It is given by a `phrase`, by exemplars, or by both.
-    Exemplars are a `box` [4] or several [E, 4], or a `mask` [H, W] or several (its box is read), with `labels` [E] (0: not
-    like this); they lie on `image` (the whole of it where neither box nor mask is given), or on a `frame` of the video
+    """Find and follow all instances of a concept; the concept's id. It is given by a `phrase`, exemplars, or both.
+    Exemplars are a `box` [4] or several [E, 4], or a `mask` [H, W] or several (its box is read), with `labels` [E] (0:
+    not like this); they lie on `image` (the whole of it where neither box nor mask is given), or on a video's `frame`
     (None: the present one). It is looked for from the next frame on, or from the exemplars' own.
 
     `ValueError` before `start`, without a concept, for a phrase of which the model knows no word, and for exemplars
@@ -604,9 +620,9 @@ def _meet(self: VideoPredictor, concept: Concept, seen: Seen | None) -> None:
         if self._now is None or self._now.number != concept.frame: return
         seen = self._now.seen
     spaces = seen.spaces if seen else self._spaces()
-    asked = concepts_of(self.model, [concept.phrase], spaces, [0], concept.exemplars)
+    query = concepts_of(self.model, [concept.phrase], spaces, [0], concept.exemplars)
     features = seen.features if seen else self._nothing()
-    concept.tokens = keep_concepts(self.model, features, asked, asked.image_index)
+    concept.tokens = keep_concepts(self.model, features, query, query.image_index)
 
 
 @patch
@@ -625,17 +641,16 @@ def _known(self: VideoPredictor, id: int) -> None:
     if id < self._count: raise ValueError(f"object {id} was removed or dropped: add it again")
     raise ValueError(f"there is no object {id}: the ids are {sorted((*self._targets, *self._found))}")
 
-
+# %% ../../nbs/51_predictor.ipynb #p078r
 @patch
 def remove(self: VideoPredictor, id: int) -> None:
-    """Follow an object no more; of a concept, none of its instances. What the others remember stays as it is. An instance
-    that is removed may be found anew by its concept. `ValueError` for an id that is not there."""
-    if id in self._concepts:
+    """Follow an object no more; of a concept, none of its instances. What the others remember stays as it is. An
+    instance that is removed may be found anew by its concept. `ValueError` for an id that is not there."""
+    if self.frames is not None and id in self._concepts:
         self._concepts.pop(id)
         if self._stream and id in self._stream.prompts: self._stream.drop(id)
-        for k in [k for k, f in self._now.found.items() if f.concept_id == id] if self._now else (): del self._now.found[k]
-        self._tidy()
-        return
+        for k in [o.id for o in self.objects if o.concept_id == id]: del self._now.found[k]
+        return self._tidy()
     self._known(id)
     if id in self._targets: del self._targets[id]
     else: self._stream.remove(self._found.pop(id))
@@ -660,7 +675,7 @@ def _show(self: VideoPredictor, ids: Sequence[int], out: MaskSet, few: int = 8) 
             concept = (before.concept, before.concept_id) if before else (None, None)
             self._now.found[id] = Tracked(id, mask, p, *concept)
 
-
+# %% ../../nbs/51_predictor.ipynb #p080p
 @patch
 def _prompt(self: VideoPredictor, targets: Mapping[int, Target]) -> None:
     "Prompt objects on the present frame; those that begin with prompts of one form in one pass."
@@ -699,7 +714,7 @@ def _follow_targets(self: VideoPredictor) -> None:
     if self.frames.count is None:  # what has passed does not come again
         for t in self._targets.values(): t.prompts = {n: p for n, p in t.prompts.items() if n >= number}
 
-
+# %% ../../nbs/51_predictor.ipynb #p081c
 @patch
 def _follow_concepts(self: VideoPredictor, passed: Sequence[int]) -> None:
     "Instances of concepts in the present frame; `passed` frames, on which exemplars were."
@@ -745,11 +760,11 @@ def propagate(self: VideoPredictor, reverse: bool = False) -> Iterator[tuple[int
     """Follow all objects and concepts: frame numbers, and the objects in these frames.
 
     Goes on after the present frame. At the end of a video at hand, or when the direction changes, it begins anew, with
-    all prompts on their frames; backwards it begins with the last frame that has a prompt (the last of all for phrases).
-    Broken frames are left out and counted in `report`.
+    all prompts on their frames; backwards it begins with the last frame that has a prompt (the last of all for
+    phrases). Broken frames are left out and counted in `report`.
 
-    `ValueError` before `start`, for a stream that has ended or is to be followed backwards; and, on the way, for a frame
-    of another size, or where no frame can be used."""
+    `ValueError` before `start`, for a stream that has ended or is to be followed backwards; and, on the way, for a
+    frame of another size, or where no frame can be used."""
     if self.frames is None: raise ValueError("no video yet: call start first")
     stream = self.frames.count is None
     if stream and reverse: raise ValueError("a stream has no way back: give a file, a folder or a list of frames")
@@ -808,7 +823,7 @@ def correct(self: VideoPredictor, id: int, points: Any, labels: Any = None) -> T
         with predicting(self.model): self._correct_instance(id, self._corrections[id])
     return self._now.found[id]
 
-
+# %% ../../nbs/51_predictor.ipynb #p085c
 @patch
 def _correct_instance(self: VideoPredictor, id: int, prompts: Given) -> None:
     "The same for an instance that a concept has found: it stays that concept's."

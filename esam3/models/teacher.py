@@ -7,8 +7,8 @@ __all__ = ['HALF', 'LAYERS', 'PLACES', 'UNSEEN', 'ASSETS', 'RECOMPUTED', 'GATED'
            'MANY_TOKENS', 'Features', 'Prompts', 'MaskSet', 'Memory', 'Bank', 'Concepts', 'Detections', 'in_float32',
            'with_float32_weights', 'CoordinateMLP', 'in_own_type', 'bias_in_own_type', 'match_layers', 'keep_places',
            'in_own_precision', 'unseen_mask', 'Sam3', 'without_dropout', 'saved_names', 'check_weights',
-           'load_strictly', 'thin_config', 'thin_sam3', 'load_teacher', 'wording', 'keep_concepts', 'gate', 'rotation',
-           'rotate', 'first_look', 'read_on', 'read_memory']
+           'load_strictly', 'thin_config', 'thin_sam3', 'load_teacher', 'wording', 'OneLevel', 'keep_concepts', 'gate',
+           'rotation', 'rotate', 'first_look', 'read_on', 'read_memory']
 
 # %% ../../nbs/03_teacher.ipynb #c003
 import json, re
@@ -20,7 +20,6 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -482,6 +481,15 @@ def _sketch(self: Sam3, states: Tensor, seen: Features, read: Tensor, prompt: Te
     embedded = m._embed_pixels(list(seen.detector), read + m.prompt_cross_attn_dropout(of_prompt))
     return m.mask_embedder(states), m.instance_projection(embedded), m.semantic_projection(embedded)
 
+# %% ../../nbs/03_teacher.ipynb #c014v
+class OneLevel:
+    "The library's table [1, 2] of its levels' heights and widths, as numbers: no GPU waits, and a compiler knows them."
+    shape = (1, 2)
+
+    def __init__(self, size: Sequence[int]): self.size = tuple(size)
+
+    def __getitem__(self, at: tuple[int, int]) -> int: return self.size[at[1]]
+
 # %% ../../nbs/03_teacher.ipynb #c014d
 @patch
 @in_own_precision
@@ -496,7 +504,7 @@ def detect(self: Sam3, features: Features, concepts: Concepts,
                        vision_pos_embeds=[self._position(seen.detector[-1])], text_mask=mask)
     o = with_float32_weights(d.detr_decoder, names="reference_points", vision_features=e.last_hidden_state,
                              text_features=e.text_features, vision_pos_encoding=e.pos_embeds_flattened, text_mask=mask,
-                             spatial_shapes=np.array([seen.detector[-1].shape[-2:]]))  # on the host: a GPU would wait
+                             spatial_shapes=OneLevel(seen.detector[-1].shape[-2:]))
     keep = slice(None) if all_layers else slice(-1, None)
     states, anchors = o.intermediate_hidden_states[keep], o.reference_boxes[keep]
     boxes = box_cxcywh_to_xyxy((inverse_sigmoid(anchors.float()) + d.detr_decoder.box_head(states)).sigmoid())
