@@ -27,7 +27,7 @@ from esam3.training.stage3 import MixedSteps, run_feature_warmup, stage3_schedul
 
 SIDES = (1008, 1024)
 SMALL = "instances: 4, tracks: 2, phrases: 2, frames: [4, 4]"
-FEW = "instances: 2, tracks: 1, phrases: 2, frames: [4, 4]"  # of what is trained on: minutes count
+FEW = "instances: 2, tracks: 1, phrases: 2, frames: [2, 2]"  # of what is trained on: minutes count; 3 frames there and back
 CHAIN = """
 import json, sys
 from esam3.training.stage1 import run_stage1
