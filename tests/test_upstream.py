@@ -1,5 +1,5 @@
-"""Upstream's checkpoints: every name of its nine students has its place, a whole one becomes the same model, and what is
-not whole, or no checkpoint, is refused and leaves nothing behind."""
+"""Upstream's checkpoints: every name of its nine students has its place, a whole one becomes the same model, and what
+is not whole, or no checkpoint, is refused and leaves nothing behind."""
 import json
 import lzma
 import re
@@ -143,7 +143,8 @@ def test_a_hostile_pickle_runs_nothing(zipped, tmp_path):
     path = tmp_path / "hostile.pt"
     torch.save({"model": {"a": torch.ones(1)}, "more": Hostile(tmp_path / "ran")}, path,
                _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"hostile\.pt: it wants to call \S+, and only tensors are read$"): read_pt(path)
+    with pytest.raises(ValueError, match=r"hostile\.pt: it wants to call \S+, and only tensors are read$"):
+        read_pt(path)
     assert not (tmp_path / "ran").exists()
 
 

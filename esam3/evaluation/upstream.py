@@ -199,7 +199,8 @@ _SAM_MASKS: tuple[Rule, ...] = (
     (r"^output_upscaling\.3", "upscale_conv2"), *_INNER)
 _SAM_PROMPTS: tuple[Rule, ...] = (
     (r"^pe_layer\.positional_encoding_gaussian_matrix", "shared_embedding.positional_embedding"),
-    (r"^point_embeddings", "point_embed"), (r"^mask_downscaling\.([036])", lambda m: f"mask_embed.conv{int(m[1]) // 3 + 1}"),
+    (r"^point_embeddings", "point_embed"),
+    (r"^mask_downscaling\.([036])", lambda m: f"mask_embed.conv{int(m[1]) // 3 + 1}"),
     (r"^mask_downscaling\.([14])", lambda m: f"mask_embed.layer_norm{int(m[1]) // 3 + 1}"))
 _MEMORY: tuple[Rule, ...] = (
     (r"^out_proj", "projection"), (r"encoder\.12\.", "final_conv."),
