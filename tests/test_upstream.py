@@ -18,6 +18,7 @@ from esam3.models.teacher import load_teacher
 LISTED = json.loads(lzma.decompress((Path(__file__).parent / "upstream_names.json.xz").read_bytes()))
 LAYER = "detector.transformer.encoder.layers.0.linear1.weight"
 ATTENTION = "detector.transformer.decoder.layers.1.self_attn.in_proj_weight"
+POINT = "tracker.sam_prompt_encoder.point_embeddings.2.weight"
 FUSED = "detector.backbone.language_backbone.encoder.transformer.resblocks.1.attn.in_proj_weight"
 
 
@@ -101,6 +102,11 @@ def test_what_is_fused_is_cut_in_order(student, theirs):
     assert torch.equal(ours["detector_model.text_encoder.text_projection.weight"], turned.T)
 
 
+def test_what_is_there_whole_and_in_parts_is_refused(theirs):
+    with pytest.raises(ValueError, match="1 weights are there twice"):
+        unfused(theirs | {thirds(FUSED)[1]: torch.ones(1)})
+
+
 WRONG = {
     "a tensor too many": (lambda s: s | {"detector.extra.weight": torch.ones(1)},
                           "1 have no place here: detector.extra.weight (1, first detector.extra.weight)"),
@@ -111,6 +117,9 @@ WRONG = {
     "another shape": (lambda s: s | {LAYER: s[LAYER][:-1]}, "1 do not fit: detector.transformer.encoder (1, first"),
     "other numbers": (lambda s: s | {LAYER: s[LAYER].long()}, "1 do not fit: "),
     "a number for a matrix": (lambda s: s | {ATTENTION: torch.ones(())}, "3 do not fit: "),
+    "one place claimed twice": (lambda s: s | {LAYER.replace("linear1", "mlp.fc1"): s[LAYER]}, "2 do not fit: "),
+    "three rows of four": (lambda s: {k: v for k, v in s.items() if k != POINT}, "3 have no place here: tracker.sam_p"),
+    "rows of another shape": (lambda s: s | {POINT: s[POINT][:, 1:]}, "4 have no place here: tracker.sam_prompt_enc"),
     "no tracker": (lambda s: {k: v for k, v in s.items() if k.startswith("detector.")}, "are missing: tracker_model."),
     "another text encoder": (lambda s: {k.replace("language_backbone.encoder", "language_backbone.student"): v
                                         for k, v in s.items()}, "have no place here: detector.backbone.language_b")}
