@@ -11,7 +11,7 @@ import torch
 from esam3.core import VARIANTS
 from esam3.evaluation.costs import load_model
 from esam3.evaluation.upstream import (
-    UpstreamStudent, as_upstream, body_of, convert, plan, read_pt, thirds, unfused, upstream_config)
+    UpstreamStudent, as_upstream, body_of, convert, plan, read_pt, renamed, thirds, unfused, upstream_config)
 from esam3.models.teacher import load_teacher
 
 # names and shapes of the state dicts of upstream's own `build_efficientsam3_video_model`, all nine students
@@ -87,6 +87,19 @@ def test_what_wraps_a_model_is_taken_off(wrap, tmp_path, theirs):
     some = {k: v for k, v in theirs.items() if v.numel() < 300}
     read = read_pt(saved(tmp_path, WRAPS[wrap](some)))
     assert read.keys() == some.keys() and all(torch.equal(t, some[n]) for n, t in read.items())
+
+
+def test_what_shapes_do_not_tell_apart(student):
+    "The order of the detector's layer norms and attentions, and of stages, written down once more."
+    decoder, trunk = "detector.transformer.decoder.layers.0.", "detector.backbone.vision_backbone.trunk.model."
+    pairs = {f"{decoder}norm1.bias": "vision_cross_attn_layer_norm.bias", f"{decoder}norm2.bias":
+             "self_attn_layer_norm.bias", f"{decoder}catext_norm.bias": "text_cross_attn_layer_norm.bias",
+             f"{decoder}norm3.bias": "mlp_layer_norm.bias", f"{decoder}cross_attn.q_proj.bias":
+             "vision_cross_attn.q_proj.bias", f"{decoder}ca_text.q_proj.bias": "text_cross_attn.q_proj.bias"}
+    inner = f"{trunk}backbone.model.stages.1.op_list.0.x"
+    names = renamed([*pairs, inner], student.detector_model.vision_encoder.backbone.body)
+    assert {k: names[k] for k in pairs} == {k: f"detector_model.detr_decoder.layers.0.{v}" for k, v in pairs.items()}
+    assert names[inner].endswith("backbone.body.stages.1.blocks.0.x")
 
 
 def test_what_is_fused_is_cut_in_order(student, theirs):
