@@ -9,6 +9,7 @@ __all__ = ['TOY_STUDENT', 'ASSETS', 'TEACHERS', 'WORK', 'load_model', 'model_lab
 # %% ../../nbs/45_costs.ipynb #c003
 import json, os, statistics, subprocess, sys, time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from ..core import nearest, peak_memory, runs_folder, weights_digest
 from .peers import Peer, load_peer, peer_calls, peer_kind, peer_parts, refusal
 from .upstream import UpstreamConfig, load_upstream
 from ..models.backbones import counted
+from ..models.fast_form import fast_form, predicting
 from ..models.student import EfficientSam3, count_parts, load_difference
 from ..models.teacher import Prompts, Sam3, load_teacher
 from ..models.tracker import History, see
@@ -113,9 +115,11 @@ def measure(name: str, repeats: int = 5) -> dict:
     "Latency (s), GFLOPs, parameters by part and peak memory (bytes) of a model in this process."
     model = load_model(name)
     if torch.cuda.is_available(): model = model.cuda()
-    times = latency(model, repeats)
-    peak, params = peak_memory(), peer_parts(model) if isinstance(model, Peer) else count_parts(model)
-    return {"latency": times, "gflops": work(model), "params": params, "peak_memory": peak,
+    ours = not isinstance(model, Peer)
+    fast = fast_form(model) if ours else model
+    with predicting(fast) if ours else nullcontext(): times = latency(fast, repeats)
+    peak, params = peak_memory(), count_parts(model) if ours else peer_parts(model)
+    return {"latency": times, "form": "fast" if ours else "as loaded", "gflops": work(model), "params": params, "peak_memory": peak,
             "threads": torch.get_num_threads(), "size": model.image_size}
 
 # %% ../../nbs/45_costs.ipynb #c011c
