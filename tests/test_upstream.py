@@ -11,13 +11,14 @@ import torch
 from esam3.core import VARIANTS
 from esam3.evaluation.costs import load_model
 from esam3.evaluation.upstream import (
-    UpstreamStudent, as_upstream, body_of, convert, plan, read_pt, thirds, unfused, upstream_config)
+    UpstreamStudent, as_upstream, body_of, convert, plan, read_pt, renamed, thirds, unfused, upstream_config)
 from esam3.models.teacher import load_teacher
 
 # names and shapes of the state dicts of upstream's own `build_efficientsam3_video_model`, all nine students
 LISTED = json.loads(lzma.decompress((Path(__file__).parent / "upstream_names.json.xz").read_bytes()))
 LAYER = "detector.transformer.encoder.layers.0.linear1.weight"
 ATTENTION = "detector.transformer.decoder.layers.1.self_attn.in_proj_weight"
+POINT = "tracker.sam_prompt_encoder.point_embeddings.2.weight"
 FUSED = "detector.backbone.language_backbone.encoder.transformer.resblocks.1.attn.in_proj_weight"
 
 
@@ -88,6 +89,19 @@ def test_what_wraps_a_model_is_taken_off(wrap, tmp_path, theirs):
     assert read.keys() == some.keys() and all(torch.equal(t, some[n]) for n, t in read.items())
 
 
+def test_what_shapes_do_not_tell_apart(student):
+    "The order of the detector's layer norms and attentions, and of stages, written down once more."
+    decoder, trunk = "detector.transformer.decoder.layers.0.", "detector.backbone.vision_backbone.trunk.model."
+    pairs = {f"{decoder}norm1.bias": "vision_cross_attn_layer_norm.bias", f"{decoder}norm2.bias":
+             "self_attn_layer_norm.bias", f"{decoder}catext_norm.bias": "text_cross_attn_layer_norm.bias",
+             f"{decoder}norm3.bias": "mlp_layer_norm.bias", f"{decoder}cross_attn.q_proj.bias":
+             "vision_cross_attn.q_proj.bias", f"{decoder}ca_text.q_proj.bias": "text_cross_attn.q_proj.bias"}
+    inner = f"{trunk}backbone.model.stages.1.op_list.0.x"
+    names = renamed([*pairs, inner], student.detector_model.vision_encoder.backbone.body)
+    assert {k: names[k] for k in pairs} == {k: f"detector_model.detr_decoder.layers.0.{v}" for k, v in pairs.items()}
+    assert names[inner].endswith("backbone.body.stages.1.blocks.0.x")
+
+
 def test_what_is_fused_is_cut_in_order(student, theirs):
     "Queries, keys and values of one matrix; four rows of one table; CLIP's projection the other way round."
     ours, apart = student.state_dict(), unfused(theirs)
@@ -101,6 +115,11 @@ def test_what_is_fused_is_cut_in_order(student, theirs):
     assert torch.equal(ours["detector_model.text_encoder.text_projection.weight"], turned.T)
 
 
+def test_what_is_there_whole_and_in_parts_is_refused(theirs):
+    with pytest.raises(ValueError, match="1 weights are there twice"):
+        unfused(theirs | {thirds(FUSED)[1]: torch.ones(1)})
+
+
 WRONG = {
     "a tensor too many": (lambda s: s | {"detector.extra.weight": torch.ones(1)},
                           "1 have no place here: detector.extra.weight (1, first detector.extra.weight)"),
@@ -111,6 +130,9 @@ WRONG = {
     "another shape": (lambda s: s | {LAYER: s[LAYER][:-1]}, "1 do not fit: detector.transformer.encoder (1, first"),
     "other numbers": (lambda s: s | {LAYER: s[LAYER].long()}, "1 do not fit: "),
     "a number for a matrix": (lambda s: s | {ATTENTION: torch.ones(())}, "3 do not fit: "),
+    "one place claimed twice": (lambda s: s | {LAYER.replace("linear1", "mlp.fc1"): s[LAYER]}, "2 do not fit: "),
+    "three rows of four": (lambda s: {k: v for k, v in s.items() if k != POINT}, "3 have no place here: tracker.sam_p"),
+    "rows of another shape": (lambda s: s | {POINT: s[POINT][:, 1:]}, "4 have no place here: tracker.sam_prompt_enc"),
     "no tracker": (lambda s: {k: v for k, v in s.items() if k.startswith("detector.")}, "are missing: tracker_model."),
     "another text encoder": (lambda s: {k.replace("language_backbone.encoder", "language_backbone.student"): v
                                         for k, v in s.items()}, "have no place here: detector.backbone.language_b")}

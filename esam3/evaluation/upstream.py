@@ -150,15 +150,18 @@ def thirds(name: str) -> list[str]:
 
 # %% ../../nbs/49_upstream.ipynb #c020
 def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Upstream's weights, one tensor for each of the library's."
-    out = {}
+    "Upstream's weights, one tensor for each of the library's. `ValueError` for one that is there whole and in parts."
+    pairs, points = [], [f"{POINTS}{k}.weight" for k in range(4)]
     for name, t in state.items():
         parts = thirds(name)
-        out |= dict(zip(parts, t.tensor_split(len(parts)) if t.ndim else [t] * len(parts)))
-    if TURNED in out: out[TURNED] = out[TURNED].T
-    if TABLE in out: out["tracker.image_pe_layer"] = out[TABLE]
-    points = [f"{POINTS}{k}.weight" for k in range(4)]
-    if {*points} <= {*out}: out[f"{POINTS}weight"] = torch.cat([out.pop(n) for n in points])
+        if name == TURNED and t.ndim == 2: t = t.T
+        pairs += zip(parts, t.tensor_split(len(parts)) if t.ndim else [t] * len(parts))
+    if TABLE in state: pairs.append(("tracker.image_pe_layer", state[TABLE]))
+    rows = [state[n] for n in points if n in state]
+    if len(rows) == 4 and all(r.ndim == 2 and r.shape == rows[0].shape for r in rows):
+        pairs = [p for p in pairs if p[0] not in points] + [(f"{POINTS}weight", torch.cat(rows))]
+    out = dict(pairs)
+    if len(out) < len(pairs): raise ValueError(f"{len(pairs) - len(out)} weights are there twice, whole and in parts")
     return out
 
 # %% ../../nbs/49_upstream.ipynb #c022
@@ -285,7 +288,7 @@ class Plan:
     taken: dict[str, str]  # our name → theirs
     unmapped: list[str]    # theirs that have no place here
     missing: list[str]     # ours that nothing of theirs fills
-    misfit: list[str]      # theirs whose place has another shape or kind of numbers
+    misfit: list[str]      # theirs whose place has another shape or kind of numbers, or is claimed twice
     unused: list[str]      # theirs that are known not to be needed
 
     def __str__(self) -> str:
@@ -314,10 +317,12 @@ def plan(state: Mapping[str, Tensor],   # `unfused`
     unused = [n for n in state if re.fullmatch(UNUSED, n)]
     names = renamed(state.keys() - set(unused), model.detector_model.vision_encoder.backbone.body)
     placed = {n: o for n, o in names.items() if o in ours}
-    misfit = [n for n, o in placed.items() if not fits(state[n], ours[o])]
+    claims = Counter(placed.values())  # two names may mean one place
+    misfit = [n for n, o in placed.items() if claims[o] > 1 or not fits(state[n], ours[o])]
     return Plan({o: n for n, o in placed.items() if n not in misfit},
                 sorted(state.keys() - placed.keys() - set(unused)), sorted(ours.keys() - set(placed.values())),
-                [f"{n} {[*state[n].shape]} for {[*ours[placed[n]].shape]}" for n in sorted(misfit)], sorted(unused))
+                [f"{n} {[*state[n].shape]} for {placed[n]} {[*ours[placed[n]].shape]}" for n in sorted(misfit)],
+                sorted(unused))
 
 # %% ../../nbs/49_upstream.ipynb #c038
 def convert(path: str | Path, variant: str, out: str | Path,
