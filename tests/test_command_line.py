@@ -120,3 +120,17 @@ def test_evaluate_prints_the_table(tmp_path, capsys):
     words = ["evaluate", "toy-student", "--recipe", "tiny", "--protocols", "box", "--limit", "2"]
     assert main([*words, "--runs", str(tmp_path)]) == 0
     assert "| toy-student | box |" in capsys.readouterr().out and os.listdir(tmp_path)
+
+
+def test_export_and_predict_without_pytorch(place, capsys):
+    "The graphs give the masks of PyTorch; what is no exported folder is said."
+    pytest.importorskip("onnxruntime")
+    image, out = str(place / "a.png"), str(place / "exported")
+    assert main(["export", "toy-student", out, "--concept", "a green star"]) == 0
+    for runtime, model in (("torch", "toy-student"), ("onnx", out)):
+        words = ["predict", image, "--model", model, "--runtime", runtime, "--out", str(place / runtime)]
+        assert main([*words, "--text", "a green star"]) == 0
+    found = [json.loads((place / r / "predictions.json").read_text()) for r in ("torch", "onnx")]
+    assert len(found[0]) == 2 and [a["bbox"] for a in found[0]] == [a["bbox"] for a in found[1]]
+    assert main(["predict", image, "--runtime", "onnx", "--text", "a green star"]) == 1
+    assert "esam3 export toy-student FOLDER" in capsys.readouterr().err

@@ -687,11 +687,11 @@ def cost_table(rows: Sequence[Mapping]) -> str:
     by_model, parts = {r["model"]: r for r in rows}, ("encoder", "memory", "decoder", "text")
     calls, works = ("encode", "decode", "recall", "detect", "frame"), ("box", "phrase", "video frame")
     lines = [f"| model | M parameters: all ({', '.join(parts)}) | GFLOPs: {', '.join(works)} | ms: {', '.join(calls)} "
-             "| peak MB |", "| --- | ---: | ---: | ---: | ---: |"]
+             "| form, threads | peak MB |", "| --- | ---: | ---: | ---: | --- | ---: |"]
     several = lambda of, names, scale, digits: ", ".join(f"{of[n] * scale:.{digits}f}" if n in of else "–"
                                                          for n in names)
     for name, r in by_model.items():
         sizes = f"{r['params']['total'] / 1e6:.2f} ({several(r['params'], parts, 1e-6, 2)})"
         spent, times = several(r.get("gflops", {}), works, 1, 2), several(r["latency"], calls, 1e3, 1)
-        lines.append(f"| {name} | {sizes} | {spent} | {times} | {r['peak_memory'] / 1e6:.0f} |")
+        lines.append(f"| {name} | {sizes} | {spent} | {times} | {r.get('form', 'as loaded')}, {r['threads']} | {r['peak_memory'] / 1e6:.0f} |")
     return "\n".join(lines)

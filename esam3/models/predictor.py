@@ -291,8 +291,16 @@ def predict_text(self: ImagePredictor, phrases: str | Sequence[str] | None = Non
 
 # %% ../../nbs/51_predictor.ipynb #p051
 def _of_file(video: Video, numbers: Sequence[int], many: int = 8) -> Iterator[Any]:
-    "Frames of a video file, in any order, decoded `many` at a time; in the place of a broken one its `BadSample`."
-    for start in range(0, len(numbers), many):
+    """Frames of a video file; in the place of a broken one its `BadSample`. Forwards they are decoded once, in turn;
+    backwards, and from a broken one on, `many` at a time."""
+    done = 0
+    if len(numbers) > 1 and numbers[1] == numbers[0] + 1:
+        try:
+            for frame, _ in zip(video.walk(numbers[0]), numbers):
+                yield frame
+                done += 1
+        except BadSample: pass  # which one is found below
+    for start in range(done, len(numbers), many):
         part = numbers[start:start + many]
         try: yield from video.frames(part)
         except BadSample:
