@@ -28,7 +28,7 @@ def narrowed(proto: onnx.ModelProto, way: str,  # "fp16" or "w8"
     kept, nodes = [], []
     for tensor in proto.graph.initializer:
         value = numpy_helper.to_array(tensor)
-        small = value.dtype != np.float32 or value.nbytes < least or (way == "w8" and value.ndim < 2)
+        small = value.dtype != np.float32 or value.nbytes < least or value.ndim < 2
         parts, node = ([tensor], []) if small else _NARROW[way](tensor.name, value)
         kept += parts; nodes += node
     old = [*proto.graph.node]
@@ -118,6 +118,6 @@ def quantise(folder: str | Path, out: str | Path,  # an exported student; a new 
 # %% ../../nbs/50b_quantise.ipynb #z041b
 def _in_way(file: Path, way: str, calls: Sequence | None) -> onnx.ModelProto:
     "A graph in one of `WAYS`."
-    if way == "int8": return quantised(file, calls)
+    if way == "int8": return narrowed(quantised(file, calls), "fp16")  # what is left in float
     proto = onnx.load(file)
     return proto if way == "fp32" else narrowed(proto, way)
