@@ -119,7 +119,8 @@ def measure(name: str, repeats: int = 5) -> dict:
     fast = fast_form(model) if ours else model
     with predicting(fast) if ours else nullcontext(): times = latency(fast, repeats)
     peak, params = peak_memory(), count_parts(model) if ours else peer_parts(model)
-    return {"latency": times, "form": "fast" if ours else "as loaded", "gflops": work(model), "params": params, "peak_memory": peak,
+    return {"latency": times, "form": "fast" if ours else "as loaded", "gflops": work(model), "params": params,
+            "peak_memory": peak,
             "threads": torch.get_num_threads(), "size": model.image_size}
 
 # %% ../../nbs/45_costs.ipynb #c011c
