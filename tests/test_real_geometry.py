@@ -27,7 +27,7 @@ from esam3.training.stage3 import MixedSteps, run_feature_warmup, stage3_schedul
 
 SIDES = (1008, 1024)
 SMALL = "instances: 4, tracks: 2, phrases: 2, frames: [4, 4]"
-FEW = "instances: 2, tracks: 1, phrases: 2, frames: [2, 2]"  # of what is trained on: minutes count
+FEW = "instances: 2, tracks: 1, phrases: 2, frames: [3, 3]"  # of what is trained on: minutes count
 # of the held-out clip, which has eight frames, previews show the second frame, so that no more are followed
 CHAIN = """
 import json, sys
