@@ -1,4 +1,5 @@
 """`esam3`: as a person types it, in a process of its own; statuses, what is written, what is said, and Ctrl-C."""
+import io
 import json
 import os
 import signal
@@ -83,9 +84,11 @@ def test_what_goes_wrong_is_one_line(words, status, said, place, capsys, monkeyp
     assert found == status and said in capsys.readouterr().err
 
 
-def test_no_traceback_from_a_broken_pipe_in(place):
-    run = typed(place, "predict", "-", "--text", "a star", given=b"no image")
-    assert run.returncode == 1 and b"pipe a JPEG or PNG in" in run.stderr and b"Traceback" not in run.stderr
+def test_no_traceback_from_a_broken_pipe_in(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"no image")))
+    assert main(["predict", "-", "--text", "a star"]) == 1
+    said = capsys.readouterr().err
+    assert "pipe a JPEG or PNG in" in said and "Traceback" not in said
 
 
 def test_ctrl_c_leaves_whole_files(place):
@@ -117,3 +120,17 @@ def test_evaluate_prints_the_table(tmp_path, capsys):
     words = ["evaluate", "toy-student", "--recipe", "tiny", "--protocols", "box", "--limit", "2"]
     assert main([*words, "--runs", str(tmp_path)]) == 0
     assert "| toy-student | box |" in capsys.readouterr().out and os.listdir(tmp_path)
+
+
+def test_export_and_predict_without_pytorch(place, capsys):
+    "The graphs give the masks of PyTorch; what is no exported folder is said."
+    pytest.importorskip("onnxruntime")
+    image, out = str(place / "a.png"), str(place / "exported")
+    assert main(["export", "toy-student", out, "--concept", "a green star"]) == 0
+    for runtime, model in (("torch", "toy-student"), ("onnx", out)):
+        words = ["predict", image, "--model", model, "--runtime", runtime, "--out", str(place / runtime)]
+        assert main([*words, "--text", "a green star"]) == 0
+    found = [json.loads((place / r / "predictions.json").read_text()) for r in ("torch", "onnx")]
+    assert len(found[0]) == 2 and [a["bbox"] for a in found[0]] == [a["bbox"] for a in found[1]]
+    assert main(["predict", image, "--runtime", "onnx", "--text", "a green star"]) == 1
+    assert "esam3 export toy-student FOLDER" in capsys.readouterr().err

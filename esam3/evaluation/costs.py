@@ -17,6 +17,7 @@ import torch
 import esam3
 from ..core import nearest, peak_memory, runs_folder, weights_digest
 from .peers import Peer, load_peer, peer_calls, peer_kind, peer_parts, refusal
+from .upstream import UpstreamConfig, load_upstream
 from ..models.backbones import counted
 from ..models.fast_form import fast_form, predicting
 from ..models.student import EfficientSam3, count_parts, load_difference
@@ -37,7 +38,8 @@ def _unknown(name: str) -> ValueError:
 
 # %% ../../nbs/45_costs.ipynb #c005m
 def load_model(name: str) -> Sam3 | Peer:
-    """`toy`, `random-sam3`, `thin-sam3`, a hub id, or a folder with a teacher, a student or a peer; in eval mode.
+    """`toy`, `random-sam3`, `thin-sam3`, a hub id, or a folder with a teacher, a student, a peer or a converted
+    upstream student; in eval mode.
     `toy-student` is es-ev-s after stage 3 of the toy recipe. `ValueError` names the nearest one that is here."""
     if name == TOY_STUDENT: return load_difference(ASSETS / "toy_student", load_teacher("toy")).requires_grad_(False)
     if name in TEACHERS: return load_teacher(name)
@@ -45,8 +47,9 @@ def load_model(name: str) -> Sam3 | Peer:
     folder = next((p for p in (Path(name), runs_folder(name)) if (p / "config.json").exists()), None)
     is_hub_id = folder is None and name.count("/") == 1 and not name.startswith("runs/")
     where = str(folder or name)
-    if folder and json.loads((folder / "config.json").read_text()).get("model_type") == "efficient_sam3":
-        return EfficientSam3.from_pretrained(folder).eval().requires_grad_(False)
+    kind = json.loads((folder / "config.json").read_text()).get("model_type") if folder else ""
+    if kind == "efficient_sam3": return EfficientSam3.from_pretrained(folder).eval().requires_grad_(False)
+    if kind == UpstreamConfig.model_type: return load_upstream(folder)
     if (folder or is_hub_id or name.startswith("random-")) and peer_kind(where): return load_peer(where)
     if folder or is_hub_id: return load_teacher(where)
     raise _unknown(name)
@@ -116,7 +119,8 @@ def measure(name: str, repeats: int = 5) -> dict:
     fast = fast_form(model) if ours else model
     with predicting(fast) if ours else nullcontext(): times = latency(fast, repeats)
     peak, params = peak_memory(), count_parts(model) if ours else peer_parts(model)
-    return {"latency": times, "form": "fast" if ours else "as loaded", "gflops": work(model), "params": params, "peak_memory": peak,
+    return {"latency": times, "form": "fast" if ours else "as loaded", "gflops": work(model), "params": params,
+            "peak_memory": peak,
             "threads": torch.get_num_threads(), "size": model.image_size}
 
 # %% ../../nbs/45_costs.ipynb #c011c

@@ -693,5 +693,6 @@ def cost_table(rows: Sequence[Mapping]) -> str:
     for name, r in by_model.items():
         sizes = f"{r['params']['total'] / 1e6:.2f} ({several(r['params'], parts, 1e-6, 2)})"
         spent, times = several(r.get("gflops", {}), works, 1, 2), several(r["latency"], calls, 1e3, 1)
-        lines.append(f"| {name} | {sizes} | {spent} | {times} | {r.get('form', 'as loaded')}, {r['threads']} | {r['peak_memory'] / 1e6:.0f} |")
+        lines.append(f"| {name} | {sizes} | {spent} | {times} | {r.get('form', 'as loaded')}, {r['threads']} | "
+                     f"{r['peak_memory'] / 1e6:.0f} |")
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from transformers import (
     TimmWrapperConfig)
 from transformers.models.edgetam_video.modeling_edgetam_video import EdgeTamVideoInferenceSession
 from transformers.models.sam2_video.modeling_sam2_video import Sam2VideoInferenceSession
+from transformers.utils import logging
 
 from ..core import seed_everything
 from ..models.teacher import Concepts, Detections, MaskSet, Prompts, Sam3, load_teacher, wording
@@ -273,7 +274,10 @@ def peer_kind(name: str) -> str:
 # %% ../../nbs/47_peers.ipynb #c037
 def strictly(make: type[PreTrainedModel], name: str) -> PreTrainedModel:
     "A model with all of its weights. `ValueError` names what its files lack."
-    net, info = make.from_pretrained(name, output_loading_info=True)
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what is missing is said below, in a line
+    try: net, info = make.from_pretrained(name, output_loading_info=True)
+    finally: logging.set_verbosity(level)
     bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if bad: raise ValueError(f"{name}: {len(bad)} weights of {make.__name__} are not in its files, as {bad[0]}")
     return net
