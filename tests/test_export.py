@@ -36,8 +36,9 @@ given = np.load(sys.argv[2])
 video = VideoPredictor(sys.argv[1]).start(given['clip'])
 video.add(box=given['box']); video.add(mask=given['mask']); video.add(points=given['point'])
 video.add_concept('square'); video.add_concept(box=given['box'], frame=0)
-found = [(n, o.id, o.mask) for n, objects in video.propagate() for o in objects]
-np.savez(sys.argv[3], keys=[f[:2] for f in found], masks=[f[2] for f in found])
+found = [(n, o.id, o.mask, o.score) for n, objects in video.propagate() for o in objects]
+np.savez(sys.argv[3], keys=[f[:2] for f in found], masks=[f[2] for f in found],
+         scores=[f[3] for f in found])
 """
 
 
@@ -77,8 +78,11 @@ def test_a_video_without_torch_is_that_with_torch(net, folder, clip, tmp_path):
     video = VideoPredictor(net).start(images)
     video.add(box=box), video.add(mask=mask), video.add(points=point)
     video.add_concept("square"), video.add_concept(box=box, frame=0)
-    theirs = {(n, o.id): o.mask for n, objects in video.propagate() for o in objects}
+    objects = {(n, o.id): o for n, objects in video.propagate() for o in objects}
+    theirs = {k: o.mask for k, o in objects.items()}
     assert ours.keys() == theirs.keys() and len({k for _, k in ours}) > 4
+    logit = lambda p: np.log(np.clip(p, 1e-6, None)) - np.log(np.clip(1 - np.asarray(p), 1e-6, None))
+    assert np.abs(logit(found["scores"]) - logit([o.score for o in objects.values()])).max() <= 1e-3
     a, b = (np.array([m[k] for k in theirs]) for m in (ours, theirs))
     assert (a & b).sum() / (a | b).sum() >= 0.999
     assert all((ours[k] & m).sum() / max((ours[k] | m).sum(), 1) >= 0.99 for k, m in theirs.items() if m.any())
