@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
-FLOORS = ("core", "schedules", "data", "models", "evaluation", "training", "show")
+FLOORS = ("runtime", "core", "schedules", "data", "models", "evaluation", "training", "show", "use")
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in a kernel only: the book has the figure beside it
 EXPORTER = MarkdownExporter(raw_template=Path(__file__).with_name("chapter.md.j2").read_text())
 
