@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PREDICT', 'TOY', 'RUN', 'numbers', 'a_box', 'a_point', 'forms_of', 'parser', 'note_of', 'opened', 'check_prompts',
-           'found_in', 'images_of', 'said', 'predict_images', 'start_video', 'rate_of', 'with_images', 'predict_video',
-           'run_predict', 'run_evaluate', 'run_demo', 'run_export', 'main']
+           'found_in', 'Stop', 'images_of', 'said', 'predict_images', 'start_video', 'rate_of', 'with_images',
+           'predict_video', 'run_predict', 'run_evaluate', 'run_demo', 'run_export', 'main']
 
 # %% ../../nbs/54_command_line.ipynb #c003
-import argparse, io, sys, textwrap
+import argparse, io, signal, sys, textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,25 @@ def found_in(predictor: Any, given: argparse.Namespace) -> list[Answer]:
                  for i in predictor.predict_text(given.text or None, exemplars=shown, threshold=given.threshold)]
     return [Answer(n, mask, float(score), concept) for n, (mask, score, concept) in enumerate(rows, 1)]
 
+# %% ../../nbs/54_command_line.ipynb #c013s
+class Stop(AbstractContextManager):
+    "Within the block Ctrl-C asks to stop; a second one raises `KeyboardInterrupt` at once."
+    asked = False
+
+    def __enter__(self) -> "Stop":
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, *_: Any) -> None:
+        if self.asked: raise KeyboardInterrupt
+        self.asked = True
+
+    def here(self) -> None:
+        "A place where all is whole: `KeyboardInterrupt` if it was asked for."
+        if self.asked: raise KeyboardInterrupt
+
+    def __exit__(self, *_: Any) -> None: signal.signal(signal.SIGINT, self.before)
+
 # %% ../../nbs/54_command_line.ipynb #c014
 def images_of(source: str) -> list[tuple[str, Any]]:
     "(name, image or path) of an image, of a folder's images, or of standard input. `ValueError` where there is none."
@@ -197,16 +217,19 @@ def said(name: str, answers: Sequence[Answer]) -> str:
 def predict_images(predictor: Any, given: argparse.Namespace) -> int:
     "Answers to every image of the source; how many could not be read. One that cannot is passed over and said."
     images, out, rows, bad = images_of(given.source), Path(given.out), [], 0
-    for n, (name, image) in enumerate(tqdm(images, desc="images", disable=len(images) == 1, file=sys.stderr)):
-        try: pixels = as_pixels(image)
-        except BadSample as e:
-            if len(images) == 1: raise
-            bad += 1; print(f"passed over: {e}", file=sys.stderr); continue
-        answers = found_in(predictor.set_image(pixels), given)
-        write_image(out, Path(name).stem, pixels, answers, given.write)
-        rows += coco_answers(n, answers, name)
-        tqdm.write(said(name, answers))
+    with Stop() as stop:
+        for n, (name, image) in enumerate(tqdm(images, disable=len(images) == 1, file=sys.stderr)):
+            try: pixels = as_pixels(image)
+            except BadSample as e:
+                if len(images) == 1: raise
+                bad += 1; print(f"passed over: {e}", file=sys.stderr); continue
+            answers = found_in(predictor.set_image(pixels), given)
+            write_image(out, Path(name).stem, pixels, answers, given.write)
+            rows += coco_answers(n, answers, name)
+            tqdm.write(said(name, answers))
+            if stop.asked: break
     if "json" in given.write: write_json(out / "predictions.json", rows)
+    stop.here()
     return bad
 
 # %% ../../nbs/54_command_line.ipynb #c017
@@ -241,13 +264,14 @@ def predict_video(predictor: Any, given: argparse.Namespace) -> int:
     start_video(predictor, given)
     count, seen = Frames(given.source).count, {}
     files = VideoAnswers(Path(given.out), Path(given.source).name, given.write, rate_of(given.source))
-    with files, tqdm(total=count, desc="frames", file=sys.stderr) as bar:
+    with Stop() as stop, files, tqdm(total=count, desc="frames", file=sys.stderr) as bar:
         for number, objects, image in with_images(predictor, given.source):
             answers = [Answer(o.id + 1, o.mask, float(o.score), o.concept or "") for o in objects]
             files.add(number, image, answers)
             seen |= {a.number: max(seen.get(a.number, a), a, key=lambda x: x.mask.sum()) for a in answers
                      if a.mask.any()}
             bar.update()
+            stop.here()
     print(said(f"{Path(given.source).name}, {files.count} frames, each object where it is largest", [*seen.values()]))
     return predictor.report.skipped
 
