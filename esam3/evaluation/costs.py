@@ -9,7 +9,6 @@ __all__ = ['TOY_STUDENT', 'ASSETS', 'TEACHERS', 'WORK', 'load_model', 'model_lab
 # %% ../../nbs/45_costs.ipynb #c003
 import json, os, statistics, subprocess, sys, time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -117,7 +116,7 @@ def measure(name: str, repeats: int = 5) -> dict:
     if torch.cuda.is_available(): model = model.cuda()
     ours = not isinstance(model, Peer)
     fast = fast_form(model) if ours else model
-    with predicting(fast) if ours else nullcontext(): times = latency(fast, repeats)
+    with predicting(fast): times = latency(fast, repeats)  # peers in the same precision
     peak, params = peak_memory(), count_parts(model) if ours else peer_parts(model)
     return {"latency": times, "form": "fast" if ours else "as loaded", "gflops": work(model), "params": params,
             "peak_memory": peak,

@@ -250,8 +250,8 @@ def _tracker(name: str) -> str | None:
 
 # %% ../../nbs/05_training.ipynb #c01aW
 def leave_autocast(device: torch.device) -> None:
-    "Leave every autocast context that an interrupt has left open, and forget its casts of weights."
-    torch.autocast_increment_nesting()
+    "Leave every autocast context that was left half open, entered too often or too seldom; forget its casts of weights."
+    while torch.autocast_increment_nesting() < 1: pass
     while torch.autocast_decrement_nesting() > 0: pass
     torch.clear_autocast_cache()
     if torch.amp.is_autocast_available(device.type): torch.set_autocast_enabled(device.type, False)
