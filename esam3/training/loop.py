@@ -250,7 +250,8 @@ def _tracker(name: str) -> str | None:
 
 # %% ../../nbs/05_training.ipynb #c01aW
 def leave_autocast(device: torch.device) -> None:
-    "Leave every autocast context that was left half open, entered too often or too seldom; forget its casts of weights."
+    """Leave every autocast context that was left half open, entered too often or too seldom; forget its casts of
+    weights."""
     while torch.autocast_increment_nesting() < 1: pass
     while torch.autocast_decrement_nesting() > 0: pass
     torch.clear_autocast_cache()
